@@ -1,4 +1,4 @@
-"""A pool as somebody knows it who only hears what changes, to be compared with the pool itself."""
+"""A model of the pool built only from block events, to be compared with the pool itself."""
 
 from collections import Counter
 
@@ -10,44 +10,46 @@ Kind = BlockEventKind
 
 
 class Mirror:
-    """A pool as somebody knows it who only hears what changes."""
+    """The state of a pool as a listener to its block events knows it."""
 
     def __init__(self) -> None:
         self.holders: dict[int, int] = {}
-        self.kept: set[int] = set()
+        self.cached: set[int] = set()
         self.sequences: dict[str, SequenceView] = {}
 
-    def hear(self, change: PoolChange) -> None:
-        """Follow a change, each part of which must make sense where it comes."""
+    def apply(self, change: PoolChange) -> None:
+        """Apply a change; each part must be consistent with the state so far."""
         for seq_id in change.ended:
             del self.sequences[seq_id]
         for view in change.sequences:
-            assert self.sequences.get(view.seq_id) != view, "nothing has changed"
+            assert self.sequences.get(view.seq_id) != view, "a view is sent without a change"
             self.sequences[view.seq_id] = view
         before = dict(self.holders)
         for kind, block, holders, _ in change.events:
             had = before.get(block, 0)
-            assert kind is not Kind.ALLOCATED or (not had and block not in self.kept), (
-                "allocated, but not free"
+            assert kind is not Kind.ALLOCATED or (not had and block not in self.cached), (
+                "allocated a block that is not free"
             )
-            assert kind is not Kind.SHARED or holders > had, "shared, but by nobody more"
-            assert kind is not Kind.RELEASED or holders < had, "released, but by nobody"
+            assert kind is not Kind.SHARED or holders > had, "shared, but no holder was added"
+            assert kind is not Kind.RELEASED or holders < had, "released, but no holder was removed"
             self.holders[block] = holders
             if kind is Kind.CACHED:
-                self.kept.add(block)
+                self.cached.add(block)
             if kind is Kind.EVICTED:
-                self.kept.remove(block)
-            assert kind is not Kind.FREED or (holders == 0 and block not in self.kept), "freed, but in use"
+                self.cached.remove(block)
+            assert kind is not Kind.FREED or (holders == 0 and block not in self.cached), (
+                "freed a block that is in use"
+            )
 
     def check(self, manager: PagedBatchManager) -> None:
-        """Compare it with the tables, the prefix cache and the queues themselves."""
+        """Compare it with the tables, the prefix cache and the queues."""
         held = Counter(block for sequence in manager.running for block in sequence.blocks)
         assert {block: count for block, count in self.holders.items() if count} == held
-        assert self.kept == set(manager.prefix.blocks)
-        there = {sequence.seq_id: sequence for sequence in (*manager.running, *manager.waiting)}
-        assert self.sequences.keys() == there.keys()
+        assert self.cached == set(manager.prefix.blocks)
+        active = {sequence.seq_id: sequence for sequence in (*manager.running, *manager.waiting)}
+        assert self.sequences.keys() == active.keys()
         for seq_id, view in self.sequences.items():
-            sequence = there[seq_id]
+            sequence = active[seq_id]
             assert view.is_running == (sequence in manager.running)
             assert view.num_prompt_tokens + view.num_outputs == sequence.num_tokens
             assert (view.num_computed, view.num_forks) == (sequence.num_computed, sequence.num_forks)

@@ -1,9 +1,10 @@
-"""The engine's first two promises as functions, so that mutants of the engine can be run through them.
+"""The engine's first two promises as functions, so that mutants of the engine can be run through the same
+checks.
 
-Scheduling never changes the answer: `check_scenario` serves a crowd of requests from a small pool and
-compares every finished completion with the same completion computed alone, in one chunk, in a roomy
-pool, on one thread. Pages are conserved: `check_pages` counts the holders of every block, and whoever is
-told of the changes alone counts the same.
+Scheduling never changes the answer: `check_scenario` serves many requests from a small pool and compares
+every finished completion with the same completion computed alone: in one chunk, in a large pool, on one
+thread. Pages are conserved: `check_pages` counts the holders of every block, and a listener that sees only
+the block events must get the same counts.
 """
 
 from collections import Counter
@@ -48,7 +49,7 @@ from tiny_model import EOS, VOCAB, examples, random_prompt
 
 
 def check_pages(manager: PagedBatchManager) -> None:
-    """Free + referenced = total, and every reference is one table's or the prefix cache's: counted."""
+    """Check that free + referenced = total, and that a table or the prefix cache holds each reference."""
     allocator = manager.allocator
     counted = [allocator.ref_count(block) for block in range(allocator.num_blocks)]
     waiting = [*manager.waiting, *manager._queues.set_aside]
@@ -57,7 +58,7 @@ def check_pages(manager: PagedBatchManager) -> None:
     held = Counter(block for table in tables for block in table.blocks)
     in_use = set(held)
     kept = manager.prefix.blocks
-    assert len(set(kept)) == len(kept), "a block is kept twice"
+    assert len(set(kept)) == len(kept), "a block is cached twice"
     assert manager.prefix.num_idle == len(set(kept) - in_use), "idle blocks are miscounted"
     held.update(kept)
     assert counted == [held[block] for block in range(allocator.num_blocks)], "a reference that no table owns"
@@ -65,7 +66,7 @@ def check_pages(manager: PagedBatchManager) -> None:
     for table in tables:
         assert len(set(table.blocks)) == len(table.blocks), "a table holds a block twice"
         assert len(table.blocks) == -(-table.num_tokens // table.block_size), (
-            "a table holds blocks for no token"
+            "a table holds blocks without tokens"
         )
     for sequence in sequences:
         assert sorted(sequence.blocks) == sorted(block for table in sequence.tables for block in table.blocks)
@@ -79,7 +80,7 @@ def check_pages(manager: PagedBatchManager) -> None:
 
 
 def check_host(manager: PagedBatchManager) -> None:
-    """Every reference to a host block belongs to one waiting sequence."""
+    """Check that every reference to a host block belongs to one waiting sequence."""
     space = manager._scheduler.swap_space
     if space is None:
         return
@@ -88,32 +89,36 @@ def check_host(manager: PagedBatchManager) -> None:
         assert (sequence.swapped is not None) == (sequence.state is SequenceState.SWAPPED)
         for table in sequence.swapped.tables if sequence.swapped else ():
             held.update(table.host_blocks)
-    assert all(sequence.swapped is None for sequence in manager.running), "who runs still waits for the host"
+    assert all(sequence.swapped is None for sequence in manager.running), (
+        "a running sequence still has a swapped state"
+    )
     counted = [space.allocator.ref_count(block) for block in range(space.allocator.num_blocks)]
-    assert counted == [held[block] for block in range(len(counted))], "a host block that nobody waits for"
-    assert set(space._hash_of) <= set(held), "a host block is found that nobody holds"
+    assert counted == [held[block] for block in range(len(counted))], (
+        "a host block is not held by the waiting sequences as counted"
+    )
+    assert set(space._hash_of) <= set(held), "a host block can be found that no sequence holds"
 
 
 def check_tables(sequence: PagedSequence, groups: Seq[LayerGroup]) -> None:
-    """Every table ends with the last computed token, and begins with the block that a query can still see."""
+    """Check that each table ends at the last computed token and starts at the first block still visible."""
     for table, group in zip(sequence.tables, groups, strict=True):
         start = table.start if isinstance(table, WindowedTable) else 0
         assert sequence.num_computed == start + table.num_tokens, "a page for a token that is not computed"
         visible = 0 if group.window is None else max(0, sequence.num_computed - group.window + 1)
-        assert start <= visible, "a page that the next query sees was let go"
+        assert start <= visible, "a page that the next query sees was released"
         assert visible < start + table.block_size or not table.blocks, "a page that no query sees is held"
 
 
 def check_prefix_order(manager: PagedBatchManager) -> None:
-    """No idle block is given up after one that it hangs on, and a table's kept blocks have no gap."""
+    """Check that no idle block is evicted after its parent, and that a table's cached blocks have no gap."""
     if not isinstance(manager.prefix, PrefixSharing):
         return
     for sequence in manager.running:
         for table in sequence.tables:
             are_kept = [block in manager.prefix.cache for block in table.blocks]
-            assert are_kept == sorted(are_kept, reverse=True), "a kept block after one that is not"
+            assert are_kept == sorted(are_kept, reverse=True), "a cached block after one that is not"
     if isinstance(manager.prefix, WindowedPrefixSharing):
-        return  # what a window has passed goes first, and what hangs on it is good without it
+        return  # blocks behind a window are evicted first, and those after them are usable without them
     queue = manager.prefix.cache._queue
     in_use = {block for sequence in manager.running for block in sequence.table.blocks}
     place = {digest: i for i, digest in enumerate(queue)}
@@ -121,27 +126,27 @@ def check_prefix_order(manager: PagedBatchManager) -> None:
         if kept.block not in in_use and kept.parent in queue:
             parent = queue[kept.parent]
             assert parent.block in in_use or place[kept.parent] > place[digest], (
-                "a parent goes before its child"
+                "a parent is evicted before its child"
             )
 
 
 def arrival_order(manager: PagedBatchManager, arrivals: Mapping[str, int]) -> list[tuple[int, str]]:
-    """Who runs and who waits, in the manager's order, as (arrival, sequence id)."""
+    """Running and waiting sequences in the manager's order, as (arrival, sequence id)."""
     return [(arrivals[seq.request_id], seq.seq_id) for seq in [*manager.running, *manager.waiting]]
 
 
 def check_first_come_first_served(manager: PagedBatchManager, arrivals: Mapping[str, int]) -> None:
-    """All stand in the order of their turns; among equals nobody runs while one who came earlier waits."""
+    """Check that queues are in priority order and no sequence runs while an equal that came earlier waits."""
     for queue in (manager.running, manager.waiting):
         ranks = [sequence.rank for sequence in queue]
         assert ranks == sorted(ranks), f"a queue is out of order: {ranks}"
     if not any(sequence.params.priority for sequence in [*manager.running, *manager.waiting]):
         order = arrival_order(manager, arrivals)
-        assert order == sorted(order), f"somebody was overtaken: {order}"
+        assert order == sorted(order), f"a request was overtaken: {order}"
 
 
 def check_all_returned(manager: PagedBatchManager) -> None:
-    """Nothing runs, nothing waits, and every block is free."""
+    """Check that nothing runs, nothing waits, and every block is free."""
     assert not manager.has_work
     assert not manager.running
     assert not manager.waiting
@@ -151,14 +156,14 @@ def check_all_returned(manager: PagedBatchManager) -> None:
     assert manager.allocator.num_free + kept == manager.allocator.num_blocks, (
         "pages are missing after the last request"
     )
-    assert manager.prefix.evict(kept) == kept, "a block that nobody uses is not given up"
+    assert manager.prefix.evict(kept) == kept, "an unused block cannot be evicted"
     assert manager.allocator.num_free == manager.allocator.num_blocks, (
-        "pages are missing when all is given up"
+        "pages are missing after all are evicted"
     )
 
 
 class Watched(PagedBatchManager):
-    """A batch manager that counts what happened to it, and shows plans and compactions to whoever asks."""
+    """A batch manager that counts events, and passes plans and compactions to its listeners."""
 
     def __init__(
         self,
@@ -179,21 +184,21 @@ class Watched(PagedBatchManager):
         size = self.allocator.num_blocks
         plan = super()._schedule()
         self.happened["steps"] += 1
-        self.happened["the pool grew"] += self.allocator.num_blocks > size
-        assert all(chunk.start < chunk.stop for chunk in plan.chunks), "a chunk without a token"
+        self.happened["pool growths"] += self.allocator.num_blocks > size
+        assert all(chunk.start < chunk.stop for chunk in plan.chunks), "a chunk without tokens"
         for sequence, start, *_ in plan.chunks:
             self.happened["prefix hits"] += start > had.get(sequence.seq_id, 0)
             self.happened["prefix hits under windows"] += (
                 start > had.get(sequence.seq_id, 0) and self._layout._has_windows
             )
-            self.happened["hits within a block"] += (
+            self.happened["partial block hits"] += (
                 start > had.get(sequence.seq_id, 0) and start % self.block_size != 0
             )
         self.happened["copies on write"] += len(plan.copies)
         self.happened["blocks swapped out"] += len(plan.swapped_out)
         self.happened["blocks swapped in"] += len(plan.swapped_in)
         chunks = [chunk for chunk in plan.chunks if chunk.stop < chunk.sequence.num_tokens]
-        self.happened["prompts cut into chunks"] += len(chunks)
+        self.happened["chunked prompts"] += len(chunks)
         decodes = sum(chunk.stop - chunk.start == 1 and chunk.start > 0 for chunk in plan.chunks)
         self.happened["mixed steps"] += 0 < decodes < len(plan.chunks)
         self._watch(plan)
@@ -206,7 +211,7 @@ class Watched(PagedBatchManager):
 
     def _preempt(self, sequence: PagedSequence, plan: Plan) -> None:
         self.happened["preemptions"] += 1
-        self.happened["preemptions of outputs"] += bool(sequence.outputs)
+        self.happened["preemptions after output"] += bool(sequence.outputs)
         self.happened["preemptions of beams"] += sequence.is_beam
         self._preempted(sequence, plan)
         self.happened["sequences swapped out"] += sequence.swapped is not None
@@ -214,7 +219,7 @@ class Watched(PagedBatchManager):
     def _release_passed(self, sequence: PagedSequence) -> None:
         held = len(sequence.blocks)
         self._passed(sequence)
-        self.happened["blocks that windows passed"] += held - len(sequence.blocks)
+        self.happened["blocks released by windows"] += held - len(sequence.blocks)
 
     def compact(self) -> int:
         shown: list[BlockCopy] = []
@@ -235,9 +240,10 @@ class Watched(PagedBatchManager):
 
 @dataclass(frozen=True)
 class Arrival:
-    """A request, the step before which it arrives, and the step before which it is cancelled, if ever.
+    """A request, the step before which it arrives, and the step before which it is cancelled, if any.
 
-    fails_after: tokens after which the last of several completions fails, as where its text cannot be made.
+    fails_after: number of tokens after which the last of several completions fails, as if its text could not
+    be made.
     """
 
     step: int
@@ -253,16 +259,16 @@ class Arrival:
 
     @property
     def width(self) -> int:
-        """Sequences that it may have at once."""
+        """The most sequences that it may have at once."""
         return self.params.beam_width if isinstance(self.params, BeamSearchParams) else self.params.n
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Requests and the engine that they meet. `spare_blocks` come on top of what the largest one needs.
+    """Requests and the engine that serves them. `spare_blocks` are added to what the largest request needs.
 
-    prefix: whether prefixes are cached. swap_blocks: blocks on the host for what is preempted. grows: whether
-    the pool begins with one block. compacted_at: the steps after which the pool is compacted.
+    prefix: whether prefix caching is on. swap_blocks: blocks on the host for preempted sequences. grows:
+    whether the pool starts with one block. compacted_at: the steps after which the pool is compacted.
     """
 
     arrivals: tuple[Arrival, ...]
@@ -280,9 +286,10 @@ class Scenario:
 
 
 class Answer(NamedTuple):
-    """What one completion got: tokens, log-probabilities, the logits behind each token, why it ended.
+    """The result of one completion: tokens, log-probabilities, the logits for each token, the finish reason.
 
-    prompt_logprobs: what came with each token: with the first one, where they were asked for.
+    prompt_logprobs: what was delivered with each token: the prompt's log-probabilities with the first one, if
+    requested.
     """
 
     tokens: tuple[int, ...]
@@ -298,16 +305,16 @@ EVERYTHING = (LayerGroup((0,)),)
 def policies(
     preempts: bool, prefix: bool = False, groups: Seq[LayerGroup] = EVERYTHING, swap_blocks: int = 0
 ) -> Policies:
-    """Preemption by recompute or swap, or none; prefix caching, or none."""
+    """Preemption by recompute, by swap or none; prefix caching on or off."""
     prefixes = sharing(groups) if prefix else NoPrefixSharing
-    patience = 3  # little, so that there is something to overtake in a small crowd
+    patience = 3  # small, so that a few requests are enough for one to be overtaken
     return Policies(
         NewestFirst() if preempts else NoPreemption(), prefixes, swap_blocks, AgedPriority(patience).key
     )
 
 
 def smallest_pool(scenario: "Scenario", groups: Seq[LayerGroup]) -> int:
-    """The fewest blocks with which the door lets every request in."""
+    """The fewest blocks with which every request passes validation."""
     blocks = 1
     for arrival in scenario.arrivals:
         while not _admits(arrival, blocks, scenario, groups):
@@ -334,7 +341,7 @@ def _admits(arrival: Arrival, blocks: int, scenario: "Scenario", groups: Seq[Lay
 
 @st.composite
 def sampling(draw: st.DrawFn, most_tokens: int, vocab: int) -> SamplingParams:
-    """Parameters of every kind; small ranges, so that what is drawn matters."""
+    """Parameters of every kind, from small ranges, so that each drawn value matters."""
     max_tokens = draw(st.sampled_from([1, 2, most_tokens // 2, most_tokens - 1, most_tokens]))
     return SamplingParams(
         n=draw(st.sampled_from([1, 1, 1, 2, 3])),
@@ -359,17 +366,17 @@ def sampling(draw: st.DrawFn, most_tokens: int, vocab: int) -> SamplingParams:
 
 
 def threads(most: int) -> st.SearchStrategy[int]:
-    """Threads for the compiled kernels; always drawn, so that every machine meets the same scenarios."""
+    """A number of threads for the compiled kernels; always drawn: every machine gets the same scenarios."""
     return st.integers(1, most).map(lambda number: number if tiny_llm_kernels.available() else 1)
 
 
 def instruction_sets() -> st.SearchStrategy[str]:
-    """One that this machine has, "" without compiled kernels; drawn as if all had the same number of them."""
-    there = tiny_llm_kernels.instruction_sets() if tiny_llm_kernels.available() else [""]
-    return st.integers(0, 11).map(lambda number: there[number % len(there)])
+    """An instruction set of this machine, "" without compiled kernels; drawn as if all had equally many."""
+    sets = tiny_llm_kernels.instruction_sets() if tiny_llm_kernels.available() else [""]
+    return st.integers(0, 11).map(lambda number: sets[number % len(sets)])
 
 
-SPARE_BLOCKS = {"mixed": [0, 1, 2, 4, 30], "alike": [4, 12], "searching": [0, 0, 1], "crowded": [0, 0, 1]}
+SPARE_BLOCKS = {"mixed": [0, 1, 2, 4, 30], "sharing": [4, 12], "searching": [0, 0, 1], "tight": [0, 0, 1]}
 
 
 @st.composite
@@ -381,22 +388,23 @@ def scenarios(
     most_tokens: int = 20,
     vocab: int = VOCAB,
 ) -> Scenario:
-    """Crowds of requests that meet a pool between barely enough and roomy.
+    """Requests that share a pool between barely large enough and large.
 
-    Some crowds begin alike and find room to keep what they share; some search; some have no room at all.
+    In some scenarios the prompts share prefixes and the pool has space to cache them; some have beam
+    searches; in some the pool has no spare block at all.
     """
-    mood = draw(st.sampled_from(["mixed", "alike", "searching", "crowded", "crowded", "crowded"]))
+    mix = draw(st.sampled_from(["mixed", "sharing", "searching", "tight", "tight", "tight"]))
     arrivals = []
     kinds = [sampling(most_tokens, vocab)] * 2
-    kinds += [beam_searches(most_tokens)] if mood in ("mixed", "searching") else []
+    kinds += [beam_searches(most_tokens)] if mix in ("mixed", "searching") else []
     for _ in range(draw(st.integers(min(3, most_requests), most_requests))):
-        step = draw(st.sampled_from([0, 4, 9, 15] if mood == "alike" else [0, 0, 1, 2, 6, 15]))
+        step = draw(st.sampled_from([0, 4, 9, 15] if mix == "sharing" else [0, 0, 1, 2, 6, 15]))
         arrivals.append(
             Arrival(
                 step=step,
-                prompt=draw(prompts(longest_prompt, alike=mood == "alike")),
+                prompt=draw(prompts(longest_prompt, share=mix == "sharing")),
                 params=draw(
-                    kinds[0] if mood == "searching" and not arrivals else draw(st.sampled_from(kinds))
+                    kinds[0] if mix == "searching" and not arrivals else draw(st.sampled_from(kinds))
                 ),
                 cancelled_at=draw(st.sampled_from([None] * 7 + [step + 9, step + 2, step])),
                 fails_after=draw(st.sampled_from([None, None, 1, 3])),
@@ -405,14 +413,14 @@ def scenarios(
     max_seqs = max(draw(st.integers(1, 9)), *(arrival.width for arrival in arrivals))
     return Scenario(
         arrivals=tuple(sorted(arrivals, key=lambda arrival: arrival.step)),
-        block_size=draw(st.integers(5, 9) if mood == "alike" else st.integers(1, 3) | st.integers(1, 17)),
-        spare_blocks=draw(st.sampled_from(SPARE_BLOCKS[mood])),
+        block_size=draw(st.integers(5, 9) if mix == "sharing" else st.integers(1, 3) | st.integers(1, 17)),
+        spare_blocks=draw(st.sampled_from(SPARE_BLOCKS[mix])),
         max_seqs=max_seqs,
         max_tokens=draw(st.sampled_from([max_seqs, max_seqs + 1, max_seqs + 5, 20, 64])),
         threads=draw(threads(4)),
         instruction_set=draw(instruction_sets()),
-        preempts=mood in ("crowded", "searching") or draw(st.sampled_from([True, True, False])),
-        prefix=mood == "alike" or draw(st.booleans()),
+        preempts=mix in ("tight", "searching") or draw(st.sampled_from([True, True, False])),
+        prefix=mix == "sharing" or draw(st.booleans()),
         swap_blocks=draw(st.sampled_from([0, 0, 1000, 1000, 7])),
         grows=draw(st.sampled_from([True, False, False])),
         compacted_at=draw(st.sampled_from([(), (), (2, 3, 9), tuple(range(0, 60, 2))])),
@@ -420,18 +428,18 @@ def scenarios(
 
 
 @st.composite
-def prompts(draw: st.DrawFn, longest: int, alike: bool) -> tuple[int, ...]:
-    """A piece of one of three long prompts, or most of one and the same, and perhaps a tail of its own."""
-    pieces = st.integers(longest // 2, longest) if alike else st.integers(1, 6) | st.integers(1, longest)
+def prompts(draw: st.DrawFn, longest: int, share: bool) -> tuple[int, ...]:
+    """A piece of one of three long prompts, or most of one common prompt, with or without a suffix."""
+    pieces = st.integers(longest // 2, longest) if share else st.integers(1, 6) | st.integers(1, longest)
     length = draw(pieces)
-    shared = random_prompt(longest, seed=0 if alike else draw(st.integers(0, 2)))[:length]
+    shared = random_prompt(longest, seed=0 if share else draw(st.integers(0, 2)))[:length]
     tail = draw(st.integers(0, longest - length))
     return (*shared, *(random_prompt(tail, seed=draw(st.integers(3, 999))) if tail else ()))
 
 
 @st.composite
 def beam_searches(draw: st.DrawFn, most_tokens: int) -> BeamSearchParams:
-    """Searches narrow and wide, short and long."""
+    """Beam searches: narrow and wide, short and long."""
     return BeamSearchParams(
         beam_width=draw(st.sampled_from([1, 2, 2, 3, 4])),
         max_tokens=draw(st.sampled_from([1, 2, most_tokens // 2, most_tokens // 2, most_tokens])),
@@ -441,7 +449,8 @@ def beam_searches(draw: st.DrawFn, most_tokens: int) -> BeamSearchParams:
     )
 
 
-# A crowd that is sure to fork, to be preempted, to be cut into chunks, to share and to search.
+# Requests that are certain to fork, to be preempted, to be chunked, to share prefixes and to run a beam
+# search.
 CROWD = Scenario(
     arrivals=(
         Arrival(0, tuple(random_prompt(9, 1)), SamplingParams(max_tokens=10, temperature=0.0, logprobs=2)),
@@ -464,7 +473,7 @@ CROWD = Scenario(
     compacted_at=(4, 9),
 )
 
-# Prompts that end, or part, within a block that is kept.
+# Prompts that end or diverge within a cached block.
 ALIKE = Scenario(
     arrivals=(
         Arrival(0, tuple(random_prompt(30, 0)), SamplingParams(max_tokens=2, temperature=0.0)),
@@ -482,7 +491,7 @@ ALIKE = Scenario(
     prefix=True,
 )
 
-# A search that has to give way, more than once, to a request that came before it.
+# A beam search that is preempted more than once, for a request that arrived before it.
 SQUEEZED = Scenario(
     arrivals=(
         Arrival(0, tuple(random_prompt(4, 1)), SamplingParams(max_tokens=20, ignore_eos=True)),
@@ -499,7 +508,7 @@ SQUEEZED = Scenario(
 )
 
 
-# Requests that grow past their pool, and go out to the host and back, some of them more than once.
+# Requests that outgrow their pool, and are swapped out and in, some of them more than once.
 SWAPPED = Scenario(
     arrivals=(
         Arrival(
@@ -521,12 +530,12 @@ SWAPPED = Scenario(
 )
 
 
-# The same in smaller blocks, of which none is to spare: more of them go out.
+# The same in smaller blocks with none to spare, so that more sequences are swapped out.
 SWAPPED_OFTEN = replace(SWAPPED, block_size=2, spare_blocks=0)
 
 
-# Contexts of three partitions, whose attention is shared out: chunks that end within a partition, decodes
-# beside a prompt, and prefixes that are found.
+# Contexts of three partitions, whose attention is split among threads: chunks that end within a partition,
+# decodes together with a prompt, and prefix hits.
 LONG = Scenario(
     arrivals=(
         Arrival(0, tuple(random_prompt(250, 0)), SamplingParams(max_tokens=12, temperature=0.0, logprobs=1)),
@@ -549,9 +558,9 @@ LONG = Scenario(
 
 
 def check_scenario(model: Model, scenario: Scenario) -> Counter[str]:
-    """Serve a scenario, check every promise on the way, and compare each answer with the one alone.
+    """Serve a scenario, check every promise at each step, and compare each answer with the one alone.
 
-    Returns how often each event that matters happened, so that a test can show that they do.
+    Returns how often each relevant event happened, so that a test can check that it happens at all.
     """
     groups = group_layers(model.config.windows)
     blocks = scenario.spare_blocks + smallest_pool(scenario, groups)
@@ -579,19 +588,19 @@ def check_scenario(model: Model, scenario: Scenario) -> Counter[str]:
 def _check_completions(
     model: Model, request_id: str, arrival: Arrival, served: "Served", happened: Counter[str]
 ) -> None:
-    """Each completion of a request that was not cancelled is the one that it is alone."""
+    """Check that each completion of a request that was not cancelled equals the one computed alone."""
     assert isinstance(arrival.params, SamplingParams)
     for i, seq_id in enumerate(completion_ids(request_id, arrival.params.n)):
         answer = served.answers[seq_id]
         if answer.finish_reason is None:
-            assert arrival.cancelled_at is not None, f"completion {seq_id} never ended"
-            happened["cancelled under way"] += 1
+            assert arrival.cancelled_at is not None, f"completion {seq_id} never finished"
+            happened["cancelled requests"] += 1
             continue
         params = replace(arrival.params, n=1, seed=served.seeds[request_id] + i)
         alone = answer_alone(model, arrival.prompt, params)
         if answer.finish_reason == "error":
             alone = Answer(*(column[: len(answer.tokens)] for column in alone[:4]), "error")  # type: ignore[arg-type]
-            happened["completions that failed"] += 1
+            happened["failed completions"] += 1
         check_same(seq_id, answer, alone)
         happened["answers compared"] += 1
 
@@ -599,11 +608,11 @@ def _check_completions(
 def _check_beams(
     model: Model, request_id: str, arrival: Arrival, served: "Served", happened: Counter[str]
 ) -> None:
-    """The hypotheses of a search that was not cancelled are those that it finds alone."""
+    """Check that a search that was not cancelled found the same hypotheses as alone."""
     assert isinstance(arrival.params, BeamSearchParams)
     search = served.searches[request_id]
     if search.beams:
-        assert arrival.cancelled_at is not None, f"search {request_id} never ended"
+        assert arrival.cancelled_at is not None, f"search {request_id} never finished"
         happened["searches cancelled"] += 1
         return
     alone = _serve_alone(model, arrival.prompt, arrival.params).searches["0"]
@@ -612,7 +621,7 @@ def _check_beams(
 
 
 def check_same(seq_id: str, answer: Answer, alone: Answer) -> None:
-    """Bit for bit: tokens, log-probabilities, whole rows of logits, and the reason of the end."""
+    """Compare bit for bit: tokens, log-probabilities, whole rows of logits, and the finish reason."""
     assert answer.tokens == alone.tokens, f"completion {seq_id} got other tokens than alone"
     assert answer.logits == alone.logits, f"completion {seq_id} got other logits than alone"
     assert answer.logprobs == alone.logprobs, f"completion {seq_id} got other log-probabilities than alone"
@@ -620,29 +629,29 @@ def check_same(seq_id: str, answer: Answer, alone: Answer) -> None:
         f"completion {seq_id} got other log-probabilities of its prompt than alone"
     )
     assert answer.finish_reason == alone.finish_reason, (
-        f"completion {seq_id} ended for another reason than alone"
+        f"completion {seq_id} finished for another reason than alone"
     )
 
 
 def answer_alone(model: Model, prompt: tuple[int, ...], params: SamplingParams) -> Answer:
-    """One completion by itself."""
+    """One completion, computed alone."""
     return _serve_alone(model, prompt, params).answers["0"]
 
 
 def _serve_alone(
     model: Model, prompt: tuple[int, ...], params: SamplingParams | BeamSearchParams
 ) -> "Served":
-    """A request by itself: a fresh engine, the prompt in one chunk, a roomy pool of common blocks."""
+    """Serve a request alone: a fresh engine, the prompt in one chunk, a large pool of blocks of 16."""
     arrival = Arrival(0, prompt, params)
     longest = len(prompt) + (params.max_tokens or 0)
-    roomy = longest * arrival.width * len(group_layers(model.config.windows))
-    manager = Watched(roomy, 16, arrival.width, model=model, max_batched_tokens=max(512, longest))
+    enough_blocks = longest * arrival.width * len(group_layers(model.config.windows))
+    manager = Watched(enough_blocks, 16, arrival.width, model=model, max_batched_tokens=max(512, longest))
     return _serve(manager, Scenario((arrival,), 16, 0, arrival.width, 512, 1, "", False))
 
 
 @contextmanager
 def kernels_on(threads: int, instruction_set: str) -> Iterator[None]:
-    """Run the compiled kernels, where there are any, on so many threads and this instruction set."""
+    """Run the compiled kernels, if they are built, on this many threads with this instruction set."""
     if tiny_llm_kernels.available():
         tiny_llm_kernels.set_num_threads(threads)
         tiny_llm_kernels.select_instruction_set(instruction_set or tiny_llm_kernels.instruction_set())
@@ -650,7 +659,7 @@ def kernels_on(threads: int, instruction_set: str) -> Iterator[None]:
 
 
 class Served(NamedTuple):
-    """What a scenario gave: answers by sequence id, the seed of each request, searches by request id."""
+    """The results of a scenario: answers by sequence id, the seed of each request, searches by request id."""
 
     answers: dict[str, Answer]
     seeds: dict[str, int]
@@ -658,7 +667,7 @@ class Served(NamedTuple):
 
 
 def _add(engine: EngineCore, request_id: str, arrival: Arrival) -> BeamSearch | None:
-    """Let a request arrive."""
+    """Add an arriving request."""
     if isinstance(arrival.params, BeamSearchParams):
         return engine.add_beam_search(request_id, list(arrival.prompt), arrival.params)
     assert engine.add_request(request_id, list(arrival.prompt), arrival.params)
@@ -697,7 +706,7 @@ def _serve(manager: Watched, scenario: Scenario) -> Served:
         check_pages(manager)
         if step in scenario.compacted_at:
             _compact(manager)
-        _check_what_is_told(manager, watch, mirror)
+        _check_events(manager, watch, mirror)
         check_first_come_first_served(manager, {str(i): i for i in range(len(scenario.arrivals))})
         if not engine.has_work and step >= max(arrival.step for arrival in scenario.arrivals):
             break
@@ -711,17 +720,17 @@ def _serve(manager: Watched, scenario: Scenario) -> Served:
     return Served(complete, seeds, searches)
 
 
-def _check_what_is_told(manager: Watched, watch: BlockWatch, mirror: Mirror) -> None:
-    """Whoever hears what changes in the pool knows what is in it, also if he has come just now."""
-    mirror.hear(watch.poll())
+def _check_events(manager: Watched, watch: BlockWatch, mirror: Mirror) -> None:
+    """Check that listeners know the state of the pool from its events, even one that has just started."""
+    mirror.apply(watch.poll())
     mirror.check(manager)
     late = Mirror()
-    late.hear(watch.snapshot())
+    late.apply(watch.snapshot())
     late.check(manager)
 
 
 def _compact(manager: Watched) -> None:
-    """Compact the pool, and check that what is in use stands at its front."""
+    """Compact the pool, and check that the blocks in use are at its front."""
     allocator = manager.allocator
     before = {block for block in range(allocator.num_blocks) if allocator.ref_count(block)}
     num_free = manager.compact()
@@ -732,13 +741,13 @@ def _compact(manager: Watched) -> None:
 
 
 def _step_bound(scenario: Scenario) -> int:
-    """Steps within which everybody is served: the oldest always runs, and computes a token a step."""
+    """A bound on the steps to serve every request: the oldest always runs, a token per step or more."""
     work = sum(a.width * (len(a.prompt) + (a.params.max_tokens or 0)) for a in scenario.arrivals)
     return max(arrival.step for arrival in scenario.arrivals) + work + 1
 
 
 def _recorded_logits(manager: PagedBatchManager) -> dict[str, bytes]:
-    """The bytes of the last step's logits by sequence id, refilled at each `process_batch`."""
+    """The bytes of the last step's logits by sequence id, refilled by each `process_batch`."""
     recorded: dict[str, bytes] = {}
     process_batch = manager.process_batch
 
@@ -759,7 +768,7 @@ def _recorded_logits(manager: PagedBatchManager) -> dict[str, bytes]:
 
 
 def assert_caught(check: Callable[[Scenario], object], strategy: st.SearchStrategy[Scenario]) -> None:
-    """Fail unless the property breaks on some example, as it must where the engine is a mutant."""
+    """Fail unless the property fails on some example, as it must for a mutant of the engine."""
 
     @settings(
         max_examples=examples(60, quick=60),
@@ -776,7 +785,7 @@ def assert_caught(check: Callable[[Scenario], object], strategy: st.SearchStrate
 
 
 def keys_backwards(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """An attention that sums over its keys from the last to the first where it has a single query."""
+    """An attention that, for a single query, sums over its keys from the last to the first."""
 
     def attention(
         q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None = None

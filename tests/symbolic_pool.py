@@ -1,4 +1,4 @@
-"""A pool of plain Python values: each slot remembers which token of which stream was written there."""
+"""A pool of plain Python values: each slot remembers which token of which stream was written to it."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from tiny_llm.step import Plan
 
 
 class SymbolicPool:
-    """What each slot holds: whose layers' keys, and the stream of tokens up to the one written there."""
+    """The contents of each slot: whose layers' keys, and the stream of tokens up to the one written there."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -17,7 +17,7 @@ class SymbolicPool:
         self.on_host: dict[int, list[tuple[int, ...] | None]] = {}
 
     def perform(self, plan: Plan) -> None:
-        """Blocks to the host and back; the copies, all read before any is written; the chunks' writes."""
+        """Swap blocks out and in; make the copies, all read before any is written; write the chunks."""
         size = self.block_size
         for block, host_block in plan.swapped_out:
             self.on_host[host_block] = [self.held.get(block * size + i) for i in range(size)]
@@ -44,17 +44,17 @@ class SymbolicPool:
         )
 
     def check(self, sequence: PagedSequence) -> None:
-        """Every computed token that a query may see stands in its slot, after the right past."""
+        """Check that every computed token that a query may see is in its slot, after the right prefix."""
         tokens = tuple(sequence.tokens(0, sequence.num_computed))
         for group, table in enumerate(sequence.tables):
             start = table.start if isinstance(table, WindowedTable) else 0
             for position, slot in enumerate(table.slots(start, sequence.num_computed), start):
                 assert self.held[slot] == (group, *tokens[: position + 1]), (
-                    f"{sequence.seq_id} reads another's token {position}"
+                    f"{sequence.seq_id} reads another sequence's token {position}"
                 )
 
     def move(self, copies: list[BlockCopy]) -> None:
-        """Compaction's copies: whole blocks, whatever is in them."""
+        """Make compaction's copies: whole blocks, whatever they hold."""
         size = self.block_size
         read = [[self.held.get(copy.src * size + i) for i in range(size)] for copy in copies]
         for copy, values in zip(copies, read, strict=True):

@@ -1,4 +1,4 @@
-"""What callers hand to the engine: forms that are accepted, and a refusal by value and place for all others.
+"""Inputs to the engine: which forms are accepted, and that all others are rejected by value and position.
 
 Oracle: vLLM's forms of a prompt (`TextPrompt`, `TokensPrompt`), and the same prompt as a plain list of ids.
 """
@@ -36,7 +36,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=2)
 
 
 class Frame:
-    """Like a table of pandas: a column by name, no truth value, no order."""
+    """Like a pandas DataFrame: columns by name, no truth value, no order."""
 
     def __bool__(self) -> bool:
         raise ValueError("The truth value of a Frame is ambiguous")
@@ -51,8 +51,8 @@ class Frame:
         return 1
 
 
-class Unspeakable:
-    """A value whose every text raises."""
+class Unprintable:
+    """A value whose every conversion to text raises."""
 
     def __repr__(self) -> str:
         raise RuntimeError("no text")
@@ -70,13 +70,13 @@ def loaded() -> LLM:
 
 @pytest.fixture
 def llm(loaded: LLM) -> Iterator[LLM]:
-    """The one engine of this module; every test leaves it without a request and without a page."""
+    """The one engine of this module; every test leaves it without requests and without pages in use."""
     yield loaded
     check_all_returned(loaded.core.manager)
 
 
 class Endless(UserList[int]):
-    """Three ids by its length; without an end for a loop over it."""
+    """Three ids according to its length, but iteration never ends."""
 
     def __len__(self) -> int:
         return 3
@@ -108,18 +108,18 @@ IDS = [5, 6, 7]
         {"prompt_token_ids": np.array(IDS), "prompt": None},
     ],
 )
-def test_token_ids_in_every_form_are_one_prompt(prompt: Any) -> None:
+def test_token_ids_in_any_form_are_one_prompt(prompt: Any) -> None:
     [parsed] = parse_prompts(prompt)
     assert (parsed.text, parsed.token_ids) == (None, IDS)
     assert set(map(type, parsed.token_ids or ())) == {int}
     assert parse_prompts([prompt, prompt]) == [parsed, parsed]
 
 
-def test_a_sequence_without_an_end_has_as_many_ids_as_it_says() -> None:
+def test_only_as_many_ids_are_read_as_the_length_says() -> None:
     assert parse_prompt(Endless()).token_ids == IDS
 
 
-def test_texts_and_dicts() -> None:
+def test_prompts_can_be_texts_or_dicts() -> None:
     assert parse_prompts("ab") == parse_prompts({"prompt": "ab"}) == [("ab", None, None)]
     assert parse_prompts([]) == []
     both = {"prompt": "ab", "prompt_token_ids": IDS, "cache_salt": "mine"}
@@ -128,7 +128,7 @@ def test_texts_and_dicts() -> None:
     assert [one.content for one in mixed] == ["ab", IDS, "c"]
 
 
-def test_an_array_of_two_dimensions_is_a_list_of_prompts() -> None:
+def test_a_two_dimensional_array_is_a_list_of_prompts() -> None:
     for rows in (np.array([IDS, IDS]), mx.array([IDS, IDS])):
         assert [one.token_ids for one in parse_prompts(rows)] == [IDS, IDS]
     assert [one.token_ids for one in parse_prompts([np.array(IDS), np.array([1])])] == [IDS, [1]]
@@ -146,7 +146,7 @@ NO_PROMPTS = [
     {1, 2},
     frozenset([1]),
     Frame(),
-    Unspeakable(),
+    Unprintable(),
     object(),
     (token for token in IDS),
     iter(IDS),
@@ -161,7 +161,7 @@ NO_PROMPTS = [
 
 
 @pytest.mark.parametrize("value", NO_PROMPTS, ids=[type(value).__name__ for value in NO_PROMPTS])
-def test_what_is_no_prompt_is_refused_with_its_value_and_its_place(value: Any) -> None:
+def test_an_invalid_prompt_is_rejected_with_its_value_and_position(value: Any) -> None:
     with pytest.raises(ValueError, match="prompt") as alone:
         parse_prompts(value)
     assert shown(value) in str(alone.value)
@@ -182,7 +182,7 @@ def test_what_is_no_prompt_is_refused_with_its_value_and_its_place(value: Any) -
         ([1, np.True_], r"prompt\[1\].*True"),
         ([1, Fraction(3)], r"prompt\[1\].*Fraction"),
         ([1, [2]], r"prompt\[1\].*\[2\]"),
-        ([1, Unspeakable()], r"prompt\[1\].*Unspeakable"),
+        ([1, Unprintable()], r"prompt\[1\].*Unprintable"),
         ([[1], [2, [3]]], r"prompts\[1\]\[1\].*\[3\]"),
         ([[1], []], r"prompts\[1\]: no tokens"),
         ([["a"]], r"prompts\[0\]\[0\].*'a'"),
@@ -201,19 +201,19 @@ def test_what_is_no_prompt_is_refused_with_its_value_and_its_place(value: Any) -
         (range(10**12), "1000000000000 token ids are more than 10000000"),
     ],
 )
-def test_a_wrong_part_of_a_prompt_is_named(prompts: Any, message: str) -> None:
+def test_the_error_names_the_invalid_part_of_a_prompt(prompts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_prompts(prompts)
 
 
-def test_a_refusal_is_short_however_long_the_value() -> None:
+def test_an_error_message_is_short_however_long_the_value() -> None:
     for value in (b"x" * 10**7, [["x" * 10**6] * 1000], {"prompt": ["x" * 10**6] * 1000}):
         with pytest.raises(ValueError, match="prompt") as refused:
             parse_prompts(value)
         assert len(str(refused.value)) < 1000
 
 
-def test_every_form_gives_what_the_plain_list_gives(llm: LLM) -> None:
+def test_every_form_of_a_prompt_gives_the_same_answer_as_the_plain_list(llm: LLM) -> None:
     [plain] = llm.generate([5, 6, 7], GREEDY, use_tqdm=False)
     forms: list[Any] = [np.array(IDS), {"prompt_token_ids": IDS}, tuple(IDS), {"prompt": "The"}, "The"]
     *same, first, second = llm.generate(forms, GREEDY, use_tqdm=False)
@@ -224,8 +224,8 @@ def test_every_form_gives_what_the_plain_list_gives(llm: LLM) -> None:
     assert "".join(piece.text for piece in llm.stream({"prompt": "The"}, GREEDY)) == first.outputs[0].text
 
 
-def test_a_salt_with_the_prompt_keeps_its_pages_apart(llm: LLM) -> None:
-    """Oracle: `num_cached_tokens`: a prompt shares with the same salt only."""
+def test_a_prompts_cache_salt_keeps_its_pages_apart(llm: LLM) -> None:
+    """Oracle: `num_cached_tokens`: a prompt shares pages only with prompts of the same salt."""
     ids = list(range(50, 74))
     for salt, shares in (("a", False), ("b", False), ("a", True)):
         [output] = llm.generate({"prompt_token_ids": ids, "cache_salt": salt}, GREEDY, use_tqdm=False)
@@ -243,12 +243,12 @@ def test_a_salt_with_the_prompt_keeps_its_pages_apart(llm: LLM) -> None:
         (iter([GREEDY, GREEDY]), "must be SamplingParams"),
     ],
 )
-def test_wrong_sampling_params_are_refused(llm: LLM, params: Any, message: str) -> None:
+def test_invalid_sampling_params_are_rejected(llm: LLM, params: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         llm.generate(["a", "b"], params, use_tqdm=False)
 
 
-def test_other_arguments_of_a_wrong_type_are_refused(llm: LLM) -> None:
+def test_other_arguments_of_a_wrong_type_are_rejected(llm: LLM) -> None:
     with pytest.raises(ValueError, match="use_tqdm must be True or False, not 'no'"):
         llm.generate("a", GREEDY, use_tqdm="no")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="params must be BeamSearchParams, not SamplingParams"):
@@ -264,14 +264,14 @@ def test_other_arguments_of_a_wrong_type_are_refused(llm: LLM) -> None:
 # ---- requests ----
 
 
-@pytest.mark.parametrize("request_id", ["", 5, b"a", ["a"], "x" * 257, True, Unspeakable()])
-def test_a_request_id_is_a_short_text(llm: LLM, request_id: Any) -> None:
+@pytest.mark.parametrize("request_id", ["", 5, b"a", ["a"], "x" * 257, True, Unprintable()])
+def test_a_request_id_must_be_a_short_text(llm: LLM, request_id: Any) -> None:
     with pytest.raises(ValueError, match="request_id must be a string of 1 to 256 characters"):
         llm.engine.request("a", GREEDY, request_id)
 
 
-def test_a_width_beyond_the_engines_is_refused_before_it_costs_anything(llm: LLM) -> None:
-    """Measured before: 3.4 GB for this width."""
+def test_a_beam_width_above_the_engines_limit_is_rejected_before_it_takes_memory(llm: LLM) -> None:
+    """Measured without this check: 3.4 GB for this width."""
     params = BeamSearchParams(beam_width=50_000_000, max_tokens=2)
     tracemalloc.start()
     try:
@@ -284,19 +284,19 @@ def test_a_width_beyond_the_engines_is_refused_before_it_costs_anything(llm: LLM
         llm.engine.request("a", SamplingParams(n=9))
 
 
-def _submit_nothing_right(engine: Engine, requests: Any, deliver: Any = print) -> None:
+def _submit_invalid_requests(engine: Engine, requests: Any, deliver: Any = print) -> None:
     engine.submit(requests, deliver).result(60)
 
 
-def test_what_is_no_request_or_listener_is_refused_at_once(llm: LLM) -> None:
+def test_an_invalid_request_or_listener_is_rejected_immediately(llm: LLM) -> None:
     engine, good = llm.engine, llm.engine.request("a", GREEDY)
     for requests in (5, None, good, iter([good]), {good}, "a"):
         with pytest.raises(TypeError, match="requests"):
-            _submit_nothing_right(engine, requests)
+            _submit_invalid_requests(engine, requests)
     with pytest.raises(TypeError, match=r"requests\[1\] must be made by `request` or `search`, not 'a'"):
-        _submit_nothing_right(engine, [good, "a"])
+        _submit_invalid_requests(engine, [good, "a"])
     with pytest.raises(TypeError, match="deliver must be callable, not None"):
-        _submit_nothing_right(engine, [good], None)
+        _submit_invalid_requests(engine, [good], None)
     for call, value in (
         (engine.cancel, ["a"]),
         (engine.cancel, None),
@@ -319,7 +319,7 @@ COUNTS += ["block_size", "min_num_blocks", "kv_cache_memory", "swap_space"]
 @pytest.mark.parametrize(
     "value", ["16", "1GiB", 16.0, 1.5, True, float("nan"), float("inf"), b"16", [16], -1, 0, 10**30]
 )
-def test_an_option_that_is_no_count_is_refused_by_name_value_and_limit(name: str, value: Any) -> None:
+def test_an_invalid_count_is_rejected_with_its_name_value_and_limit(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} must be (a whole number|at least 1|at most)") as refused:
         EngineConfig.from_options(**{name: value})
     assert shown(value) in str(refused.value)
@@ -340,21 +340,21 @@ def test_an_option_that_is_no_count_is_refused_by_name_value_and_limit(name: str
         ({"kv_cache_dtype": mx.float16}, "kv_cache_dtype must be a string"),
         ({"batching": ["paged"]}, "batching must be a string"),
         ({"preemption_mode": 1}, "preemption_mode must be a string, not 1"),
-        ({"max_num_seqs": Unspeakable()}, "max_num_seqs must be a whole number, not"),
+        ({"max_num_seqs": Unprintable()}, "max_num_seqs must be a whole number, not"),
     ],
 )
-def test_an_option_of_a_wrong_type_is_refused(options: dict[str, Any], message: str) -> None:
+def test_an_option_of_a_wrong_type_is_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         EngineConfig.from_options(**options)
 
 
-def test_whole_numbers_of_numpy_are_options_and_become_ints() -> None:
+def test_numpy_integers_are_accepted_as_options_and_become_ints() -> None:
     config = EngineConfig.from_options(num_blocks=np.int64(7), activation_bits=np.uint8(8))
     assert (type(config.num_blocks), config.num_blocks, config.activation_bits) == (int, 7, 8)
 
 
 @pytest.mark.parametrize("model", [123, b"x.gguf", 1.5, ["a"], object(), "", "a\0b", True])
-def test_what_names_no_model_is_refused(model: Any) -> None:
+def test_a_value_that_cannot_name_a_model_is_rejected(model: Any) -> None:
     with pytest.raises(ConfigError, match="model must be a path, a hub id or None, not"):
         LLM(model)
 
@@ -369,7 +369,7 @@ def test_what_names_no_model_is_refused(model: Any) -> None:
         {"swap_space": 2**60, "preemption_mode": "swap"},
     ],
 )
-def test_more_memory_than_the_machine_has_is_refused_before_it_is_taken(options: dict[str, int]) -> None:
+def test_more_memory_than_the_machine_has_is_rejected_before_allocation(options: dict[str, int]) -> None:
     config, began = EngineConfig.from_options(**options), time.monotonic()
     sized = config.swap_blocks if config.swap_space else config.pool_blocks
     with pytest.raises(ConfigError, match="this machine"):
@@ -377,8 +377,8 @@ def test_more_memory_than_the_machine_has_is_refused_before_it_is_taken(options:
     assert time.monotonic() - began < 5
 
 
-def test_random_options_are_taken_or_refused_as_options() -> None:
-    """Whatever a value is, nothing but `ConfigError` comes out of it."""
+def test_random_option_values_are_accepted_or_raise_config_error() -> None:
+    """Whatever the value, the only error that may come is `ConfigError`."""
     draw = random.Random(1)
     values = [
         None,

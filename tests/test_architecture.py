@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md, its figures and the pages of decisions: what they name exists, and they agree.
+"""ARCHITECTURE.md, its figures and the pages of decisions: everything they name exists, and they agree.
 
 Oracles: the folders and modules of the repository, and the script that draws the figures.
 """
@@ -23,7 +23,7 @@ Imports = dict[str, tuple[str, ...]]
 
 
 class Figures(NamedTuple):
-    """What the script knows: how each file is drawn, the table of imports, the boxes of the first figure."""
+    """What the script exports: how files are drawn, the table of imports, the boxes of the first figure."""
 
     draw: dict[str, Callable[[], str]]
     imports: Imports
@@ -42,7 +42,7 @@ def name_of(file: Path) -> str:
 
 
 def rows(heading: str) -> Iterator[list[str]]:
-    """The rows of the first table under a heading, as texts of cells, without the table's own head."""
+    """The rows of the first table under a heading, as lists of cell texts, without the header row."""
     section = re.split(r"^#+ ", PAGE.partition(f"# {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     for line in lines[2:]:
@@ -56,12 +56,12 @@ def in_code(cell: str) -> list[str]:
 # ---- the page ----
 
 
-def test_the_page_can_be_read_in_a_quarter_of_an_hour() -> None:
+def test_the_page_takes_at_most_fifteen_minutes_to_read() -> None:
     assert len(PAGE.split()) <= 2500
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_every_link_leads_to_a_file(page: Path) -> None:
+def test_every_link_points_to_a_file(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     inline = re.findall(r"\]\(([^)\s]+)\)", text)
     definition = re.compile(r"^\[(\d{4})\]: (\S+)$", re.MULTILINE)
@@ -73,7 +73,7 @@ def test_every_link_leads_to_a_file(page: Path) -> None:
 
 
 def documented_interfaces() -> list[tuple[str, str]]:
-    """Module and dotted name of each entry of "Interfaces"; `.name` belongs to the class before it."""
+    """The module and dotted name of each entry of "Interfaces"; `.name` belongs to the class before it."""
     entries = []
     for modules, interfaces, _ in rows("Interfaces"):
         owner = ""
@@ -87,7 +87,7 @@ def documented_interfaces() -> list[tuple[str, str]]:
 
 
 def defined_in(module: str) -> set[str]:
-    """Functions, classes and methods, by dotted name, of the modules of that name in any package."""
+    """Functions, classes and methods, by dotted name, of the modules with this name in any package."""
     names = set()
     for file in (ROOT / "src").glob(f"*/{module}.py"):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -100,41 +100,41 @@ def defined_in(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize(("modules", "name"), documented_interfaces())
-def test_every_interface_that_the_page_lists_exists(modules: str, name: str) -> None:
+def test_every_interface_on_the_page_exists(modules: str, name: str) -> None:
     assert name in set[str]().union(*(defined_in(module) for module in modules.split()))
 
 
 # ---- the figures ----
 
 
-def test_the_table_of_imports_is_the_one_that_is_drawn(figures: Figures) -> None:
+def test_the_table_of_imports_is_the_one_in_the_figure(figures: Figures) -> None:
     table = {in_code(name)[0]: set(in_code(imports)) for name, _, imports in rows("Packages")}
     assert table == {name: set(imports) for name, imports in figures.imports.items()}
 
 
-def test_every_package_that_is_drawn_exists(figures: Figures) -> None:
-    """And every package is drawn: folders of `src` that hold Python, benches and labs."""
+def test_the_figure_shows_exactly_the_existing_packages(figures: Figures) -> None:
+    """Packages are the folders of `src` that hold Python, benches and labs."""
     packages = {file.parent.name for file in (ROOT / "src").glob("*/__init__.py")}
     assert figures.boxes == set(figures.imports) == packages | {"benches", "labs"}
     assert (ROOT / "benches").is_dir()
     assert (ROOT / "labs").is_dir()
 
 
-def test_a_package_is_drawn_above_all_that_it_imports(figures: Figures) -> None:
-    """So there is no circle: the table lists packages from the ground up."""
+def test_a_package_is_drawn_above_everything_that_it_imports(figures: Figures) -> None:
+    """So there is no cycle: the table lists packages from the bottom up."""
     order = list(figures.imports)
     for name, imports in figures.imports.items():
         assert all(order.index(imported) < order.index(name) for imported in imports)
 
 
-def test_the_committed_figures_are_what_the_script_makes(figures: Figures) -> None:
-    """`pdm run figures` makes them anew."""
+def test_the_committed_figures_are_what_the_script_draws(figures: Figures) -> None:
+    """`pdm run figures` redraws them."""
     committed = {file.name: file.read_text(encoding="utf-8") for file in FIGURES.glob("*.svg")}
     assert committed == {name: draw() for name, draw in figures.draw.items()}
 
 
 def test_figures_have_colours_for_light_and_dark_backgrounds(figures: Figures) -> None:
-    """Every class of a mark that has a colour in one scheme has one in the other."""
+    """Every CSS class with a colour in one scheme has a colour in the other."""
     for draw in figures.draw.values():
         style = draw().partition("<style>")[2].partition("</style>")[0]
         light, dark = style.split("@media (prefers-color-scheme: dark)")
@@ -154,12 +154,12 @@ def test_decisions_are_numbered_without_gaps_and_listed() -> None:
 
 
 @pytest.mark.parametrize("file", NUMBERED, ids=name_of)
-def test_a_decision_has_context_choice_and_consequence(file: Path) -> None:
+def test_a_decision_has_context_choice_and_consequences(file: Path) -> None:
     parts = re.split(r"^## (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert parts[1::2] == ["Context", "Choice", "Consequence"]
     assert all(len(part.split()) > 5 for part in parts[2::2])
 
 
 @pytest.mark.parametrize("file", NUMBERED, ids=name_of)
-def test_a_decision_is_cited_by_the_page(file: Path) -> None:
+def test_every_decision_is_cited_on_the_page(file: Path) -> None:
     assert f"[{file.name[:4]}]" in PAGE

@@ -1,5 +1,6 @@
-"""Beam search: hypotheses against enumeration and against a search written from the definition; whose pages
-the beams hold; and the engine's searches against one that computes every beam from nothing."""
+"""Beam search: hypotheses against enumeration and against a search written from the definition; which beams
+hold which pages; and the engine's searches against one that computes every beam from scratch.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,11 +35,11 @@ from tiny_llm import LLM, BeamSearchPageManager, BeamSearchParams, BlockAllocato
 from tiny_model import EOS, dense_model, examples, random_prompt, tiny_model
 
 Tokens = tuple[int, ...]
-Table = Callable[[Tokens], list[float]]  # the log-probability of each token behind those
+Table = Callable[[Tokens], list[float]]  # the log-probability of each token after those
 
 
 def uneven(prefix: Tokens, vocab: int, seed: int) -> list[float]:
-    """Log-probabilities that sum to one in probability, and depend on all that came before."""
+    """Log-probabilities whose probabilities sum to one, and which depend on all tokens before."""
     row = np.random.default_rng([seed, len(prefix), *prefix]).normal(size=vocab) * 1.5
     return [float(x) for x in row - np.log(np.exp(row).sum())]
 
@@ -50,34 +51,36 @@ def coarse(prefix: Tokens, vocab: int, seed: int) -> list[float]:
 
 
 def searched(table: Table, params: BeamSearchParams, eos: Seq[int]) -> tuple[BeamSearch, int]:
-    """A search that is over, and how often it advanced; each beam offers its `num_candidates` likeliest."""
+    """A finished search, and how often it advanced; each beam offers `num_candidates` likeliest tokens."""
     search = BeamSearch(params, eos)
     for steps in count():
         if not search.beams:
             return search, steps
-        assert steps < params.max_tokens, "it goes on behind the longest output"
+        assert steps < params.max_tokens, "the search went on after the longest output"
         offered = [likeliest(table(beam.tokens), search.num_candidates) for beam in search.beams]
         parents = search.beams
         choices = search.advance(offered)
         assert len(choices) == len(search.beams) <= params.beam_width
         for (parent, token), beam in zip(choices, search.beams, strict=True):
-            assert beam.tokens == (*parents[parent].tokens, token), "a beam that continues another"
+            assert beam.tokens == (*parents[parent].tokens, token), (
+                "a beam continues another beam than its parent"
+            )
             assert beam.logprob == parents[parent].logprob + table(parents[parent].tokens)[token]
     raise AssertionError
 
 
 def likeliest(row: Seq[float], number: int) -> list[tuple[int, float]]:
-    """Tokens with their log-probabilities, the likeliest first, as the engine offers them."""
+    """Tokens with their log-probabilities, likeliest first, as the engine offers them."""
     return sorted(enumerate(row), key=lambda pair: (-pair[1], pair[0]))[:number]
 
 
 def score(logprob: float, num_tokens: int, penalty: float) -> float:
-    """The definition."""
+    """The score by definition."""
     return logprob / num_tokens**penalty
 
 
 def all_hypotheses(table: Table, params: BeamSearchParams, eos: Seq[int]) -> Iterator[Ended]:
-    """Every text that ends, by end of sequence or by length: one after the other, none left out."""
+    """Every text that ends, by end of sequence or by length, by enumeration."""
     ends = () if params.ignore_eos else eos
 
     def grow(tokens: Tokens, logprob: float) -> Iterator[Ended]:
@@ -93,7 +96,7 @@ def all_hypotheses(table: Table, params: BeamSearchParams, eos: Seq[int]) -> Ite
 
 
 def by_definition(table: Table, params: BeamSearchParams, eos: Seq[int]) -> list[Ended]:
-    """Beam search as it is defined: every token of every beam is a candidate, and nothing stops it early."""
+    """Beam search by definition: every token of every beam is a candidate, and nothing stops it early."""
     width, ends = params.beam_width, () if params.ignore_eos else eos
     living, ended = [Hypothesis((), 0.0)], []
     for length in range(1, params.max_tokens + 1):
@@ -102,7 +105,7 @@ def by_definition(table: Table, params: BeamSearchParams, eos: Seq[int]) -> list
             for beam in living
             for token, more in enumerate(table(beam.tokens))
         ]
-        grown.sort(key=lambda one: -one.logprob)  # equal ones stay: the better parent's, the smaller token
+        grown.sort(key=lambda one: -one.logprob)  # ties keep their order: better parent, smaller token
         for one in grown[:width]:
             if one.tokens[-1] in ends or length == params.max_tokens:
                 value = score(one.logprob, length, params.length_penalty)
@@ -117,10 +120,10 @@ def by_definition(table: Table, params: BeamSearchParams, eos: Seq[int]) -> list
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
 @pytest.mark.parametrize("eos", [(), (1,), (0, 2)], ids=["no_eos", "one_eos", "two_eos"])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_beam_wide_enough_finds_every_text_there_is(
+def test_a_wide_enough_beam_finds_every_possible_text(
     penalty: float, eos: tuple[int, ...], seed: int
 ) -> None:
-    """All 3 to the power of 5 texts fit into the beam: nothing is cut, and nothing ends early."""
+    """All 3 to the power of 5 texts fit into the beam: nothing is pruned, and nothing ends early."""
     table = partial(uneven, vocab=3, seed=seed)
     params = BeamSearchParams(beam_width=3**5, max_tokens=5, length_penalty=penalty)
     search, steps = searched(table, params, eos)
@@ -131,8 +134,8 @@ def test_a_beam_wide_enough_finds_every_text_there_is(
 
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_beam_that_holds_every_beginning_finds_the_best_of_all_texts(penalty: float, seed: int) -> None:
-    """Of 4 tokens one ends: at most 27 beginnings go on beside each other, and 108 are ranked."""
+def test_a_beam_that_holds_every_prefix_finds_the_best_of_all_texts(penalty: float, seed: int) -> None:
+    """One of 4 tokens ends a text: at most 27 prefixes go on together, and 108 candidates are ranked."""
     table = partial(uneven, vocab=4, seed=seed)
     params = BeamSearchParams(beam_width=108, max_tokens=4, length_penalty=penalty)
     best = sorted(all_hypotheses(table, params, (2,)), key=lambda one: -one.score)[:108]
@@ -153,7 +156,7 @@ def test_a_beam_that_holds_every_beginning_finds_the_best_of_all_texts(penalty: 
 )
 @example(uneven, 4, 0, {0}, 1, 1, 1.0, False)
 @example(coarse, 2, 0, {0, 1}, 3, 4, 1.0, False)
-def test_a_search_finds_what_the_definition_says(
+def test_a_search_finds_what_the_definition_finds(
     table: Callable[..., list[float]],
     vocab: int,
     seed: int,
@@ -163,7 +166,7 @@ def test_a_search_finds_what_the_definition_says(
     penalty: float,
     ignore_eos: bool,
 ) -> None:
-    """Neither the early end, nor the few candidates that each beam offers, change what is found."""
+    """Neither the early stop nor the few candidates that each beam offers change the result."""
     params = BeamSearchParams(
         beam_width=width, max_tokens=max_tokens, length_penalty=penalty, ignore_eos=ignore_eos
     )
@@ -177,7 +180,7 @@ def fixed(rows: dict[Tokens, Seq[float]]) -> Table:
     return lambda prefix: [float(np.log(p)) for p in rows[prefix]]
 
 
-def test_equal_sums_go_to_the_better_parent_and_then_to_the_smaller_token() -> None:
+def test_ties_go_to_the_better_parent_and_then_to_the_smaller_token() -> None:
     search = BeamSearch(BeamSearchParams(beam_width=3, max_tokens=9), ())
     assert search.advance([[(5, -1.0), (2, -1.0), (9, -1.0), (1, -2.0)]]) == [(0, 2), (0, 5), (0, 9)]
     level = [(7, -1.0), (3, -1.0)]
@@ -192,15 +195,15 @@ def test_a_beam_may_have_several_children_or_none() -> None:
     assert search.advance([[(1, -5.0), (2, -6.0)], [(3, -0.1), (4, -0.2)]]) == [Choice(1, 3), Choice(1, 4)]
 
 
-def test_an_end_counts_only_among_the_best_and_takes_nobodys_place() -> None:
+def test_an_end_token_counts_only_among_the_best_and_takes_no_beams_place() -> None:
     table = fixed({(): [0.5, 0.3, 0.2], (0,): [0.1, 0.6, 0.3], (1,): [0.4, 0.5, 0.1]})
     search, _ = searched(table, BeamSearchParams(beam_width=2, max_tokens=2, length_penalty=0), (2,))
     texts = {one.hypothesis.tokens: one.finish_reason for one in search.ended}
     assert texts == {(0, 1): "length", (0, 2): "stop"}, "(2,) was third of its step; 0.5 * 0.3 and 0.3 * 0.5"
 
 
-def test_a_search_that_is_over_early_advances_no_more() -> None:
-    """The first token ends the text with 0.9; nothing that goes on can reach that without a reward."""
+def test_a_search_that_stops_early_advances_no_more() -> None:
+    """The first token ends the text with probability 0.9; without a length reward nothing can beat that."""
     table = fixed({(): [0.9, 0.1], (1,): [0.5, 0.5], (1, 1): [0.5, 0.5]})
     params = BeamSearchParams(beam_width=1, max_tokens=3, length_penalty=0)
     assert searched(table, params, (0,))[1] == 1
@@ -210,7 +213,7 @@ def test_a_search_that_is_over_early_advances_no_more() -> None:
     assert search.ended == by_definition(table, rewarded, (0,))
 
 
-def test_end_of_sequence_is_a_token_like_others_where_it_is_ignored() -> None:
+def test_an_ignored_end_of_sequence_is_an_ordinary_token() -> None:
     params = BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True)
     table = partial(uneven, vocab=3, seed=1)
     search, steps = searched(table, params, (0, 1, 2))
@@ -219,14 +222,14 @@ def test_end_of_sequence_is_a_token_like_others_where_it_is_ignored() -> None:
     assert search.ended == searched(table, replace(params, ignore_eos=False), ())[0].ended
 
 
-def test_an_end_at_the_last_token_is_told_apart_from_one_by_length() -> None:
+def test_an_end_of_sequence_at_the_last_token_is_not_an_end_by_length() -> None:
     table = fixed({(): [0.6, 0.4], (1,): [0.3, 0.7]})
     search, _ = searched(table, BeamSearchParams(beam_width=3, max_tokens=2, length_penalty=0), (0,))
     reasons = {one.hypothesis.tokens: one.finish_reason for one in search.ended}
     assert reasons == {(0,): "stop", (1, 1): "length", (1, 0): "stop"}
 
 
-def test_a_length_penalty_chooses_between_short_and_long() -> None:
+def test_the_length_penalty_decides_between_short_and_long_texts() -> None:
     """One token with 0.4, or four that have 0.6 times 0.7 cubed, 0.21, together: -0.92 and -1.58."""
     table = fixed({(): [0.4, 0.6], **{(1,) * n: [0.3, 0.7] for n in (1, 2, 3)}})
     for penalty, length in ((-1.0, 1), (0.0, 1), (1.0, 4), (2.0, 4)):
@@ -252,13 +255,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("wrong", "message"), REFUSED.values(), ids=REFUSED)
-def test_parameters_that_cannot_work_are_refused(wrong: dict[str, object], message: str) -> None:
+def test_invalid_parameters_are_rejected(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(SamplingParamsError, match=message):
         BeamSearchParams(**{"beam_width": 2, "max_tokens": 8, **wrong})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("penalty", [-10, 10, -10.0, 10.0])
-def test_the_largest_penalties_can_be_computed_with(penalty: float) -> None:
+def test_the_largest_length_penalties_can_be_computed(penalty: float) -> None:
     params = BeamSearchParams(beam_width=1, max_tokens=10**7, length_penalty=penalty)
     assert np.isfinite(params.score(-1e5, 10**7))
     assert params.score(-1e5, 10**7) != 0
@@ -268,13 +271,13 @@ def test_the_largest_penalties_can_be_computed_with(penalty: float) -> None:
 
 
 class Pages:
-    """A pool of plain values: which beam's token stands in which slot. Makes the copies, and writes."""
+    """A pool of plain values: which beam's token is in which slot. Makes the copies, and writes."""
 
     def __init__(self) -> None:
         self.held: dict[int, object] = {}
 
     def expand(self, beams: BeamSearchPageManager, beam_id: int, tokens: list[int]) -> int:
-        """Let a beam grow; how many blocks were copied."""
+        """Extend a beam; returns how many blocks were copied."""
         table = beams.tables[beam_id]
         before = table.num_tokens
         copies = beams.expand_beam(beam_id, tokens)
@@ -291,14 +294,14 @@ class Pages:
 
 
 def check_conserved(allocator: BlockAllocator, tables: Seq[BlockTable]) -> None:
-    """Every block is free, or counted once for each table that holds it."""
+    """Check that every block is free, or referenced once by each table that holds it."""
     held = Counter(block for table in tables for block in table.blocks)
     counted = [allocator.ref_count(block) for block in range(allocator.num_blocks)]
     assert counted == [held[block] for block in range(allocator.num_blocks)]
     assert allocator.num_free == counted.count(0)
 
 
-def test_beams_share_what_they_have_in_common_and_copy_one_block_each() -> None:
+def test_beams_share_their_common_blocks_and_copy_one_block_each() -> None:
     """11 tokens in blocks of 4 are 3 blocks; three beams on them are 3 until they write, then 2 + 3."""
     pages, allocator = Pages(), BlockAllocator(12)
     beams = BeamSearchPageManager(3, allocator, page_size=4)
@@ -307,7 +310,7 @@ def test_beams_share_what_they_have_in_common_and_copy_one_block_each() -> None:
     ids = [0, beams.fork_beam(0), beams.fork_beam(0)]
     assert (beams.num_physical_blocks, beams.num_logical_blocks) == (3, 9)
     copied = [pages.expand(beams, beam_id, [beam_id]) for beam_id in ids]
-    assert copied == [1, 1, 0], "the last one has the block to itself by then"
+    assert copied == [1, 1, 0], "by then the last beam is the only holder of the block"
     assert (beams.num_physical_blocks, beams.num_logical_blocks) == (5, 9)
     for beam_id in ids:
         assert pages.read(beams.tables[beam_id]) == [*prompt, beam_id]
@@ -317,7 +320,7 @@ def test_beams_share_what_they_have_in_common_and_copy_one_block_each() -> None:
     assert (allocator.num_free, dict(beams.tables)) == (12, {})
 
 
-def test_a_beam_that_does_not_fit_stays_as_it_is() -> None:
+def test_a_beam_that_does_not_fit_stays_unchanged() -> None:
     allocator = BlockAllocator(2)
     beams = BeamSearchPageManager(2, allocator, page_size=2)
     beams.expand_beam(0, [1, 2, 3])
@@ -328,10 +331,10 @@ def test_a_beam_that_does_not_fit_stays_as_it_is() -> None:
         check_conserved(allocator, list(beams.tables.values()))
         assert [table.num_tokens for table in beams.tables.values()] == [3, 3]
     beams.prune([0])
-    assert beams.expand_beam(child, [4]) == [], "nobody else holds its last block now"
+    assert beams.expand_beam(child, [4]) == [], "no other beam holds its last block now"
 
 
-def test_no_more_beams_live_than_were_agreed() -> None:
+def test_there_are_never_more_beams_than_the_beam_size() -> None:
     allocator = BlockAllocator(4)
     beams = BeamSearchPageManager(2, allocator)
     beams.expand_beam(0, [1])
@@ -341,11 +344,11 @@ def test_no_more_beams_live_than_were_agreed() -> None:
     check_conserved(allocator, list(beams.tables.values()))
     beams.prune([0])
     grandchild = beams.fork_beam(child)
-    assert grandchild not in (0, child), "an id is given once"
+    assert grandchild not in (0, child), "beam ids are not reused"
     assert set(beams.tables) == {child, grandchild}
 
 
-def test_who_does_not_live_is_unknown() -> None:
+def test_unknown_beams_raise_key_error() -> None:
     beams = BeamSearchPageManager(3, BlockAllocator(4))
     beams.prune([0])
     for call in (
@@ -359,7 +362,7 @@ def test_who_does_not_live_is_unknown() -> None:
     assert dict(beams.tables) == {}
 
 
-def test_beams_that_cannot_all_be_pruned_all_stay() -> None:
+def test_if_one_beam_cannot_be_pruned_none_is() -> None:
     allocator = BlockAllocator(4)
     beams = BeamSearchPageManager(3, allocator, page_size=2)
     beams.expand_beam(0, [1, 2, 3])
@@ -376,14 +379,14 @@ def test_a_search_has_at_least_one_beam(beam_size: int) -> None:
         BeamSearchPageManager(beam_size, BlockAllocator(1))
 
 
-def test_a_page_has_16_tokens_unless_it_is_said() -> None:
+def test_a_page_has_16_tokens_by_default() -> None:
     beams = BeamSearchPageManager(1, BlockAllocator(4))
     beams.expand_beam(0, [1] * 17)
     assert beams.num_physical_blocks == 2
 
 
 class Beams(RuleBasedStateMachine):
-    """Beams grow, fork and end in any order, on a pool that is often too small for them."""
+    """Beams grow, fork and end in any order, in a pool that is often too small for them."""
 
     allocator: BlockAllocator
     texts: dict[int, list[int]]
@@ -434,7 +437,7 @@ class Beams(RuleBasedStateMachine):
         assert set(self.beams.tables) == set(self.texts)
         check_conserved(self.allocator, list(self.beams.tables.values()))
         for beam_id, text in self.texts.items():
-            assert self.pages.read(self.beams.tables[beam_id]) == text, "a beam reads another's token"
+            assert self.pages.read(self.beams.tables[beam_id]) == text, "a beam reads another beam's token"
         held = [table.blocks for table in self.beams.tables.values()]
         assert self.beams.num_logical_blocks == sum(map(len, held))
         assert self.beams.num_physical_blocks == self.allocator.num_blocks - self.allocator.num_free
@@ -445,11 +448,11 @@ class Beams(RuleBasedStateMachine):
             assert self.allocator.num_free == self.allocator.num_blocks
 
 
-def test_beams_conserve_pages_and_read_their_own_whatever_happens() -> None:
+def test_beams_conserve_pages_and_read_their_own_tokens_through_any_events() -> None:
     run_state_machine_as_test(Beams, settings=settings(max_examples=examples(100), stateful_step_count=30))
 
 
-def test_a_sequence_is_forked_into_tables_that_held_something_else() -> None:
+def test_a_sequence_can_be_forked_into_tables_that_were_used_before() -> None:
     allocator = BlockAllocator(10)
     parent, empty, busy, idle = (BlockTable(allocator, 2) for _ in range(4))
     for table, tokens in ((parent, 5), (busy, 6), (idle, 1)):
@@ -459,12 +462,12 @@ def test_a_sequence_is_forked_into_tables_that_held_something_else() -> None:
     assert (parent.num_tokens, empty.num_tokens, busy.num_tokens, idle.num_tokens) == (5, 5, 5, 1)
     check_conserved(allocator, [parent, empty, busy, idle])
     busy.append_tokens(1)
-    assert parent.blocks == empty.blocks, "no two tables have one list"
+    assert parent.blocks == empty.blocks, "no two tables share a list"
     assert parent.blocks[:2] == busy.blocks[:2]
     check_conserved(allocator, [parent, empty, busy, idle])
 
 
-def test_forking_again_changes_nothing_and_so_does_forking_into_oneself() -> None:
+def test_forking_again_or_into_itself_changes_nothing() -> None:
     allocator = BlockAllocator(4)
     parent, child = BlockTable(allocator, 2), BlockTable(allocator, 2)
     parent.append_tokens(3)
@@ -481,13 +484,13 @@ def test_forking_again_changes_nothing_and_so_does_forking_into_oneself() -> Non
 
 @cache
 def logits_from_nothing(model: Model, tokens: Tokens) -> np.ndarray:
-    """The logits behind these tokens: no cache, no batch."""
+    """The logits after these tokens: no cache, no batch."""
     context = NoCacheContext(len(tokens), model.config.attention_scale)
     return np.array(model(mx.array([tokens], mx.int32), context)[0, -1].astype(mx.float32)).astype(np.float64)
 
 
-def behind(model: Model, prompt: Seq[int]) -> Table:
-    """The model's log-probabilities behind a prompt, as a table."""
+def logprob_table(model: Model, prompt: Seq[int]) -> Table:
+    """The model's log-probabilities after a prompt, as a table."""
 
     def table(tokens: Tokens) -> list[float]:
         row = logits_from_nothing(model, (*prompt, *tokens))
@@ -501,7 +504,7 @@ def engine_of(
     *,
     blocks: int = 64,
     block_size: int = 4,
-    seats: int = 8,
+    max_seqs: int = 8,
     budget: int = 64,
     preempts: bool = True,
 ) -> tuple[EngineCore, Watched]:
@@ -509,7 +512,7 @@ def engine_of(
     manager = Watched(
         blocks,
         block_size,
-        seats,
+        max_seqs,
         model=model,
         max_batched_tokens=budget,
         kv_dtype=mx.float32,
@@ -519,7 +522,7 @@ def engine_of(
 
 
 def run(engine: EngineCore, manager: Watched) -> None:
-    """Step until everybody has ended."""
+    """Step until every request has finished."""
     for _ in range(500):
         if not engine.has_work:
             break
@@ -529,7 +532,7 @@ def run(engine: EngineCore, manager: Watched) -> None:
 
 
 def check_found(found: list[Ended], expected: list[Ended]) -> None:
-    """The same hypotheses, best first, with scores that differ by rounding alone."""
+    """Check for the same hypotheses, best first, with scores that differ only by rounding."""
     assert [one.hypothesis.tokens for one in found] == [one.hypothesis.tokens for one in expected]
     assert [one.finish_reason for one in found] == [one.finish_reason for one in expected]
     np.testing.assert_allclose(
@@ -547,7 +550,7 @@ def check_found(found: list[Ended], expected: list[Ended]) -> None:
 @pytest.mark.parametrize(
     ("ignore_eos", "penalty"), [(False, 1.0), (True, 1.0), (False, -1.0), (False, 2.0), (False, 0.0)]
 )
-def test_the_engine_finds_what_a_search_without_any_cache_finds(
+def test_the_engine_finds_what_a_search_without_a_cache_finds(
     width: int, ignore_eos: bool, penalty: float
 ) -> None:
     model = dense_model()
@@ -556,16 +559,16 @@ def test_the_engine_finds_what_a_search_without_any_cache_finds(
     prompt = random_prompt(9, seed=5)
     search = engine.add_beam_search("a", prompt, params)
     run(engine, manager)
-    check_found(search.ended, by_definition(behind(model, prompt), params, (EOS,)))
+    check_found(search.ended, by_definition(logprob_table(model, prompt), params, (EOS,)))
     assert width == 1 or manager.happened["beams forked"] > 0
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 3, 5])
 @pytest.mark.parametrize("eos", [(), (0,)], ids=["no_eos", "eos"])
-def test_a_vocabulary_smaller_than_the_width(vocab: int, eos: tuple[int, ...]) -> None:
-    """The first step has fewer candidates than there are places; the places stay kept."""
+def test_the_vocabulary_may_be_smaller_than_the_beam_width(vocab: int, eos: tuple[int, ...]) -> None:
+    """The first step has fewer candidates than beams; the other sequence slots stay reserved."""
     model = dense_model(vocab_size=vocab, eos_token_ids=eos)
-    engine, manager = engine_of(model, seats=6)
+    engine, manager = engine_of(model, max_seqs=6)
     params = BeamSearchParams(beam_width=6, max_tokens=4)
     search = engine.add_beam_search("a", [vocab - 1] * 5, params)
     seen = []
@@ -575,10 +578,10 @@ def test_a_vocabulary_smaller_than_the_width(vocab: int, eos: tuple[int, ...]) -
         seen.append(len(search.beams))
         if not search.beams:
             break
-        assert sum(1 + beam.num_forks for beam in manager.running) == 6, "no place is given away"
+        assert sum(1 + beam.num_forks for beam in manager.running) == 6, "no slot is given to another request"
     assert seen[0] == min(6, vocab - len(eos))
     run(engine, manager)
-    check_found(search.ended, by_definition(behind(model, [vocab - 1] * 5), params, eos))
+    check_found(search.ended, by_definition(logprob_table(model, [vocab - 1] * 5), params, eos))
 
 
 def test_a_search_for_one_token_takes_one_step() -> None:
@@ -590,12 +593,12 @@ def test_a_search_for_one_token_takes_one_step() -> None:
     assert engine.step() == []
     assert not engine.has_work
     check_all_returned(manager)
-    check_found(search.ended, by_definition(behind(model, prompt), params, (EOS,)))
+    check_found(search.ended, by_definition(logprob_table(model, prompt), params, (EOS,)))
     assert [len(one.hypothesis.tokens) for one in search.ended] == [1] * 4
 
 
 @pytest.mark.parametrize("width", [1, 3])
-def test_a_prompt_in_chunks_is_searched_from_when_it_is_computed(width: int) -> None:
+def test_a_search_starts_once_its_chunked_prompt_is_computed(width: int) -> None:
     model = dense_model()
     engine, manager = engine_of(model, budget=4)
     params = BeamSearchParams(beam_width=width, max_tokens=5)
@@ -605,11 +608,11 @@ def test_a_prompt_in_chunks_is_searched_from_when_it_is_computed(width: int) -> 
         engine.step()
         assert search.beams == [Hypothesis((), 0.0)]
     run(engine, manager)
-    check_found(search.ended, by_definition(behind(model, prompt), params, (EOS,)))
+    check_found(search.ended, by_definition(logprob_table(model, prompt), params, (EOS,)))
 
 
-def test_searches_and_requests_run_beside_each_other_in_a_small_pool() -> None:
-    """Each answer is the one that it is alone; nobody's pages are missing in the end."""
+def test_searches_and_requests_run_together_in_a_small_pool() -> None:
+    """Each answer equals the one computed alone; no pages are missing at the end."""
     model = dense_model()
     searches = {
         "wide": (random_prompt(9, 1), BeamSearchParams(beam_width=4, max_tokens=7)),
@@ -626,7 +629,7 @@ def test_searches_and_requests_run_beside_each_other_in_a_small_pool() -> None:
         engine, manager = engine_of(model)
         engine.add_request(name, prompt, params)
         alone |= tokens_of(engine)
-    engine, manager = engine_of(model, blocks=22, block_size=3, seats=9, budget=16)
+    engine, manager = engine_of(model, blocks=22, block_size=3, max_seqs=9, budget=16)
     found = {}
     for name in ("wide", "one", "long", "two", "short", "same"):
         if name in searches:
@@ -636,12 +639,12 @@ def test_searches_and_requests_run_beside_each_other_in_a_small_pool() -> None:
     assert tokens_of(engine) == alone
     check_all_returned(manager)
     for name, (prompt, params) in searches.items():
-        check_found(found[name].ended, by_definition(behind(model, prompt), params, (EOS,)))
+        check_found(found[name].ended, by_definition(logprob_table(model, prompt), params, (EOS,)))
     assert manager.happened["beams forked"] > 0
 
 
 def tokens_of(engine: EngineCore) -> dict[str, list[int]]:
-    """The tokens of every sequence of the ordinary requests, when all have ended."""
+    """The tokens of every sequence of the ordinary requests, after all have finished."""
     tokens: dict[str, list[int]] = {}
     while engine.has_work:
         for output in engine.step():
@@ -649,21 +652,21 @@ def tokens_of(engine: EngineCore) -> dict[str, list[int]]:
     return tokens
 
 
-def test_beams_that_had_to_give_way_find_what_they_would_have_found() -> None:
+def test_preempted_beams_find_what_they_would_have_found() -> None:
     model = dense_model()
     params = BeamSearchParams(beam_width=3, max_tokens=10, ignore_eos=True)
-    engine, manager = engine_of(model, blocks=17, block_size=2, seats=8)
+    engine, manager = engine_of(model, blocks=17, block_size=2, max_seqs=8)
     engine.add_request("old", random_prompt(5, 1), SamplingParams(max_tokens=28, ignore_eos=True, seed=1))
     for _ in range(12):
         engine.step()
     search = engine.add_beam_search("a", random_prompt(4, 2), params)
     run(engine, manager)
     assert manager.happened["preemptions of beams"] > 0
-    check_found(search.ended, by_definition(behind(model, random_prompt(4, 2)), params, (EOS,)))
+    check_found(search.ended, by_definition(logprob_table(model, random_prompt(4, 2)), params, (EOS,)))
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 4])
-def test_a_search_that_is_cancelled_gives_everything_back_and_disturbs_nobody(after: int) -> None:
+def test_a_cancelled_search_releases_everything_and_disturbs_no_other_request(after: int) -> None:
     model = dense_model()
     engine, manager = engine_of(model, budget=8)
     params = BeamSearchParams(beam_width=3, max_tokens=9, ignore_eos=True)
@@ -677,12 +680,12 @@ def test_a_search_that_is_cancelled_gives_everything_back_and_disturbs_nobody(af
     assert {sequence.request_id for sequence in [*manager.running, *manager.waiting]} == {"kept"}
     run(engine, manager)
     assert cancelled.ended == []
-    assert cancelled.beams, "who asked for it finds where it stood"
-    check_found(kept.ended, by_definition(behind(model, random_prompt(6, 2)), params, (EOS,)))
+    assert cancelled.beams, "the caller still finds the beams at the time of the cancel"
+    check_found(kept.ended, by_definition(logprob_table(model, random_prompt(6, 2)), params, (EOS,)))
     assert engine.add_beam_search("gone", random_prompt(3, 1), params).beams, "the id is free again"
 
 
-def test_a_search_has_no_tokens_for_the_ordinary_loop() -> None:
+def test_a_search_is_not_among_the_sequences_of_the_sampling_loop() -> None:
     engine, _ = engine_of(dense_model())
     engine.add_beam_search("a", random_prompt(3, 1), BeamSearchParams(beam_width=2, max_tokens=3))
     engine.add_request("b", random_prompt(3, 2), SamplingParams(max_tokens=3, temperature=0))
@@ -697,8 +700,8 @@ def test_contiguous_caches_cannot_be_shared_by_beams() -> None:
     assert not engine.has_work
 
 
-def test_what_could_never_run_is_refused_at_the_door() -> None:
-    engine, manager = engine_of(tiny_model(), blocks=10, block_size=2, seats=4)
+def test_a_search_that_can_never_run_is_rejected_on_arrival() -> None:
+    engine, manager = engine_of(tiny_model(), blocks=10, block_size=2, max_seqs=4)
     wide, long = {"beam_width": 5, "max_tokens": 2}, {"beam_width": 4, "max_tokens": 11}
     for options, message in (
         (wide, "n = 5 exceeds the 4 sequences"),
@@ -723,8 +726,8 @@ def test_what_could_never_run_is_refused_at_the_door() -> None:
     assert len(search.ended) == 3
 
 
-def test_the_front_door_returns_texts_with_their_scores(embedded_llm: LLM) -> None:
-    """The embedded model, from nothing: every beam's logits through pages of their own, in one piece."""
+def test_llm_beam_search_returns_texts_with_their_scores(embedded_llm: LLM) -> None:
+    """The embedded model. Oracle: every beam's logits from scratch, on separate pages, in one chunk."""
     text, params = "The best thing about the sea is", BeamSearchParams(beam_width=3, max_tokens=4)
     prompt = embedded_llm.tokenizer.encode(text)
 
@@ -755,7 +758,7 @@ def test_several_prompts_are_searched_together_and_answered_in_order(embedded_ll
 
 
 @pytest.mark.parametrize("bad", [[10**6], [], [7] * 9000], ids=["no_such_token", "no_token", "too_long"])
-def test_one_bad_prompt_refuses_the_call_and_nothing_is_left_behind(
+def test_an_invalid_prompt_rejects_the_call_and_leaves_nothing_behind(
     embedded_llm: LLM, bad: list[int]
 ) -> None:
     with pytest.raises(ValueError):  # noqa: PT011

@@ -1,4 +1,4 @@
-"""Whoever watches sees all that happens to the blocks: the pool's state can be told from the events alone."""
+"""A listener sees every change of a block: the pool's state can be reconstructed from the events."""
 
 import asyncio
 from collections import Counter
@@ -23,8 +23,8 @@ BYTES = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 2
 
 
 def serve(manager: PagedBatchManager, watch: BlockWatch) -> Counter[Kind]:
-    """Run a crowd that shares, forks, is preempted and swapped; how often each event came."""
-    heard: Counter[Kind] = Counter()
+    """Run requests that share, fork, are preempted and swapped; returns how often each event came."""
+    counts: Counter[Kind] = Counter()
     mirror = Mirror()
     for i in range(7):
         prompt = [*random_prompt(9, 0), *random_prompt(3 + i, i)]
@@ -38,29 +38,29 @@ def serve(manager: PagedBatchManager, watch: BlockWatch) -> Counter[Kind]:
             if manager.sequence(seq_id).num_tokens >= manager.sequence(seq_id).max_len:
                 manager.finish(seq_id)
         change = watch.poll()
-        heard.update(event.kind for event in change.events)
-        mirror.hear(change)
+        counts.update(event.kind for event in change.events)
+        mirror.apply(change)
         mirror.check(manager)
         late = Mirror()
-        late.hear(watch.snapshot())
+        late.apply(watch.snapshot())
         late.check(manager)
         if not manager.has_work:
             break
-    return heard
+    return counts
 
 
 @pytest.mark.parametrize("swap_blocks", [0, 60])
-def test_the_pool_can_be_told_from_the_events(swap_blocks: int) -> None:
+def test_the_pool_can_be_reconstructed_from_the_events(swap_blocks: int) -> None:
     """Oracle: the tables and the prefix cache themselves."""
     manager = PagedBatchManager(
         20, 3, 6, max_batched_tokens=16, policies=policies(True, prefix=True, swap_blocks=swap_blocks)
     )
-    heard = serve(manager, BlockWatch(manager))
+    counts = serve(manager, BlockWatch(manager))
     expected = set(Kind) - (set() if swap_blocks else {Kind.SWAPPED_OUT, Kind.SWAPPED_IN})
-    assert set(heard) == expected
+    assert set(counts) == expected
 
 
-def test_a_copy_names_both_blocks() -> None:
+def test_a_copy_event_names_both_blocks() -> None:
     manager = PagedBatchManager(20, 4, 4)
     watch = BlockWatch(manager)
     manager.add_request(random_prompt(6, 0), "r", SamplingParams(n=2, max_tokens=4))
@@ -76,7 +76,7 @@ def test_a_copy_names_both_blocks() -> None:
     assert {copy.block, copy.other} <= {b for sequence in manager.running for b in sequence.blocks}
 
 
-def test_nothing_happens_between_two_looks_without_a_step() -> None:
+def test_there_are_no_events_between_two_polls_without_a_step() -> None:
     manager = PagedBatchManager(20, 4, 4)
     watch = BlockWatch(manager)
     manager.add_request([9, 9, 9], "r", SamplingParams(max_tokens=4))
@@ -85,7 +85,7 @@ def test_nothing_happens_between_two_looks_without_a_step() -> None:
     assert watch.poll().is_empty
 
 
-def test_a_look_shows_the_first_of_many_that_wait() -> None:
+def test_a_poll_lists_only_the_first_of_many_waiting_requests() -> None:
     manager = PagedBatchManager(20, 4, 4)
     for number in range(3 * MAX_WAITING_SHOWN):
         manager.add_request([9, 9, 9], str(number), SamplingParams(priority=-number))
@@ -93,8 +93,8 @@ def test_a_look_shows_the_first_of_many_that_wait() -> None:
     assert shown == [sequence.seq_id for sequence in manager.waiting[:MAX_WAITING_SHOWN]]
 
 
-def test_an_engine_tells_its_watchers_and_looks_at_nothing_without_one() -> None:
-    """Oracle: the pool, after all requests have ended."""
+def test_an_engine_sends_events_to_its_listeners_and_records_none_without_a_listener() -> None:
+    """Oracle: the pool, after all requests have finished."""
     model = tiny_model()
     mx.eval([layer.self_attn.inv_freq for layer in model.layers])
     tokenizer = Tokenizer(byte_level_bpe(BYTES[:VOCAB], [], "smollm"))
@@ -103,18 +103,18 @@ def test_an_engine_tells_its_watchers_and_looks_at_nothing_without_one() -> None
         return EngineCore(PagedBatchManager(40, 4, 4, model=model, policies=policies(True, prefix=True)), ())
 
     engine = Engine(core, tokenizer, VOCAB, EngineConfig(max_num_seqs=4))
-    mirror, told = Mirror(), []
+    mirror, changes = Mirror(), []
 
-    def hear(change: PoolChange) -> None:
-        told.append(change)
-        assert not change.is_empty or len(told) == 1, "nothing has changed"
-        mirror.hear(change)
+    def record(change: PoolChange) -> None:
+        changes.append(change)
+        assert not change.is_empty or len(changes) == 1, "an event without a change"
+        mirror.apply(change)
 
     def broken(change: PoolChange) -> None:
         if not change.is_empty:
             raise OSError
 
-    def refusing(change: PoolChange) -> None:
+    def failing(change: PoolChange) -> None:
         raise OSError
 
     async def ask() -> None:
@@ -124,24 +124,24 @@ def test_an_engine_tells_its_watchers_and_looks_at_nothing_without_one() -> None
             pass
 
     try:
-        stop_hearing = engine.watch_blocks(hear)
+        stop_listening = engine.watch_blocks(record)
         engine.watch_blocks(broken)
         with pytest.raises(OSError):  # noqa: PT011
-            engine.watch_blocks(refusing)
+            engine.watch_blocks(failing)
         asyncio.run(ask())
         manager = engine.core.manager
         assert isinstance(manager, PagedBatchManager)
         engine.call(int)
-        assert mirror.kept
+        assert mirror.cached
         mirror.check(manager)
         late = Mirror()
-        stop_late = engine.watch_blocks(late.hear)
+        stop_late = engine.watch_blocks(late.apply)
         late.check(manager)
         stop_late()
-        stop_hearing()
-        num_told = len(told)
+        stop_listening()
+        num_told = len(changes)
         asyncio.run(ask())
-        assert len(told) == num_told
+        assert len(changes) == num_told
         assert engine._loop._watch is None
     finally:
         engine.stop()

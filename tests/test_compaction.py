@@ -1,6 +1,7 @@
-"""Compaction: blocks change their places and nobody notices; the allocator and the pool change their size.
+"""Compaction: blocks move and no sequence notices; the allocator and the pool change their size.
 
-The oracle for what a block holds is a pool of plain values: a slot remembers which token was written to it.
+The oracle for the contents of a block is a pool of plain values: a slot remembers which token was written to
+it.
 """
 
 from collections import Counter
@@ -24,8 +25,8 @@ from tiny_llm import BlockAllocator, BlockTable, KVPool, PagedBatchManager, comp
 from tiny_model import EOS, examples, random_prompt, tiny_model
 
 
-class House:
-    """Tables, forks and a prefix cache on one allocator, and what each of their slots holds."""
+class Workload:
+    """Tables, forks and a prefix cache on one allocator, and the contents of each of their slots."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.allocator = BlockAllocator(num_blocks)
@@ -56,7 +57,7 @@ class House:
         return self.tables[-1]
 
     def append(self, which: int, num_tokens: int) -> None:
-        """Let a table grow, with its copies and writes."""
+        """Extend a table, with its copies and writes."""
         table, text = self.texts[which]
         if table.blocks_to_append(num_tokens) > self.allocator.num_free:
             return
@@ -74,7 +75,7 @@ class House:
         self.cache.released(blocks)
 
     def keep(self, which: int) -> None:
-        """Let the cache keep all full blocks of a table."""
+        """Add all full blocks of a table to the cache."""
         table, text = self.texts[which]
         stream = TokenBlocks(self.block_size)
         stream.extend(text)
@@ -90,7 +91,7 @@ class House:
             self.held |= {dst * size + i: value for i, value in enumerate(values) if value is not None}
 
     def check(self) -> None:
-        """Everybody reads their own tokens, and every reference is somebody's."""
+        """Check that every table reads its own tokens, and that every reference has a holder."""
         for table, text in self.texts:
             assert [self.held.get(slot) for slot in table.slots(0, len(text))] == text, "another's token"
         for stream in self.kept:
@@ -111,110 +112,111 @@ class House:
 
 
 @st.composite
-def houses(draw: st.DrawFn) -> House:
-    """Tables that came, grew, forked, were kept and went."""
-    house = House(draw(st.integers(1, 24)), draw(st.integers(1, 4)))
+def workloads(draw: st.DrawFn) -> Workload:
+    """Tables that were created, extended, forked, cached and released."""
+    workload = Workload(draw(st.integers(1, 24)), draw(st.integers(1, 4)))
     actions = st.sampled_from(["table", "table", "append", "fork", "release", "release", "keep", "evict"])
     for action in draw(st.lists(actions, max_size=24)):
-        if action == "table" or not house.texts:
-            house.table(0)
-            house.append(len(house.texts) - 1, draw(st.integers(0, 9)))
+        if action == "table" or not workload.texts:
+            workload.table(0)
+            workload.append(len(workload.texts) - 1, draw(st.integers(0, 9)))
         elif action == "evict":
-            house.cache.evict(draw(st.integers(0, 3)))
+            workload.cache.evict(draw(st.integers(0, 3)))
         else:
-            which = draw(st.integers(0, len(house.texts) - 1))
+            which = draw(st.integers(0, len(workload.texts) - 1))
             if action == "append":
-                house.append(which, draw(st.integers(0, 5)))
+                workload.append(which, draw(st.integers(0, 5)))
             else:
-                getattr(house, action)(which)
-    return house
+                getattr(workload, action)(which)
+    return workload
 
 
 @settings(max_examples=examples(500))
-@given(houses(), st.randoms(use_true_random=False))
-def test_blocks_change_places_and_everybody_reads_their_own(house: House, random: object) -> None:
-    before, in_use = house.counts, house.allocator.num_blocks - house.allocator.num_free
-    behind = sum(holders > 0 for holders in before[in_use:])
-    holders = house.holders
+@given(workloads(), st.randoms(use_true_random=False))
+def test_blocks_move_and_every_table_reads_its_own_tokens(workload: Workload, random: object) -> None:
+    before, in_use = workload.counts, workload.allocator.num_blocks - workload.allocator.num_free
+    moved = sum(holders > 0 for holders in before[in_use:])
+    holders = workload.holders
     random.shuffle(holders)  # type: ignore[attr-defined]
-    copies = compact_pages(house.allocator, iter(holders))
-    assert [holders > 0 for holders in house.counts] == [True] * in_use + [False] * house.allocator.num_free
-    assert sorted(house.counts) == sorted(before), "whoever shared a block shares it"
-    assert len(copies) == behind, "only what stands behind the new end moves"
-    house.perform(copies)
-    house.check()
-    assert compact_pages(house.allocator, house.holders) == [], "a second time there is nothing to do"
-    house.check()
-    for _ in range(house.allocator.num_free):
-        house.allocator.allocate()
+    copies = compact_pages(workload.allocator, iter(holders))
+    num_free = workload.allocator.num_free
+    assert [holders > 0 for holders in workload.counts] == [True] * in_use + [False] * num_free
+    assert sorted(workload.counts) == sorted(before), "a shared block is still shared by the same holders"
+    assert len(copies) == moved, "only blocks after the new end move"
+    workload.perform(copies)
+    workload.check()
+    assert compact_pages(workload.allocator, workload.holders) == [], "a second compaction does nothing"
+    workload.check()
+    for _ in range(workload.allocator.num_free):
+        workload.allocator.allocate()
     with pytest.raises(OutOfBlocksError):
-        house.allocator.allocate()
+        workload.allocator.allocate()
 
 
 def test_holes_are_filled_from_the_end() -> None:
-    house = House(8, 2)
+    workload = Workload(8, 2)
     for tokens in (2, 3, 1, 4):
-        house.table(tokens)
-    house.release(1)
-    last = house.tables[-1]
-    assert house.allocator.num_free == 4
+        workload.table(tokens)
+    workload.release(1)
+    last = workload.tables[-1]
+    assert workload.allocator.num_free == 4
     before = list(last.blocks)
-    copies = compact_pages(house.allocator, house.holders)
+    copies = compact_pages(workload.allocator, workload.holders)
     assert {copy.src for copy in copies} == set(before) - {0, 1, 2, 3}
     assert {copy.dst for copy in copies} <= {0, 1, 2, 3}
-    assert all(copy.length == 2 for copy in copies), "whole blocks, whoever shares them"
-    house.perform(copies)
-    house.check()
+    assert all(copy.length == 2 for copy in copies), "whole blocks, and shared ones for all their holders"
+    workload.perform(copies)
+    workload.check()
 
 
-def test_what_is_compact_already_stays_where_it_is() -> None:
-    house = House(6, 2)
-    house.table(5)
-    house.fork(0)
-    before = house.state
-    assert compact_pages(house.allocator, house.holders) == []
-    assert house.state == before
+def test_compact_blocks_do_not_move() -> None:
+    workload = Workload(6, 2)
+    workload.table(5)
+    workload.fork(0)
+    before = workload.state
+    assert compact_pages(workload.allocator, workload.holders) == []
+    assert workload.state == before
     assert compact_pages(BlockAllocator(4), []) == []
 
 
-def test_a_block_that_many_hold_moves_once() -> None:
-    house = House(8, 2)
-    house.table(6)
-    house.table(4)
-    house.fork(1)
-    house.keep(1)
-    house.release(0)
-    copies = compact_pages(house.allocator, house.holders)
+def test_a_block_with_many_holders_moves_once() -> None:
+    workload = Workload(8, 2)
+    workload.table(6)
+    workload.table(4)
+    workload.fork(1)
+    workload.keep(1)
+    workload.release(0)
+    copies = compact_pages(workload.allocator, workload.holders)
     assert len(copies) == 2
-    house.perform(copies)
-    house.check()
-    assert house.counts == [3, 3, 0, 0, 0, 0, 0, 0]
+    workload.perform(copies)
+    workload.check()
+    assert workload.counts == [3, 3, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("missing", [0, 1, 2, 3])
-def test_who_is_not_told_keeps_everybody_where_they_are(missing: int) -> None:
-    """A table, one of two forks, or the prefix cache."""
-    house = House(9, 2)
+def test_nothing_moves_if_a_holder_is_left_out_of_the_call(missing: int) -> None:
+    """The holder left out is a table, one of two forks, or the prefix cache."""
+    workload = Workload(9, 2)
     for tokens in (4, 3, 4):
-        house.table(tokens)
-    house.fork(1)
-    house.keep(2)
-    house.release(0)
-    before, holders = house.state, house.holders
+        workload.table(tokens)
+    workload.fork(1)
+    workload.keep(2)
+    workload.release(0)
+    before, holders = workload.state, workload.holders
     del holders[missing]
     with pytest.raises(ValueError, match=r"block \d has \d holders, but \d were passed"):
-        compact_pages(house.allocator, holders)
-    assert house.state == before
-    house.check()
+        compact_pages(workload.allocator, holders)
+    assert workload.state == before
+    workload.check()
 
 
-def test_who_is_named_twice_is_one_too_many() -> None:
-    house = House(4, 2)
-    house.table(3)
-    before = house.state
+def test_a_holder_passed_twice_is_rejected() -> None:
+    workload = Workload(4, 2)
+    workload.table(3)
+    before = workload.state
     with pytest.raises(ValueError, match="block 0 has 1 holders, but 2 were passed"):
-        compact_pages(house.allocator, [*house.tables, *house.tables])
-    assert house.state == before
+        compact_pages(workload.allocator, [*workload.tables, *workload.tables])
+    assert workload.state == before
 
 
 def written(pool: KVPool, tables: Seq[BlockTable]) -> None:
@@ -235,7 +237,7 @@ def read(pool: KVPool, tables: Seq[BlockTable]) -> list[np.ndarray]:
     ]
 
 
-def test_memory_is_compacted_with_what_is_in_it() -> None:
+def test_compaction_moves_the_contents_of_blocks_in_the_pool() -> None:
     allocator, pool = BlockAllocator(12), KVPool(12, 4, 2, 4, num_layers=2)
     tables = [BlockTable(allocator, 4) for _ in range(4)]
     for table, tokens in zip(tables, (9, 4, 7, 5), strict=True):
@@ -255,7 +257,7 @@ def test_memory_is_compacted_with_what_is_in_it() -> None:
         assert np.array_equal(found, want)
 
 
-def test_memory_without_a_pool_is_bookkeeping_alone() -> None:
+def test_without_a_pool_only_tables_and_counts_are_compacted() -> None:
     allocator = BlockAllocator(5)
     first, second = BlockTable(allocator, 2), BlockTable(allocator, 2)
     first.append_tokens(2)
@@ -279,7 +281,7 @@ def test_an_allocator_grows_by_free_blocks() -> None:
     assert {allocator.allocate() for _ in range(3)} == {2, 3, 4}
 
 
-def test_an_allocator_shrinks_to_what_is_in_use() -> None:
+def test_an_allocator_shrinks_to_the_blocks_in_use() -> None:
     allocator = BlockAllocator(6)
     held = [allocator.allocate() for _ in range(6)]
     for block in held[2:]:
@@ -296,8 +298,8 @@ def test_an_allocator_shrinks_to_what_is_in_use() -> None:
 
 
 @pytest.mark.parametrize("num_blocks", [0, -1, 2, 3])
-def test_a_block_that_is_held_cannot_be_cut_off(num_blocks: int) -> None:
-    """Blocks 1 and 3 are held; block 0 and 2 are free, before them and between them."""
+def test_a_held_block_cannot_be_cut_off(num_blocks: int) -> None:
+    """Blocks 1 and 3 are held; blocks 0 and 2, before and between them, are free."""
     allocator = BlockAllocator(5)
     for _ in range(5):
         allocator.allocate()
@@ -310,7 +312,7 @@ def test_a_block_that_is_held_cannot_be_cut_off(num_blocks: int) -> None:
     assert {allocator.allocate(), allocator.allocate()} == {0, 2}
 
 
-def test_blocks_go_on_under_other_ids_with_all_their_holders() -> None:
+def test_blocks_keep_all_their_holders_under_new_ids() -> None:
     allocator = BlockAllocator(5)
     for _ in range(5):
         allocator.allocate()
@@ -324,7 +326,7 @@ def test_blocks_go_on_under_other_ids_with_all_their_holders() -> None:
 
 @pytest.mark.parametrize("sizes", [(9, 4, 4, 1), (3, 12)])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
-def test_a_pool_keeps_what_is_in_it_when_it_changes_its_size(sizes: tuple[int, ...], dtype: mx.Dtype) -> None:
+def test_a_pool_keeps_its_contents_when_it_is_resized(sizes: tuple[int, ...], dtype: mx.Dtype) -> None:
     pool = KVPool(3, 4, 2, 4, num_layers=2, dtype=dtype)
     per_block = pool.nbytes // 3
     table = BlockTable(BlockAllocator(1), 4)
@@ -358,8 +360,8 @@ def served(manager: PagedBatchManager, lengths: Seq[int]) -> dict[str, list[int]
 
 @pytest.mark.parametrize("preempts", [True, False])
 @pytest.mark.parametrize("prefix", [True, False])
-def test_a_pool_that_grows_answers_the_same_and_gives_memory_back(preempts: bool, prefix: bool) -> None:
-    """Four requests are many blocks, then the long one alone is few; when all have ended it is one again."""
+def test_a_growing_pool_gives_the_same_answers_and_releases_memory(preempts: bool, prefix: bool) -> None:
+    """Four requests need many blocks, then only the long one runs on few; at the end one block is left."""
     lengths = [8, 40, 9, 10]
     fixed = PagedBatchManager(64, 2, 4, model=tiny_model(), max_model_len=64)
     growing = Watched(
@@ -385,16 +387,16 @@ def test_a_pool_that_grows_answers_the_same_and_gives_memory_back(preempts: bool
         sizes.append(growing.allocator.num_blocks)
     assert found == served(fixed, lengths)
     most = sizes.index(max(sizes))
-    assert growing.happened["the pool grew"] > 2
-    assert min(sizes[most:]) <= max(sizes) // 2, f"nothing was given back under way: {sizes}"
+    assert growing.happened["pool growths"] > 2
+    assert min(sizes[most:]) <= max(sizes) // 2, f"no memory was released while requests ran: {sizes}"
     for _ in range(8):
         growing.process_batch()
-    assert growing.allocator.num_blocks == 1, "idle, it gives back all that it had grown by"
+    assert growing.allocator.num_blocks == 1, "an idle pool releases all that it had grown by"
     assert growing.pool.nbytes == per_block
     check_all_returned(growing)
 
 
-def test_a_pool_that_may_not_shrink_below_its_beginning_does_not() -> None:
+def test_a_pool_does_not_shrink_below_its_initial_size() -> None:
     manager = PagedBatchManager(16, 2, 2, model=tiny_model(), min_pages=4)
     served(manager, [12, 3])
     for _ in range(8):
@@ -409,7 +411,7 @@ def test_a_pool_of_fixed_size_keeps_it() -> None:
     assert manager.allocator.num_blocks == 16
 
 
-def test_compacting_between_two_steps_changes_no_answer() -> None:
+def test_compaction_between_two_steps_changes_no_answer() -> None:
     prompts = {name: random_prompt(5 + i, i) for i, name in enumerate("abcd")}
     answers = []
     for compacts in (False, True):

@@ -1,4 +1,6 @@
-"""The dense batch manager: slots are conserved, and scheduling changes no answer. The paged one agrees."""
+"""The dense batch manager: slots are conserved, and scheduling changes no answer. It agrees with the paged
+one.
+"""
 
 import random
 
@@ -20,7 +22,7 @@ TOLERANCE = 1e-3  # of log-probabilities: another attention, whose outputs are t
 
 
 def check_slots(manager: DenseBatchManager) -> None:
-    """Every slot is free or one running sequence's, and nobody else holds one."""
+    """Check that every slot is free or belongs to exactly one running sequence."""
     capacity = manager.capacity
     assert capacity.num_free + len(manager.running) == capacity.num_blocks
     assert not {id(sequence) for sequence in manager.running} & {id(sequence) for sequence in manager.waiting}
@@ -28,7 +30,7 @@ def check_slots(manager: DenseBatchManager) -> None:
 
 @settings(max_examples=examples(60))
 @given(st.randoms(use_true_random=False), st.integers(1, 4), st.integers(4, 40))
-def test_slots_are_conserved_in_any_mix_of_arrivals_forks_ends_and_cancels(
+def test_slots_are_conserved_through_any_arrivals_forks_finishes_and_cancels(
     draw: random.Random, slots: int, budget: int
 ) -> None:
     manager = DenseBatchManager(slots, 32, max_batched_tokens=max(budget, slots))
@@ -49,7 +51,7 @@ def test_slots_are_conserved_in_any_mix_of_arrivals_forks_ends_and_cancels(
             if sequence.num_tokens >= sequence.max_len:
                 manager.finish(seq_id)
         order = [arrivals.index(sequence.request_id) for sequence in [*manager.running, *manager.waiting]]
-        assert order == sorted(order), "somebody was overtaken"
+        assert order == sorted(order), "a request was overtaken"
     for request_id in arrivals:
         manager.cancel(request_id)
     assert manager.capacity.num_free == slots
@@ -61,7 +63,7 @@ def answers(
     requests: dict[str, tuple[list[int], SamplingParams]],
     joins: int,
 ) -> dict[str, list[tuple[int, float]]]:
-    """Tokens and log-probabilities by sequence; a request joins every `joins` steps."""
+    """Tokens and log-probabilities by sequence; a request arrives every `joins` steps."""
     core = EngineCore(manager, ())
     found: dict[str, list[tuple[int, float]]] = {}
     waiting = list(requests.items())
@@ -80,7 +82,7 @@ def answers(
 def assert_same_bits(
     one: dict[str, list[tuple[int, float]]], other: dict[str, list[tuple[int, float]]]
 ) -> None:
-    """Promise 1 where the compiled kernels run; without them MLX's operators may round otherwise."""
+    """Check promise 1 if the compiled kernels run; without them MLX's operators may round differently."""
     if tiny_llm_kernels.available():
         assert one == other
     else:
@@ -113,7 +115,7 @@ def dense(slots: int, budget: int) -> DenseBatchManager:
 
 
 @pytest.mark.parametrize(("slots", "budget", "joins"), [(3, 8, 1), (8, 16, 2), (5, 64, 5)])
-def test_a_request_gets_what_it_gets_alone(slots: int, budget: int, joins: int) -> None:
+def test_a_request_gets_the_same_answer_as_alone(slots: int, budget: int, joins: int) -> None:
     """Oracle: the same manager, one request at a time."""
     alone: dict[str, list[tuple[int, float]]] = {}
     for request_id, request in REQUESTS.items():
@@ -121,12 +123,12 @@ def test_a_request_gets_what_it_gets_alone(slots: int, budget: int, joins: int) 
     assert_same_bits(answers(dense(slots, budget), REQUESTS, joins), alone)
 
 
-def test_the_paged_manager_gives_the_same() -> None:
+def test_the_paged_manager_gives_the_same_answers() -> None:
     paged = PagedBatchManager(200, 4, 8, model=tiny_model(), kv_dtype=mx.float32)
     assert_same(answers(dense(8, 16), REQUESTS, 2), answers(paged, REQUESTS, 2))
 
 
-def test_prompt_log_probabilities_come_from_both() -> None:
+def test_both_managers_give_prompt_log_probabilities() -> None:
     requests = {
         "r": (random_prompt(90, seed=3), SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0))
     }
@@ -144,14 +146,14 @@ def test_prompt_log_probabilities_come_from_both() -> None:
     assert prompt_logprobs(dense(1, 32)) == pytest.approx(prompt_logprobs(paged), abs=TOLERANCE)
 
 
-def test_a_slot_shows_nothing_of_its_last_owner() -> None:
+def test_a_reused_slot_shows_nothing_of_its_previous_sequence() -> None:
     request = {"x": REQUESTS["r2"]}
     used = dense(3, 64)
     answers(used, {"before": (random_prompt(100, seed=9), REQUESTS["r2"][1])}, 1)
     assert_same_bits(answers(used, request, 1), answers(dense(3, 64), request, 1))
 
 
-def test_the_embedded_model_answers_alike_from_both(embedded_llm: LLM) -> None:
+def test_the_embedded_model_gives_the_same_answers_with_both_managers(embedded_llm: LLM) -> None:
     prompts = ["The sky is", "Once upon a time", "def fib(n):", "The capital of France is"]
     params = SamplingParams(temperature=0, max_tokens=16, n=1)
     llm = LLM(batching="dense", max_model_len=64, max_num_seqs=3)
@@ -161,7 +163,7 @@ def test_the_embedded_model_answers_alike_from_both(embedded_llm: LLM) -> None:
     assert [one.outputs[0].text for one in found] == [one.outputs[0].text for one in expected]
 
 
-def test_slots_are_what_fits_into_the_bytes_of_the_pool() -> None:
+def test_the_bytes_of_the_pool_determine_the_number_of_slots() -> None:
     llm = LLM(batching="dense", num_blocks=40, block_size=16, max_model_len=256)
     assert (llm.core.manager.capacity.num_blocks, llm.core.stats.num_blocks) == (2, 2)
     assert LLM(batching="dense", num_blocks=40).max_model_len == 640
@@ -171,5 +173,5 @@ def test_slots_are_what_fits_into_the_bytes_of_the_pool() -> None:
         LLM(batching="sparse")
 
 
-def test_tokens_are_in_the_vocabulary() -> None:
+def test_the_prompts_of_these_tests_are_in_the_vocabulary() -> None:
     assert all(max(tokens) < VOCAB for tokens, _ in REQUESTS.values())

@@ -50,7 +50,7 @@ NOT_RUN = {
     "pdm run lab ": "minutes each: tests/test_labs.py runs them with small sizes",
     "tiny-llm bench latency": "tests/test_cli_bench_info.py runs it with small sizes",
     "tiny-llm bench throughput": "tests/test_cli_bench_info.py runs it with small sizes",
-    "tiny-llm bench serve": "tests/test_bench_serve.py runs it on servers of its own",
+    "tiny-llm bench serve": "tests/test_bench_serve.py runs it on its own servers",
     "tiny-llm --install-completion": "changes the shell's settings",
     "tiny-llm COMMAND": "COMMAND stands for a command's name",
     "pdm run NAME": "NAME stands for a script's name",

@@ -1,6 +1,7 @@
-"""A forked process has no threads of its parent: it is told so at once, and never waits.
+"""A forked process has no threads of its parent: every call in it raises an error immediately and never
+waits.
 
-Each test runs programs of their own, because a fork of this process would have everything that pytest has.
+Each test runs its own programs, because a fork of this process would inherit everything that pytest has.
 """
 
 import subprocess
@@ -14,7 +15,7 @@ SECONDS = 60  # a guard against hanging
 
 PARENT = """
 import asyncio, multiprocessing, os, signal, sys, threading, time, warnings
-warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks in processes with threads
 from tiny_llm import LLM, SamplingParams
 SMALL = dict(num_blocks=60, block_size=8, max_model_len=200, max_num_seqs=8, max_num_batched_tokens=32)
 PARAMS = SamplingParams(temperature=0.0, max_tokens=3)
@@ -24,12 +25,12 @@ llm = LLM(**SMALL)
 assert llm.generate("The", PARAMS, use_tqdm=False)[0].finished
 """
 CHILD = """
-signal.alarm(20)  # whatever waits ends here, and the child with it
+signal.alarm(20)  # a call that hangs ends here, and so does the child
 """
 
 
 def run(program: str, env: dict[str, str] | None = None) -> str:
-    """What a program prints; it must end by itself, without an error."""
+    """The output of a program, which must exit without an error."""
     ended = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -45,7 +46,7 @@ def run(program: str, env: dict[str, str] | None = None) -> str:
 
 
 def in_child(code: str) -> str:
-    """A program's part that runs in a forked child, which ends as programs do; the parent waits for it."""
+    """The part of a program that runs in a forked child and exits normally; the parent waits for it."""
     body = textwrap.indent(CHILD + textwrap.dedent(code) + "\nsys.exit(0)\n", "    ")
     waits = "_, status = os.waitpid(pid, 0)\nassert status == 0, status\n"
     return f"sys.stdout.flush()\npid = os.fork()\nif pid == 0:\n{body}\n{waits}"
@@ -92,7 +93,7 @@ print("refused", flush=True)
 """
 
 
-def test_a_child_is_refused_by_every_call_and_ends_and_its_parent_goes_on() -> None:
+def test_every_call_in_a_forked_child_raises_and_both_processes_go_on() -> None:
     begin = """
 under_way = llm.stream("The", SamplingParams(max_tokens=100, ignore_eos=True))
 next(under_way)
@@ -119,7 +120,7 @@ def test_closing_in_a_child_leaves_the_parents_engine_running() -> None:
     run(PARENT + ENGINE + in_child(child) + after)
 
 
-def test_a_child_of_multiprocessing_is_refused_with_what_to_do() -> None:
+def test_a_multiprocessing_child_gets_an_error_that_says_what_to_do() -> None:
     program = """
 def work(queue):
     signal.alarm(20)
@@ -142,7 +143,7 @@ assert child.exitcode == 0
     "before",
     ["", "import mlx.core as mx\nmx.eval(mx.ones(3) + 1)\n", "import tiny_llm.llm, tiny_llm.engine\n"],
 )
-def test_a_child_of_a_process_without_an_engine_has_its_own(before: str) -> None:
+def test_a_child_may_have_an_engine_if_its_parent_has_none(before: str) -> None:
     code = """
         child = LLM(**SMALL)
         print(child.generate("The", PARAMS, use_tqdm=False)[0].finished, flush=True)

@@ -1,6 +1,6 @@
-"""A block as one operator: the same bits as its parts one by one, where all parts are the reference's.
+"""A block as one operator: the same bits as its parts run one by one, if all parts are the reference's.
 
-Oracle: the same model with fusing switched off, whose operators have tests of their own.
+Oracle: the same model with fusion switched off, whose operators have their own tests.
 """
 
 from collections.abc import Callable
@@ -63,7 +63,7 @@ MODELS: dict[str, Callable[[], Model]] = {
 
 @dataclass
 class Runs:
-    """How often a block ran whole, since the last look."""
+    """How often a block ran as one operator, since the count was last reset."""
 
     count: int = 0
 
@@ -82,8 +82,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     return counted
 
 
-def apart(model: Model, tokens: list[int], chunks: list[int], **options: object) -> np.ndarray:
-    """The logits with every block's parts one by one."""
+def unfused(model: Model, tokens: list[int], chunks: list[int], **options: object) -> np.ndarray:
+    """The logits with every block's parts run one by one."""
     with pytest.MonkeyPatch.context() as patch:
         for context in (PagedContext, WindowedContext):
             patch.setattr(context, "fuses", False)
@@ -93,10 +93,12 @@ def apart(model: Model, tokens: list[int], chunks: list[int], **options: object)
 @pytest.mark.parametrize("instruction_set", tiny_llm_kernels.instruction_sets())
 @pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_a_block_is_its_parts(name: str, dtype: mx.Dtype, instruction_set: str, runs: Runs) -> None:
+def test_a_fused_block_gives_the_same_bits_as_its_parts(
+    name: str, dtype: mx.Dtype, instruction_set: str, runs: Runs
+) -> None:
     model, tokens = MODELS[name](), random_prompt(90, seed=5)
     with kernels_on(2, instruction_set):
-        want = apart(model, tokens, [70, 1, 19], kv_dtype=dtype)
+        want = unfused(model, tokens, [70, 1, 19], kv_dtype=dtype)
         assert runs.count == 0
         got = np.array(logits_through_pages(model, tokens, [70, 1, 19], kv_dtype=dtype))
     assert runs.count == 3 * len(model.layers)
@@ -110,13 +112,13 @@ def test_a_block_is_its_parts(name: str, dtype: mx.Dtype, instruction_set: str, 
     block_size=st.integers(1, 17),
     threads=st.integers(1, 4),
 )
-def test_and_so_in_any_chunks_on_any_threads(
+def test_a_fused_block_gives_the_same_bits_for_any_chunks_on_any_threads(
     name: str, cuts: set[int], block_size: int, threads: int
 ) -> None:
     model, tokens, ends = MODELS[name](), random_prompt(60, seed=6), [0, *sorted(cuts), 60]
     chunks = [stop - start for start, stop in pairwise(ends)]
     with kernels_on(1, ""):
-        want = apart(model, tokens, [60])
+        want = unfused(model, tokens, [60])
     with kernels_on(threads, ""):
         got = np.array(logits_through_pages(model, tokens, chunks, block_size=block_size))
     assert np.array_equal(got, want)
@@ -125,15 +127,15 @@ def test_and_so_in_any_chunks_on_any_threads(
 # ---- what is not fused ----
 
 
-class TheirMLP(MLP):
-    """Somebody's own."""
+class CustomMLP(MLP):
+    """An MLP that is not the reference's."""
 
 
-def test_what_is_not_packed_or_not_the_reference_s_runs_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unpacked_or_replaced_part_makes_a_block_run_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     [layer, *_] = tiny_model().layers
     assert isinstance(layer, block.TransformerBlock)
     assert fuse(layer) is not None
-    assert fuse(replace(layer, mlp=TheirMLP(layer.mlp.gate_up_proj, layer.mlp.down_proj))) is None
+    assert fuse(replace(layer, mlp=CustomMLP(layer.mlp.gate_up_proj, layer.mlp.down_proj))) is None
     dense = Linear(mx.zeros((layer.input_layernorm.shape[0], 96)))
     assert fuse(replace(layer, mlp=replace(layer.mlp, down_proj=dense))) is None
     down = layer.mlp.down_proj
@@ -145,28 +147,28 @@ def test_what_is_not_packed_or_not_the_reference_s_runs_part_by_part(monkeypatch
     for name in ("rms_norm", "rope", "swiglu", "geglu"):
         with monkeypatch.context() as patch:
             patch.setattr(fused_block, name, lambda *_: None)
-            assert fuse(layer) is None, f"somebody's own {name} is passed over"
+            assert fuse(layer) is None, f"a custom {name} is bypassed"
 
 
 @pytest.mark.parametrize("make", [dense_model, qwen_model])
-def test_other_blocks_run_as_they_did(make: Callable[[], Model], runs: Runs) -> None:
+def test_other_blocks_run_as_before(make: Callable[[], Model], runs: Runs) -> None:
     model = make()
     tokens = random_prompt(20, seed=7)
-    assert np.array_equal(np.array(logits_through_pages(model, tokens, [20])), apart(model, tokens, [20]))
+    assert np.array_equal(np.array(logits_through_pages(model, tokens, [20])), unfused(model, tokens, [20]))
     assert runs.count == 0
 
 
-def test_twins_run_part_by_part(runs: Runs) -> None:
+def test_readable_kernels_run_part_by_part(runs: Runs) -> None:
     with twins():
         logits_through_pages(dense_model(), random_prompt(5, seed=8), [5])
     assert runs.count == 0
 
 
-# ---- what is refused ----
+# ---- errors ----
 
 
 def arguments(model: Model) -> dict[str, object]:
-    """What a block of the tiny model is made of."""
+    """The arguments that make up a block of the tiny model."""
     layer = model.layers[0]
     matrices = {
         "qkv": layer.self_attn.qkv_proj,
@@ -207,7 +209,7 @@ def arguments(model: Model) -> dict[str, object]:
         ({"qkv_bias": mx.ones(7)}, "qkv_bias must have shape"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(change: dict[str, object], named: str) -> None:
+def test_parts_that_do_not_fit_together_are_rejected(change: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         tiny_llm_kernels.TransformerBlock(**{**arguments(tiny_model()), **change})  # type: ignore[arg-type]
 
@@ -223,7 +225,7 @@ def test_parts_that_do_not_fit_are_refused(change: dict[str, object], named: str
         ({"window": 0}, "window must be at least 1"),
     ],
 )
-def test_a_step_that_does_not_fit_is_refused(change: dict[str, object], named: str) -> None:
+def test_a_step_that_does_not_fit_the_block_is_rejected(change: dict[str, object], named: str) -> None:
     whole = tiny_llm_kernels.TransformerBlock(**arguments(tiny_model()))  # type: ignore[arg-type]
     step: dict[str, object] = {
         "x": mx.zeros((1, 3, 64)),
@@ -240,8 +242,8 @@ def test_a_step_that_does_not_fit_is_refused(change: dict[str, object], named: s
         whole(**{**step, **change})  # type: ignore[arg-type]
 
 
-def test_the_blocks_of_a_step_share_the_memory_that_they_need_in_passing() -> None:
-    """A step's blocks are described before the first is computed; many of them take little more than one."""
+def test_the_blocks_of_a_step_share_their_temporary_memory() -> None:
+    """All blocks of a step are in the graph before the first is computed; many need little more than one."""
 
     def peak(layers: int) -> int:
         model = packed(num_hidden_layers=layers)

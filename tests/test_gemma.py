@@ -1,8 +1,8 @@
-"""Layers that see a window, and Gemma 3: from every format transformers' logits, beyond the window too.
+"""Layers with sliding windows, and Gemma 3: every format gives transformers' logits, beyond the window too.
 
-Oracle: transformers' float32 logits, token ids and greedy continuations (tests/goldens/gemma.json). Here
-through a context without a cache and with a mask for each layer; tiny models on pages are in
-test_sliding_window.py. The real model is tested where its packages are installed, on pages too.
+Oracle: transformers' float32 logits, token ids and greedy continuations (tests/goldens/gemma.json). Here they
+run in a context without a cache and with a mask for each layer; tiny models on pages are in
+test_sliding_window.py. The real model is tested if its packages are installed, on pages too.
 """
 
 import json
@@ -52,7 +52,7 @@ def golden_logits(name: str) -> np.ndarray:
 
 
 def logits(model: Model, tokens: list[int], rows: list[int], *, windows: Any = None) -> np.ndarray:
-    """The model's logits [rows, vocab_size], each layer with its own window, or with those given."""
+    """The model's logits [rows, vocab_size], each layer with its own window, or with the given windows."""
     config = model.config
     context = WindowedNoCacheContext(len(tokens), config.attention_scale, windows or config.windows)
     context.logit_rows = mx.array(rows, mx.int32)
@@ -60,7 +60,7 @@ def logits(model: Model, tokens: list[int], rows: list[int], *, windows: Any = N
 
 
 def our_logits(path: Path) -> np.ndarray:
-    """Ours of a file or folder at the goldens' positions."""
+    """Our logits of a file or folder at the goldens' positions."""
     return logits(build(read_checkpoint(path)), PROMPT, POSITIONS)
 
 
@@ -80,8 +80,8 @@ def test_a_gguf_gives_transformers_logits(tmp_path: Path) -> None:
     assert np.abs(our_logits(path) - golden_logits("gemma3")).max() < TOLERANCE
 
 
-def test_a_bfloat16_folder_gives_the_logits_of_its_numbers(tmp_path: Path) -> None:
-    """Oracle: the same numbers in float32. One more than a norm's stored weight does not fit bfloat16."""
+def test_a_bfloat16_folder_gives_the_logits_of_the_same_numbers_in_float32(tmp_path: Path) -> None:
+    """Oracle: the same numbers in float32. A norm's stored weight plus one does not fit bfloat16."""
     weights = {name: to_bfloat16(array) for name, array in random_weights(GEMMA).items()}
     narrow = our_logits(write_folder(tmp_path / "narrow", GEMMA, weights, dtype="BF16"))
     wide = our_logits(write_folder(tmp_path / "wide", GEMMA, weights))
@@ -90,8 +90,10 @@ def test_a_bfloat16_folder_gives_the_logits_of_its_numbers(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("off_by", [-1, 1, None])
-def test_a_wrong_window_shows_as_soon_as_it_matters(name: str, off_by: int | None, tmp_path: Path) -> None:
-    """Oracle: the goldens; position p sees a token too many or too few from the window's size on."""
+def test_a_wrong_window_changes_the_logits_from_its_size_on(
+    name: str, off_by: int | None, tmp_path: Path
+) -> None:
+    """Oracle: the goldens; from the window's size on, position p sees a token too many or too few."""
     model = build(
         read_checkpoint(
             write_folder(tmp_path, WINDOWED_CONFIGS[name], random_weights(WINDOWED_CONFIGS[name]))
@@ -105,7 +107,7 @@ def test_a_wrong_window_shows_as_soon_as_it_matters(name: str, off_by: int | Non
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 12, 13, None])
-def test_a_query_sees_itself_and_as_many_before_it_as_the_window_holds(window: int | None) -> None:
+def test_a_query_sees_itself_and_earlier_tokens_within_the_window(window: int | None) -> None:
     """Oracle: the rule, position by position."""
     mask = np.array(window_mask(12, window))
     for p in range(12):
@@ -117,7 +119,7 @@ def test_a_query_sees_itself_and_as_many_before_it_as_the_window_holds(window: i
 
 
 def described(**changes: object) -> ModelConfig:
-    """A Gemma 3 configuration as Hugging Face's files had it first, with changes; None leaves a field out."""
+    """A Gemma 3 configuration in Hugging Face's first form, with changes; None leaves a field out."""
     config = {
         **{"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4},
         **{"num_key_value_heads": 1, "intermediate_size": 96, "vocab_size": 288, "sliding_window": 512},
@@ -128,11 +130,11 @@ def described(**changes: object) -> ModelConfig:
 
 
 def pattern(config: ModelConfig) -> str:
-    """One letter a layer: S for a window."""
+    """One letter per layer: S for a sliding window."""
     return "".join("f" if window is None else "S" for window in config.windows)
 
 
-def test_what_a_gemma_configuration_leaves_out_is_transformers_default() -> None:
+def test_missing_gemma_fields_get_transformers_defaults() -> None:
     """Oracle: transformers' Gemma3TextConfig."""
     config = described()
     assert (config.head_dim, config.rope_theta, config.rope_local_theta) == (256, 1e6, 1e4)
@@ -146,8 +148,8 @@ def test_what_a_gemma_configuration_leaves_out_is_transformers_default() -> None
     assert {window for window in config.windows if window} == {512}
 
 
-def test_only_layers_that_see_everything_are_rotated_with_the_scaling() -> None:
-    """Oracle: transformers; of its old names and of its new ones."""
+def test_only_layers_with_full_attention_use_rope_scaling() -> None:
+    """Oracle: transformers, with its old field names and its new ones."""
     old = described(rope_scaling={"type": "linear", "factor": 8.0}, rope_theta=5e5, rope_local_base_freq=2e4)
     by_type = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
@@ -165,7 +167,7 @@ def test_only_layers_that_see_everything_are_rotated_with_the_scaling() -> None:
         ("mistral", {}, "SSSSSSSS"),
         ("mistral", {"sliding_window": None}, "ffffffff"),
         ("qwen2", {}, "ffffffff"),
-        ("qwen2", {"use_sliding_window": True}, "ffffffff"),  # 28 layers see everything
+        ("qwen2", {"use_sliding_window": True}, "ffffffff"),  # 28 layers have full attention
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 5}, "fffffSSS"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, "ffffffff"),
         ("qwen3", {"use_sliding_window": True, "layer_types": [LAYERS[x] for x in "SfSfSfSf"]}, "SfSfSfSf"),
@@ -173,13 +175,15 @@ def test_only_layers_that_see_everything_are_rotated_with_the_scaling() -> None:
         ("llama", {}, "ffffffff"),
     ],
 )
-def test_which_layers_have_a_window(model_type: str, fields: dict[str, object], expected: str) -> None:
+def test_layers_have_the_windows_that_transformers_gives_them(
+    model_type: str, fields: dict[str, object], expected: str
+) -> None:
     """Oracle: transformers' configuration of each architecture."""
     assert pattern(described(model_type=model_type, **fields)) == expected
 
 
-def test_a_window_that_is_not_mentioned_is_transformers_default() -> None:
-    """Oracle: MistralConfig, which has 4096; null is none."""
+def test_a_missing_window_gets_transformers_default() -> None:
+    """Oracle: MistralConfig, whose default is 4096; null means no window."""
     fields = {"model_type": "mistral", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     fields |= {"intermediate_size": 96, "vocab_size": 288, "max_position_embeddings": 128}
     assert model_config(fields, ()).windows == (4096, 4096)
@@ -221,13 +225,13 @@ def test_a_window_that_is_not_mentioned_is_transformers_default() -> None:
         ({"num_hidden_layers": 10**12}, "num_hidden_layers must be"),
     ],
 )
-def test_what_would_be_another_computation_is_refused(fields: dict[str, object], words: str) -> None:
+def test_unsupported_configurations_are_rejected(fields: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         described(**fields)
 
 
-def test_a_gguf_says_which_layers_have_the_window_or_llama_cpp_does(tmp_path: Path) -> None:
-    """Oracle: llama.cpp, where every sixth layer sees everything unless the file has a pattern."""
+def test_the_pattern_of_windows_comes_from_the_gguf_or_from_llama_cpp(tmp_path: Path) -> None:
+    """Oracle: llama.cpp, where every sixth layer has full attention unless the file has a pattern."""
     weights = random_weights(GEMMA)
 
     def read(**metadata: object) -> ModelConfig:
@@ -240,8 +244,8 @@ def test_a_gguf_says_which_layers_have_the_window_or_llama_cpp_does(tmp_path: Pa
     assert read(**{"rope.freq_base_swa": 5000.0}).rope_local_theta == 5000.0
     scaled = read(**{"rope.scaling.type": "linear", "rope.scaling.factor": 8.0})
     assert scaled.rope_factors == (8.0,) * 8
-    alike = read(**{"attention.sliding_window": 0})
-    assert (alike.windows, alike.rope_local_theta) == ((None,) * 7, None)
+    unwindowed = read(**{"attention.sliding_window": 0})
+    assert (unwindowed.windows, unwindowed.rope_local_theta) == ((None,) * 7, None)
 
 
 @pytest.mark.parametrize(
@@ -254,31 +258,29 @@ def test_a_gguf_says_which_layers_have_the_window_or_llama_cpp_does(tmp_path: Pa
         ({"attention.scale": 0.5}, "attention.scale is 0.5, which is not supported; expected 0.25"),
     ],
 )
-def test_a_gguf_of_another_computation_is_refused(
-    tmp_path: Path, metadata: dict[str, object], words: str
-) -> None:
+def test_an_unsupported_gguf_is_rejected(tmp_path: Path, metadata: dict[str, object], words: str) -> None:
     path = write_gguf(tmp_path / "x.gguf", GEMMA, random_weights(GEMMA), **metadata)
     with pytest.raises(ModelFileError, match=words):
         read_checkpoint(path)
 
 
-def test_the_largest_gemma_scales_queries_by_another_number(tmp_path: Path) -> None:
-    """Oracle: llama.cpp, which knows the 27B model by its 62 layers: hidden_size / heads, not head_dim."""
+def test_the_largest_gemma_scales_queries_differently(tmp_path: Path) -> None:
+    """Oracle: llama.cpp, which recognizes the 27B model by its 62 layers: hidden_size / heads."""
     config = {**GEMMA, "num_hidden_layers": 62, "num_attention_heads": 2, "hidden_size": 32}
     path = write_gguf(tmp_path / "deep.gguf", config, random_weights(config))
     assert read_checkpoint(path).config.attention_scale == (32 / 2) ** -0.5
     assert read_checkpoint(path).config.query_pre_attn_scalar == 16
 
 
-def test_a_cache_without_windows_refuses_contexts_beyond_them(tmp_path: Path) -> None:
+def test_a_cache_without_windows_rejects_contexts_beyond_them(tmp_path: Path) -> None:
     path = write_folder(tmp_path, GEMMA, random_weights(GEMMA))
     with pytest.raises(ConfigError, match=r"no sliding windows.* one of 8 tokens and the context has 128"):
         LLM(path, batching="dense")
     LLM(path, batching="dense", max_model_len=8, kv_cache_memory=1 << 20)
 
 
-def test_an_answer_without_a_limit_ends_where_the_pool_does(tmp_path: Path) -> None:
-    """Layers that see everything fill it; those with windows give back what they pass."""
+def test_an_answer_without_max_tokens_ends_when_the_pool_is_full(tmp_path: Path) -> None:
+    """Layers with full attention fill the pool; those with windows release the blocks they pass."""
     path = write_folder(tmp_path, GEMMA, random_weights(GEMMA))
     llm = LLM(path, block_size=4, num_blocks=40, max_num_seqs=4, max_num_batched_tokens=8)
     params = SamplingParams(max_tokens=None, ignore_eos=True)
@@ -290,26 +292,26 @@ def test_an_answer_without_a_limit_ends_where_the_pool_does(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap", "none"])
-def test_answers_without_a_limit_are_those_of_each_alone(tmp_path: Path, mode: str) -> None:
-    """In a crowd of which each may fill the pool. Oracle: an engine that has nobody else to serve."""
+def test_answers_without_max_tokens_are_the_same_as_alone(tmp_path: Path, mode: str) -> None:
+    """Several requests, each of which may fill the pool. Oracle: an engine that serves only one of them."""
     path, prompts = write_folder(tmp_path, GEMMA, random_weights(GEMMA)), [[5, 6, 7], [8] * 4, [9, 10] * 2]
     params = [SamplingParams(max_tokens=None, ignore_eos=True, seed=i, logprobs=1) for i in range(3)]
     sizes = {"block_size": 4, "num_blocks": 40, "max_num_seqs": 4, "max_num_batched_tokens": 8}
-    crowd = LLM(path, preemption_mode=mode, **sizes)
-    found = crowd.generate(prompts, params, use_tqdm=False)
+    together = LLM(path, preemption_mode=mode, **sizes)
+    found = together.generate(prompts, params, use_tqdm=False)
     for prompt, wanted, output in zip(prompts, params, found, strict=True):
         [alone] = LLM(path, enable_prefix_caching=False, **sizes).generate(prompt, wanted, use_tqdm=False)
-        assert len(prompt) + len(alone.outputs[0].token_ids) == crowd.max_model_len
+        assert len(prompt) + len(alone.outputs[0].token_ids) == together.max_model_len
         assert output.outputs == alone.outputs
-    assert (crowd.engine.stats.num_preemptions > 0) == (mode != "none")
-    crowd.engine.call(lambda: check_pages(pages_of(crowd)))
-    assert crowd.engine.stats.num_free_blocks + crowd.engine.stats.num_cached_blocks == 40
+    assert (together.engine.stats.num_preemptions > 0) == (mode != "none")
+    together.engine.call(lambda: check_pages(pages_of(together)))
+    assert together.engine.stats.num_free_blocks + together.engine.stats.num_cached_blocks == 40
 
 
 # Parts.
 
 
-def test_geglu_is_gelus_tanh_approximation_times_up() -> None:
+def test_geglu_is_the_tanh_approximation_of_gelu_times_up() -> None:
     """Oracle: the definition, in float64."""
     x = np.linspace(-12, 12, 2001)
     expected = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) * 3
@@ -317,8 +319,8 @@ def test_geglu_is_gelus_tanh_approximation_times_up() -> None:
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
 
 
-def test_geglu_of_a_row_is_the_same_bits_in_any_batch() -> None:
-    """Oracle: the row alone."""
+def test_a_row_of_geglu_has_the_same_bits_in_any_batch() -> None:
+    """Oracle: the row computed alone."""
     both = mx.random.normal((33, 2 * 67), key=mx.random.key(3)) * 4
     whole = np.array(geglu(*mx.split(both, 2, axis=-1)))
     for rows in ([0], [3, 4], [5, 6, 7], list(range(10, 27)), [32]):
@@ -326,14 +328,14 @@ def test_geglu_of_a_row_is_the_same_bits_in_any_batch() -> None:
         assert np.array_equal(part, whole[rows])
 
 
-def test_scaled_rows_scale_what_is_looked_up_and_nothing_else() -> None:
+def test_scaled_rows_scale_only_the_rows_that_are_looked_up() -> None:
     matrix = Linear(mx.random.normal((5, 4), key=mx.random.key(1)))
     scaled, ids, x = ScaledRows(matrix, 3.0), mx.array([[4, 0]]), mx.ones((2, 4))
     assert np.array_equal(np.array(scaled.rows(ids)), 3 * np.array(matrix.rows(ids)))
     assert np.array_equal(np.array(scaled(x)), np.array(matrix(x)))
 
 
-def test_a_scaled_embedding_and_the_projection_tied_to_it_are_one_matrix(tmp_path: Path) -> None:
+def test_a_scaled_embedding_and_its_tied_projection_are_one_matrix(tmp_path: Path) -> None:
     model = build(read_checkpoint(write_folder(tmp_path, GEMMA, random_weights(GEMMA))))
     assert isinstance(model.embed_tokens, ScaledRows)
     assert model.embed_tokens.matrix is model.lm_head
@@ -345,7 +347,7 @@ def test_a_scaled_embedding_and_the_projection_tied_to_it_are_one_matrix(tmp_pat
 
 @pytest.fixture(scope="module")
 def gemma() -> Checkpoint:
-    """Gemma 3 270M, where it is installed."""
+    """Gemma 3 270M, if it is installed."""
     try:
         return read_checkpoint(find_model("gemma3-270m"))
     except ModelFileError as error:
@@ -354,16 +356,16 @@ def gemma() -> Checkpoint:
         pytest.skip("gemma3-270m is not installed")
 
 
-def test_text_becomes_sentencepieces_tokens_and_text_again(gemma: Checkpoint) -> None:
+def test_text_becomes_sentencepieces_tokens_and_the_same_text_again(gemma: Checkpoint) -> None:
     """Oracle: SentencePiece's rules, written out in make_gemma.py."""
     for record in GOLDENS["strings"]:
         assert gemma.tokenizer.encode(record["text"]) == record["ids"], record["text"]
-        if "\u2581" not in record["text"]:  # which SentencePiece cannot tell from a space
+        if "\u2581" not in record["text"]:  # SentencePiece cannot tell it from a space
             assert gemma.tokenizer.decode(record["ids"], skip_special_tokens=False) == record["text"]
 
 
-def test_transformers_conversion_cuts_only_long_runs_of_spaces_otherwise() -> None:
-    """Oracle: its ids, kept in the goldens. If this fails, transformers follows SentencePiece."""
+def test_transformers_conversion_differs_only_in_long_runs_of_spaces() -> None:
+    """Oracle: its ids, stored in the goldens. If this fails, transformers now follows SentencePiece."""
     differ = [record["text"] for record in GOLDENS["strings"] if "gguf_conversion_ids" in record]
     assert differ
     assert all(" " * 32 in text for text in differ)
@@ -375,7 +377,7 @@ def real_model(gemma: Checkpoint) -> Model:
     return build(gemma)
 
 
-def test_the_real_model_goes_on_as_transformers_does(gemma: Checkpoint, real_model: Model) -> None:
+def test_the_real_models_continuations_equal_transformers(gemma: Checkpoint, real_model: Model) -> None:
     """Oracle: greedy continuations of short prompts, all steps in one pass; log-probabilities within 0.01."""
     assert (gemma.config.windows.count(512), gemma.config.windows.count(None)) == (15, 3)
     for record in GOLDENS["continuations"]:
@@ -399,7 +401,7 @@ Serve = Callable[..., LLM]
 
 @pytest.fixture(scope="module")
 def serve(gemma: Checkpoint, real_model: Model) -> Iterator[Serve]:
-    """Engines of any configuration over the model that has been read once."""
+    """Engines of any configuration over the model, which is read only once."""
     if not tiny_llm_kernels.available():
         pytest.skip(f"the model would take long: {tiny_llm_kernels.why_unavailable()}")
     loaded = LoadedModel("gemma3-270m", gemma.path, real_model, gemma.tokenizer, {}, None)
@@ -414,7 +416,7 @@ def pages_of(llm: LLM) -> PagedBatchManager:
 
 
 def check_answers(llm: LLM, names: Sequence[str]) -> list[int]:
-    """Serve goldens by name, all in one batch; each answer is transformers'. What each found cached."""
+    """Serve goldens in one batch, and compare with transformers'; returns the cached tokens of each."""
     records = [CONTINUATIONS[name] for name in names]
     params = SamplingParams(temperature=0.0, max_tokens=len(records[0]["output_ids"]), ignore_eos=True)
     outputs = llm.generate([record["prompt_ids"] for record in records], params, use_tqdm=False)
@@ -425,10 +427,10 @@ def check_answers(llm: LLM, names: Sequence[str]) -> list[int]:
     return [output.num_cached_tokens for output in outputs]
 
 
-def test_all_goldens_on_pages_from_a_cold_cache_and_from_a_warm_one(serve: Serve) -> None:
-    """Oracle: transformers' greedy continuations. Prompts up to 1,100 tokens in one batch, cut beyond 512.
+def test_all_goldens_are_right_on_pages_from_a_cold_and_from_a_warm_cache(serve: Serve) -> None:
+    """Oracle: transformers' greedy continuations. Prompts up to 1,100 tokens in a batch, at most 512 a step.
 
-    The second time all that is left to compute is the end of a block, or what is too short to copy.
+    The second time only the end of a block is left to compute, or what is too short to copy.
     """
     llm, names = serve(max_num_batched_tokens=384, max_num_seqs=8), list(CONTINUATIONS)
     lengths = [len(CONTINUATIONS[name]["prompt_ids"]) for name in names]
@@ -439,10 +441,10 @@ def test_all_goldens_on_pages_from_a_cold_cache_and_from_a_warm_one(serve: Serve
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
-def test_a_text_beyond_the_window_gives_way_and_goes_on_as_transformers_does(
+def test_a_preempted_text_beyond_the_window_continues_as_in_transformers(
     serve: Serve, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oracle: transformers' greedy continuations. Eight short texts crowd a long one out."""
+    """Oracle: transformers' greedy continuations. Eight short texts cause the preemption of a long one."""
     computed: list[int] = []
     preempt = PageScheduler._preempt
 
@@ -461,6 +463,6 @@ def test_a_text_beyond_the_window_gives_way_and_goes_on_as_transformers_does(
         preemption_mode=mode,
     )
     check_answers(llm, [*["capital", "story"] * 4, "class"])
-    assert max(computed, default=0) > 640, "it had begun to answer"
+    assert max(computed, default=0) > 640, "it had started to answer"
     assert bool(pages_of(llm)._scheduler.num_swapped_out) == (mode == "swap")
     check_all_returned(pages_of(llm))

@@ -1,7 +1,7 @@
 """Greedy continuations of the embedded model equal transformers' in float32, token by token.
 
-The goldens hold, for every position, the margin in logits between the two likeliest tokens; nothing
-that rounds anywhere can promise more than the float32 answer where that margin is tiny.
+For every position, the goldens hold the margin in logits between the two likeliest tokens. A computation that
+rounds anywhere cannot promise the float32 answer where that margin is tiny.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""KVPool: the only holder of the pool's arrays; what leaves it is a copy, a write costs a token's bytes."""
+"""KVPool: the only holder of the pool's arrays; reads return copies, and a write costs one token's bytes."""
 
 import mlx.core as mx
 import numpy as np
@@ -36,18 +36,18 @@ def filled(pool: KVPool, tokens: int, value: float) -> BlockTable:
     return table
 
 
-def test_a_pools_bytes_are_those_of_its_tokens() -> None:
+def test_the_bytes_of_a_pool_are_those_of_its_tokens() -> None:
     assert pool_of(3).nbytes == 3 * BLOCK * tiny_config().kv_bytes_per_token(4)
 
 
-def test_what_was_written_is_read_back() -> None:
+def test_a_read_returns_what_was_written() -> None:
     pool = pool_of(3)
     table = filled(pool, 6, 7.0)
     keys, values = pool.read_blocks(1, table.blocks)
     assert keys.shape == (2, 2, BLOCK, 32)
     assert mx.all(keys[0] == 7.0).item()
     assert mx.all(values[1, :, :2] == 7.5).item()
-    assert mx.all(keys[1, :, 2:] == 0.0).item(), "nothing was written behind the last token"
+    assert mx.all(keys[1, :, 2:] == 0.0).item(), "nothing was written after the last token"
 
 
 def test_blocks_are_copied_in_every_layer_as_if_all_were_read_first() -> None:
@@ -66,15 +66,15 @@ def test_blocks_are_copied_in_every_layer_as_if_all_were_read_first() -> None:
         assert mx.all(values[2, :, :2] == 10.0 * layer + 1.5).item()
 
 
-def test_copying_nothing_touches_nothing() -> None:
+def test_an_empty_copy_changes_nothing() -> None:
     pool = pool_of(2)
     pool.copy_blocks([])
     assert mx.all(pool.read_blocks(0, [0, 1])[0] == 0).item()
 
 
 @pytest.mark.parametrize("readable", [True, False])
-def test_a_read_before_a_write_keeps_what_it_read(readable: bool) -> None:
-    """The copy is evaluated where it is taken; a lazy one would silently show the later write."""
+def test_a_later_write_does_not_change_what_was_read(readable: bool) -> None:
+    """The copy is evaluated at the read; a lazy one would silently show the later write."""
     with twins() if readable else mx.stream(mx.cpu):
         pool = pool_of(2)
         table = filled(pool, BLOCK, 1.0)
@@ -89,7 +89,7 @@ def test_a_read_before_a_write_keeps_what_it_read(readable: bool) -> None:
 
 
 @pytest.mark.parametrize("readable", [True, False])
-def test_a_read_after_a_write_that_is_not_evaluated_sees_the_write(readable: bool) -> None:
+def test_a_read_sees_an_earlier_write_that_is_not_evaluated(readable: bool) -> None:
     with twins() if readable else mx.stream(mx.cpu):
         pool = pool_of(2)
         table = filled(pool, BLOCK, 1.0)
@@ -98,7 +98,7 @@ def test_a_read_after_a_write_that_is_not_evaluated_sees_the_write(readable: boo
     assert keys[0, 0, :, 0].tolist() == [9.0, 1.0, 1.0, 1.0]
 
 
-def test_two_writes_of_one_evaluation_both_happen_in_order() -> None:
+def test_two_writes_of_one_evaluation_happen_in_order() -> None:
     pool = pool_of(2)
     table = filled(pool, BLOCK, 1.0)
     write(pool, table, 0, 2, 5.0)
@@ -107,7 +107,7 @@ def test_two_writes_of_one_evaluation_both_happen_in_order() -> None:
     assert pool.read_blocks(0, table.blocks)[0][0, 0, :, 0].tolist() == [5.0, 6.0, 6.0, 1.0]
 
 
-def test_a_copy_waits_for_a_write_that_is_not_evaluated() -> None:
+def test_a_copy_waits_for_an_unevaluated_write() -> None:
     pool = pool_of(2)
     table = filled(pool, BLOCK, 1.0)
     [source] = table.blocks
@@ -116,8 +116,8 @@ def test_a_copy_waits_for_a_write_that_is_not_evaluated() -> None:
     assert mx.all(pool.read_blocks(0, [1 - source])[0] == 3.0).item()
 
 
-def test_a_step_takes_no_memory_of_the_pools_size() -> None:
-    """Prefill, fork, copy on write and decode: the peak of memory stays below the pool and a little."""
+def test_a_step_does_not_copy_the_pool() -> None:
+    """Prefill, fork, copy on write and decode: peak memory stays within the pool's size and a little."""
     manager = PagedBatchManager(8000, 16, 4, model=tiny_model())
     assert manager.pool is not None
     manager.add_request(random_prompt(40, 1), "a", SamplingParams(n=3, max_tokens=20))

@@ -1,6 +1,6 @@
-"""Layers in groups of one size, and how many blocks a group's table may hold at once.
+"""Layers in groups of one size, and the most blocks that a group's table can hold at once.
 
-Oracles: groups written down by hand, what every division must be, and tables that grow step by step.
+Oracles: groups written by hand, invariants of any division, and tables that grow step by step.
 """
 
 import doctest
@@ -30,13 +30,13 @@ def in_rows(windows: Windows) -> list[tuple[int | None, tuple[int, ...]]]:
 
 @pytest.mark.parametrize("window", [None, W])
 @pytest.mark.parametrize("num_layers", [1, 2, 30])
-def test_layers_of_one_kind_are_one_group(window: int | None, num_layers: int) -> None:
+def test_layers_of_one_kind_form_one_group(window: int | None, num_layers: int) -> None:
     """Oracle: by hand."""
     assert in_rows((window,) * num_layers) == [(window, tuple(range(num_layers)))]
 
 
 def test_gemma_3_270m_is_six_groups_of_three() -> None:
-    """Oracle: its configuration: 18 layers of which every sixth sees everything."""
+    """Oracle: its configuration: 18 layers, of which every sixth has full attention."""
     windows = ((W,) * 5 + (None,)) * 3
     assert in_rows(windows) == [
         (None, (5, 11, 17)),
@@ -50,7 +50,7 @@ def test_gemma_3_270m_is_six_groups_of_three() -> None:
 
 
 def test_gemma_3_1b_leaves_two_places_of_its_last_group_empty() -> None:
-    """Oracle: its configuration: 26 layers, 4 of which see everything; 22 are five groups of 4 and 2 more."""
+    """Oracle: its configuration: 26 layers, 4 with full attention; 22 are five groups of 4 and 2 more."""
     windows = (((W,) * 5 + (None,)) * 5)[:26]
     groups = group_layers(windows)
     assert groups[0] == LayerGroup((5, 11, 17, 23))
@@ -59,7 +59,7 @@ def test_gemma_3_1b_leaves_two_places_of_its_last_group_empty() -> None:
 
 
 @pytest.mark.parametrize("num_layers", [2, 8, 26])
-def test_layers_that_alternate_are_two_groups(num_layers: int) -> None:
+def test_alternating_layers_form_two_groups(num_layers: int) -> None:
     """Oracle: by hand."""
     odd, even = tuple(range(1, num_layers, 2)), tuple(range(0, num_layers, 2))
     assert in_rows((W, None) * (num_layers // 2)) == [(None, odd), (W, even)]
@@ -76,18 +76,18 @@ def test_layers_that_alternate_are_two_groups(num_layers: int) -> None:
         (1, 4, [1, 1, 1, 1, 1]),
     ],
 )
-def test_kinds_that_differ_a_little_leave_places_empty_rather_than_make_many_groups(
+def test_nearly_equal_kinds_leave_places_empty_instead_of_forming_many_groups(
     num_full: int, num_windowed: int, sizes: list[int]
 ) -> None:
-    """Oracle: by hand: up to a quarter more of one kind is a little."""
+    """Oracle: by hand: up to a quarter more of one kind is nearly equal."""
     groups = group_layers((None,) * num_full + (W,) * num_windowed)
     assert [len(group.layers) for group in groups] == sizes
 
 
 @settings(max_examples=examples(200))
 @given(st.lists(st.sampled_from([None, 4, 512, 4096]), min_size=1, max_size=60))
-def test_every_layer_is_in_one_group_with_others_that_see_as_far(windows: list[int | None]) -> None:
-    """Oracle: what any division must be; the last group of a kind may have fewer than a block holds."""
+def test_every_layer_is_in_one_group_with_layers_of_the_same_window(windows: list[int | None]) -> None:
+    """Oracle: invariants of any division; the last group of a kind may have fewer layers than the others."""
     groups = group_layers(windows)
     assert sorted(layer for group in groups for layer in group.layers) == list(range(len(windows)))
     for group in groups:
@@ -99,15 +99,15 @@ def test_every_layer_is_in_one_group_with_others_that_see_as_far(windows: list[i
             assert one.layers[-1] < two.layers[0]
             assert len(one.layers) == layers_per_block(groups)
     sees_all = [group.window is None for group in groups]
-    assert sees_all == sorted(sees_all, reverse=True), "those that see everything come first"
+    assert sees_all == sorted(sees_all, reverse=True), "layers with full attention come first"
     assert len({group.window for group in groups}) == len(set(windows))
 
 
 # ---- how many blocks ----
 
 
-def most_held(group: LayerGroup, num_tokens: int, block_size: int, most_at_once: int, first: int) -> int:
-    """The most blocks that a table holds on its way, computed as fast as may be after a first step."""
+def peak(group: LayerGroup, num_tokens: int, block_size: int, most_at_once: int, first: int) -> int:
+    """The most blocks that a table holds at any time, if it computes at full speed after its first step."""
     layout = PageLayout((group,), block_size, most_at_once)
     [table] = layout.tables(BlockAllocator(num_tokens))
     most = position = 0
@@ -127,14 +127,12 @@ def most_held(group: LayerGroup, num_tokens: int, block_size: int, most_at_once:
     block_size=st.integers(1, 17),
     most_at_once=st.integers(1, 20),
 )
-def test_most_blocks_is_what_a_table_holds_at_worst(
+def test_the_block_limit_of_a_group_is_the_worst_case_of_its_tables(
     window: int | None, num_tokens: int, block_size: int, most_at_once: int
 ) -> None:
-    """Oracle: tables that grow in steps that begin at any offset: none holds more, and one holds as many."""
+    """Oracle: tables that grow in steps from any offset: none holds more, and one holds exactly as many."""
     group = LayerGroup((0,), window)
-    held = [
-        most_held(group, num_tokens, block_size, most_at_once, first) for first in range(1, most_at_once + 1)
-    ]
+    held = [peak(group, num_tokens, block_size, most_at_once, first) for first in range(1, most_at_once + 1)]
     assert group.max_blocks(num_tokens, block_size, most_at_once) == max(held)
 
 
@@ -144,7 +142,9 @@ def test_most_blocks_is_what_a_table_holds_at_worst(
     chunks=st.lists(st.integers(1, 9), min_size=1, max_size=30),
     block_size=st.integers(1, 17),
 )
-def test_steps_of_any_sizes_hold_no_more(window: int, chunks: list[int], block_size: int) -> None:
+def test_steps_of_any_sizes_stay_within_the_block_limit(
+    window: int, chunks: list[int], block_size: int
+) -> None:
     """Oracle: the blocks of the positions that a step's queries see, counted one by one."""
     group, position, most = LayerGroup((0,), window), 0, 0
     for chunk in chunks:
@@ -155,7 +155,7 @@ def test_steps_of_any_sizes_hold_no_more(window: int, chunks: list[int], block_s
 
 
 def test_a_text_of_any_length_fits_into_a_windows_blocks() -> None:
-    """Oracle: by hand: a step of 512 tokens and the 511 before it are in 65 blocks of 16 at worst."""
+    """Oracle: by hand: a step of 512 tokens and the 511 before it span at most 65 blocks of 16."""
     group = LayerGroup((0,), W)
     assert [group.max_blocks(n, 16, 512) for n in (1, 16, 17, 512, 1024, 1025, 10**6)] == [
         1,
@@ -169,8 +169,8 @@ def test_a_text_of_any_length_fits_into_a_windows_blocks() -> None:
     assert LayerGroup((0,)).max_blocks(10**6, 16, 512) == 62_500
 
 
-def test_the_examples_in_the_docstrings_hold() -> None:
-    """Oracle: the results that are written there."""
+def test_the_examples_in_docstrings_are_right() -> None:
+    """Oracle: the results in the docstrings."""
     results = doctest.testmod(tiny_llm.layer_groups)
     assert results.attempted >= 2
     assert results.failed == 0

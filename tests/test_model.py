@@ -1,4 +1,4 @@
-"""The decoder against a plain NumPy one in float64, and its context seam: no cache and pages agree."""
+"""The decoder against a plain NumPy one in float64; and without a cache it agrees with itself on pages."""
 
 import mlx.core as mx
 import numpy as np
@@ -67,7 +67,7 @@ def logits_without_cache(model: Model, tokens: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_logits_are_those_of_a_plain_decoder(tied: bool) -> None:
+def test_logits_equal_those_of_a_plain_numpy_decoder(tied: bool) -> None:
     config = tiny_config(tie_word_embeddings=tied)
     matrices, vectors = random_weights(config, seed=4)
     weights = {name: np.array(array).astype(np.float64) for name, array in {**matrices, **vectors}.items()}
@@ -76,7 +76,7 @@ def test_logits_are_those_of_a_plain_decoder(tied: bool) -> None:
     np.testing.assert_allclose(logits, numpy_model(tokens, weights, config), rtol=1e-3, atol=1e-3)
 
 
-def test_pages_change_nothing_but_how_keys_are_stored() -> None:
+def test_pages_change_only_how_keys_are_stored() -> None:
     tokens = random_prompt(40, seed=5)
     paged = logits_through_pages(dense_model(), tokens, [40], kv_dtype=mx.float32)
     np.testing.assert_allclose(
@@ -84,8 +84,8 @@ def test_pages_change_nothing_but_how_keys_are_stored() -> None:
     )
 
 
-def test_the_readable_model_and_the_fast_one_agree() -> None:
-    """Closely: the packed matmul rounds activations to 16 bits."""
+def test_the_readable_and_the_fast_model_agree() -> None:
+    """Only closely: the packed matmul rounds activations to 16 bits."""
     tokens = random_prompt(50, seed=6)
     with twins():
         tiny_model.cache_clear()
@@ -95,7 +95,7 @@ def test_the_readable_model_and_the_fast_one_agree() -> None:
     assert np.corrcoef(readable.ravel(), fast.ravel())[0, 1] > 0.999999
 
 
-def test_only_the_rows_asked_for_get_logits() -> None:
+def test_only_the_requested_rows_get_logits() -> None:
     tokens = random_prompt(9, seed=7)
     context = NoCacheContext(9, 32**-0.5)
     everything = tiny_model()(mx.array([tokens], mx.int32), context)

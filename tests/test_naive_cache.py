@@ -1,4 +1,4 @@
-"""The contiguous cache's numbers, and what a reset leaves: the parts of day 2.2 that are given."""
+"""The contiguous cache's size in bytes, and its state after a reset: the parts of day 2.2 that are given."""
 
 import mlx.core as mx
 import pytest
@@ -6,7 +6,7 @@ from tiny_llm.naive_cache import NaiveKVCache
 
 
 def filled(num_tokens: int, max_seq_len: int = 7, dtype: mx.Dtype = mx.float32) -> NaiveKVCache:
-    """A cache of 3 heads of 5 numbers that holds some tokens."""
+    """A cache with 3 heads of size 5 that holds some tokens."""
     cache = NaiveKVCache(max_seq_len, num_heads=3, head_dim=5, dtype=dtype)
     if num_tokens:
         cache.update(mx.ones((3, num_tokens, 5)), mx.ones((3, num_tokens, 5)))
@@ -25,7 +25,7 @@ def test_a_token_of_32_heads_of_128_in_bfloat16_takes_16_kib() -> None:
     assert NaiveKVCache(1, num_heads=32, head_dim=128).allocated_bytes() == 16 * 1024
 
 
-def test_a_reset_forgets_the_tokens_and_keeps_the_memory() -> None:
+def test_a_reset_drops_the_tokens_and_keeps_the_memory() -> None:
     cache = filled(7)
     cache.reset()
     assert (cache.current_len, cache.used_bytes()) == (0, 0)

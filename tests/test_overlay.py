@@ -1,4 +1,6 @@
-"""The rules of the overlay: which file a name of `tiny_llm` comes from, each in a process of its own."""
+"""The rules of the overlay: which file a module of `tiny_llm` comes from. Each test runs in its own
+process.
+"""
 
 import json
 import os
@@ -17,7 +19,7 @@ def rms_norm(x, weight, eps):
     return 2 * x * mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 """
 
-# A block whose attention and feed-forward pass their input on, so that only the norm is left to see.
+# A block whose attention and feed-forward return their input, so that only the norm has an effect.
 BLOCK = """
 import mlx.core as mx
 from tiny_llm import block, norm
@@ -33,14 +35,14 @@ answer = {
 
 
 def run(code: str, overlay: Path) -> subprocess.CompletedProcess[str]:
-    """Run `code` in a fresh interpreter whose overlay is that folder."""
+    """Run `code` in a fresh interpreter with this folder as its overlay."""
     environment = os.environ | {"TINY_LLM_OVERLAY": str(overlay), "TINY_LLM_KERNELS": "off"}
     command = [sys.executable, "-W", "ignore:no compiled kernels", "-c", code]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
 
 
 def ask(code: str, overlay: Path) -> dict[str, object]:
-    """What `code` leaves in its variable `answer`."""
+    """The value that `code` assigns to its variable `answer`."""
     done = run(f"{code}\nimport json\nprint(json.dumps(answer))", overlay)
     assert done.returncode == 0, done.stderr
     answer: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
@@ -48,7 +50,7 @@ def ask(code: str, overlay: Path) -> dict[str, object]:
 
 
 def refusal(overlay: Path) -> str:
-    """The last line of the error that importing `tiny_llm` ends in."""
+    """The last line of the error that importing `tiny_llm` raises."""
     done = run("import tiny_llm", overlay)
     assert done.returncode == 1
     return done.stderr.splitlines()[-1]
@@ -61,7 +63,7 @@ def overlay(tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_empty_overlay_is_the_whole_reference(overlay: Path) -> None:
+def test_with_an_empty_overlay_every_module_is_the_references(overlay: Path) -> None:
     code = """
 import sys, tiny_llm
 values = [getattr(tiny_llm, name) for name in tiny_llm.__all__]
@@ -77,7 +79,7 @@ answer["reference"] = "tiny_llm_ref" in sys.modules
         assert file == str(REFERENCE / f"{name.removeprefix('tiny_llm.')}.py")
 
 
-def test_a_module_in_the_overlay_wins_and_the_reference_sees_it(overlay: Path) -> None:
+def test_a_module_in_the_overlay_wins_and_the_reference_uses_it(overlay: Path) -> None:
     plain = ask(BLOCK, overlay)
     assert plain["files"] == [str(REFERENCE / "block.py"), str(REFERENCE / "norm.py")]
     assert plain["out"] == pytest.approx([5.0] * 4), "3, plus 1, plus 1"
@@ -89,13 +91,13 @@ def test_a_module_in_the_overlay_wins_and_the_reference_sees_it(overlay: Path) -
     assert mine["out"] == pytest.approx([7.0] * 4), "3, plus 2, plus 2"
 
 
-def test_a_public_name_is_the_learners(overlay: Path) -> None:
+def test_a_public_name_comes_from_the_learners_module(overlay: Path) -> None:
     (overlay / "chunked_prefill.py").write_text("def share_budget(wants, budget):\n    return 'mine'\n")
     code = "import tiny_llm\nanswer = {'said': tiny_llm.share_budget([], 0)}"
     assert ask(code, overlay) == {"said": "mine"}
 
 
-# Stands in for the compiled kernels, and says so instead of computing.
+# Replaces the compiled kernels by one that only returns "compiled".
 FAKE_KERNELS = """
 import sys, types
 import mlx.core as mx
@@ -112,17 +114,17 @@ answer = {"said": said if isinstance(said, str) else "readable", "reference": is
 """
 
 
-def test_a_compiled_kernel_stands_in_for_the_reference_only(overlay: Path) -> None:
+def test_a_compiled_kernel_replaces_only_the_reference(overlay: Path) -> None:
     assert ask(FAKE_KERNELS, overlay) == {"said": "compiled", "reference": True}
 
-    # Even where the learner kept the decorator of the reference's file.
+    # Even if the learner kept the decorator of the reference's file.
     decorator = "from .kernels import accelerated\nfast = lambda *args: 'fast'\n"
     function = DOUBLED_NORM.replace("def", "@accelerated(compiled=fast, fused=fast)\ndef")
     (overlay / "norm.py").write_text(decorator + function)
     assert ask(FAKE_KERNELS, overlay) == {"said": "readable", "reference": False}
 
 
-def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+def test_a_missing_overlay_folder_is_rejected(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere"
     assert refusal(missing) == f"ImportError: TINY_LLM_OVERLAY names {missing}, which is not a folder"
 
@@ -135,12 +137,14 @@ def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
         ("zzz.py", "zzz.py overrides nothing"),
     ],
 )
-def test_a_file_that_overrides_nothing_is_refused_with_a_guess(overlay: Path, file: str, said: str) -> None:
+def test_a_file_that_overrides_nothing_is_rejected_with_a_suggestion(
+    overlay: Path, file: str, said: str
+) -> None:
     (overlay / file).touch()
     assert refusal(overlay) == f"ImportError: {said} (in {overlay})"
 
 
-def test_other_files_in_the_overlay_are_left_alone(overlay: Path) -> None:
+def test_other_files_in_the_overlay_are_ignored(overlay: Path) -> None:
     for name in ("__init__.py", "notes.md", "quantized_matmul.cpp"):
         (overlay / name).touch()
     (overlay / "__pycache__").mkdir()

@@ -1,4 +1,4 @@
-"""Pages that are arrays of their own: attention over them against NumPy float64, copies against a list."""
+"""Pages that are separate arrays: attention over them against NumPy float64, copies against a list."""
 
 from dataclasses import dataclass
 
@@ -30,7 +30,7 @@ def floats(array: mx.array) -> np.ndarray:
 
 @dataclass
 class Sequences:
-    """Tables of mixed lengths whose tokens are in pages, and the same keys and values in one piece."""
+    """Tables of mixed lengths with tokens in pages, and the same keys and values in contiguous arrays."""
 
     query: mx.array  # [B, H, L, D]
     tables: list[BlockTable]
@@ -45,7 +45,7 @@ class Sequences:
         return paged_attention_kernel(self.query, self.tables, self.pages, self.block_size, scale)
 
     def expected(self, scale: float | None = None) -> np.ndarray:
-        """Dense causal attention of the last L tokens of each, in float64."""
+        """Dense causal attention of the last L tokens of each sequence, in float64."""
         _, H, L, D = self.query.shape
         out = np.empty(self.query.shape)
         for row, (keys, values) in enumerate(self.streams):
@@ -72,7 +72,7 @@ def make_sequences(
     query_dtype: mx.Dtype = mx.float32,
     seed: int = 0,
 ) -> Sequences:
-    """`totals` tokens in each sequence; their blocks are mixed, and what nobody wrote is NaN."""
+    """`totals` tokens in each sequence; blocks are interleaved, and slots never written are NaN."""
     rng = np.random.default_rng(seed)
     H, Hkv = heads
     allocator = BlockAllocator(sum(-(-total // block_size) for total in totals) + 2)
@@ -138,7 +138,7 @@ def test_the_compiled_attention_equals_dense_attention(drawn: tuple[Sequences, s
 
 @needs_kernels
 @pytest.mark.parametrize("size", [32, 64, 96, 128, 256, 320, 512])
-def test_the_twins_agree_for_every_head_size(size: int) -> None:
+def test_readable_and_compiled_attention_agree_for_every_head_size(size: int) -> None:
     made = make_sequences([37, 5], length=5, size=size, block_size=7)
     compiled = np.array(made.attend())
     with twins():
@@ -146,7 +146,7 @@ def test_the_twins_agree_for_every_head_size(size: int) -> None:
 
 
 @needs_kernels
-def test_a_row_has_the_same_bits_alone_and_beside_others_and_in_blocks_of_any_size() -> None:
+def test_a_row_has_the_same_bits_in_any_batch_and_for_any_block_size() -> None:
     whole = make_sequences([70, 3, 33], length=3, seed=1)
     together = np.array(whole.attend())
     for row in range(3):
@@ -159,7 +159,7 @@ def test_a_row_has_the_same_bits_alone_and_beside_others_and_in_blocks_of_any_si
     assert all(np.array_equal(rows[0], row) for row in rows[1:])
 
 
-def test_a_token_sees_its_past_and_itself_and_nothing_behind_it() -> None:
+def test_a_token_sees_only_itself_and_earlier_tokens() -> None:
     made = make_sequences([9], length=3, block_size=4)
     before = np.array(made.attend())
     last = made.pages[made.tables[0].blocks[8 // 4]]
@@ -169,20 +169,20 @@ def test_a_token_sees_its_past_and_itself_and_nothing_behind_it() -> None:
     assert not np.array_equal(before[:, :, 2], after[:, :, 2])
 
 
-def test_scale_is_one_over_the_root_of_the_head_size_unless_given() -> None:
+def test_scale_defaults_to_one_over_the_root_of_the_head_size() -> None:
     made = make_sequences([6, 20], length=2, size=64)
     np.testing.assert_array_equal(np.array(made.attend()), np.array(made.attend(0.125)))
     np.testing.assert_allclose(np.array(made.attend(0.5)), made.expected(0.5), atol=2e-5)
     np.testing.assert_allclose(np.array(made.attend(0.0)), made.expected(0.0), atol=2e-5)
 
 
-def test_block_size_is_16_unless_given() -> None:
+def test_block_size_defaults_to_16() -> None:
     made = make_sequences([40], block_size=16)
     out = paged_attention_kernel(made.query, made.tables, made.pages)
     np.testing.assert_allclose(np.array(out), made.expected(), atol=2e-5)
 
 
-def test_forks_read_the_pages_that_they_share() -> None:
+def test_forks_read_their_shared_pages() -> None:
     made = make_sequences([10], length=2)
     forked = [made.tables[0], made.tables[0].fork()]
     query = mx.concatenate([made.query, made.query])
@@ -191,8 +191,8 @@ def test_forks_read_the_pages_that_they_share() -> None:
     np.testing.assert_allclose(out[:1], made.expected(), atol=2e-5)
 
 
-def test_only_the_pages_that_tables_name_are_looked_at() -> None:
-    """Any block ids will do, with holes between them, and other pages may look like anything."""
+def test_only_pages_that_a_table_names_are_read() -> None:
+    """Block ids may be any numbers, with gaps between them, and other pages may have any shape."""
     made = make_sequences([10, 3], length=2)
     expected = np.array(made.attend())
     named = {block for table in made.tables for block in table.blocks}
@@ -203,7 +203,7 @@ def test_only_the_pages_that_tables_name_are_looked_at() -> None:
     assert np.array_equal(np.array(paged_attention_kernel(made.query, made.tables, pages, 4)), expected)
 
 
-def test_pages_written_after_the_call_do_not_change_its_answer() -> None:
+def test_pages_written_after_the_call_do_not_change_its_result() -> None:
     made = make_sequences([10], length=2)
     expected = np.array(made.attend())
     lazy = made.attend()
@@ -212,7 +212,7 @@ def test_pages_written_after_the_call_do_not_change_its_answer() -> None:
     assert np.array_equal(np.array(lazy), expected)
 
 
-# ---- attention: refusals ----
+# ---- attention: errors ----
 
 
 def zeros(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -232,20 +232,20 @@ WRONG_QUERIES = {
 
 
 @pytest.mark.parametrize(("query", "message"), WRONG_QUERIES.values(), ids=WRONG_QUERIES)
-def test_a_query_that_does_not_fit_is_refused(query: mx.array, message: str) -> None:
+def test_a_query_that_does_not_fit_is_rejected(query: mx.array, message: str) -> None:
     made = make_sequences([9, 5])
     with pytest.raises(ValueError, match=message):
         paged_attention_kernel(query, made.tables, made.pages, 4)
 
 
-def test_a_table_with_too_few_blocks_for_its_tokens_is_refused() -> None:
+def test_a_table_with_too_few_blocks_for_its_tokens_is_rejected() -> None:
     made = make_sequences([9, 5])
     made.tables[1].blocks.pop()
     with pytest.raises(ValueError, match="table 1 has 1 blocks of 4 for 5 tokens"):
         made.attend()
 
 
-def test_a_block_without_a_page_is_refused() -> None:
+def test_a_block_without_a_page_is_rejected() -> None:
     made = make_sequences([9, 5])
     missing = made.tables[1].blocks[1]
     del made.pages[missing]
@@ -253,13 +253,13 @@ def test_a_block_without_a_page_is_refused() -> None:
         made.attend()
 
 
-def test_a_block_size_that_is_not_the_tables_is_refused() -> None:
+def test_a_block_size_that_differs_from_the_tables_is_rejected() -> None:
     made = make_sequences([9, 5])
     with pytest.raises(ValueError, match="table 0 has blocks of 4 tokens, block_size is 16"):
         paged_attention_kernel(made.query, made.tables, made.pages)
 
 
-def test_a_block_size_that_is_not_the_pages_is_refused() -> None:
+def test_a_block_size_that_differs_from_the_pages_is_rejected() -> None:
     made = make_sequences([9])
     wide = {block: PageBlock(zeros(2, 8, 32), zeros(2, 8, 32)) for block in made.pages}
     with pytest.raises(ValueError, match=r"block_size 4 .* is float32 \(2, 8, 32\)"):
@@ -271,7 +271,7 @@ def test_a_block_size_that_is_not_the_pages_is_refused() -> None:
     [zeros(2, 4, 32, dtype=mx.float16), zeros(1, 4, 32), zeros(2, 3, 32)],
     ids=["type", "heads", "size"],
 )
-def test_pages_that_are_not_alike_are_refused(other: mx.array) -> None:
+def test_pages_of_different_shapes_or_types_are_rejected(other: mx.array) -> None:
     made = make_sequences([9])
     block = made.tables[0].blocks[2]
     made.pages[block] = PageBlock(other, other + 0)
@@ -289,7 +289,7 @@ def test_pages_that_are_not_alike_are_refused(other: mx.array) -> None:
         (zeros(2, 4, 32, dtype=mx.int8), zeros(2, 4, 32, dtype=mx.int8)),
     ],
 )
-def test_a_page_of_unlike_or_wrong_arrays_is_refused(keys: mx.array, values: mx.array) -> None:
+def test_a_page_of_mismatched_or_invalid_arrays_is_rejected(keys: mx.array, values: mx.array) -> None:
     with pytest.raises(ValueError, match=r"keys (are|must be)"):
         PageBlock(keys, values)
 
@@ -298,7 +298,7 @@ def test_a_page_of_unlike_or_wrong_arrays_is_refused(keys: mx.array, values: mx.
 
 
 def page_of(tokens: list[int]) -> PageBlock:
-    """A page of two heads whose tokens are these numbers; values are the numbers and a half."""
+    """A page of two heads whose keys are these numbers; values are the numbers plus a half."""
     keys = mx.broadcast_to(mx.array(tokens, mx.float32)[:, None], (2, len(tokens), 3)) + 0
     return PageBlock(keys, keys + 0.5)
 
@@ -311,7 +311,7 @@ def tokens_of(page: PageBlock) -> list[int]:
 
 
 @given(st.integers(1, 8), st.integers(1, 8), st.data())
-def test_a_copy_changes_the_range_and_nothing_else(size: int, dst_size: int, data: st.DataObject) -> None:
+def test_a_copy_changes_only_its_range(size: int, dst_size: int, data: st.DataObject) -> None:
     length = data.draw(st.integers(0, min(size, dst_size)))
     src_start, dst_start = (data.draw(st.integers(0, total - length)) for total in (size, dst_size))
     src, dst = page_of(list(range(size))), page_of(list(range(100, 100 + dst_size)))
@@ -332,7 +332,7 @@ def test_ranges_of_one_page_may_overlap(size: int, data: st.DataObject) -> None:
     assert tokens_of(page) == expected
 
 
-def test_a_copy_is_written_into_the_arrays_that_are_there() -> None:
+def test_a_copy_is_written_into_the_existing_arrays() -> None:
     src, dst = page_of([1, 2]), page_of([8, 9])
     keys, values = dst.keys, dst.values
     copy_block(src, dst, 0, 1, 1)
@@ -346,7 +346,7 @@ def test_a_copy_is_written_into_the_arrays_that_are_there() -> None:
 @pytest.mark.parametrize(
     ("src_start", "dst_start", "length"), [(-1, 0, 1), (0, -1, 1), (3, 0, 2), (0, 2, 2), (0, 0, -1)]
 )
-def test_a_range_that_leaves_its_page_is_refused_and_nothing_is_copied(
+def test_a_range_outside_its_page_is_rejected_and_nothing_is_copied(
     src_start: int, dst_start: int, length: int
 ) -> None:
     src, dst = page_of([1, 2, 3, 4]), page_of([7, 8, 9])
@@ -358,6 +358,6 @@ def test_a_range_that_leaves_its_page_is_refused_and_nothing_is_copied(
 @pytest.mark.parametrize(
     "other", [zeros(1, 4, 3), zeros(2, 4, 6), zeros(2, 4, 3, dtype=mx.float16)], ids=["heads", "D", "type"]
 )
-def test_a_copy_between_pages_of_different_kinds_is_refused(other: mx.array) -> None:
+def test_a_copy_between_pages_of_different_kinds_is_rejected(other: mx.array) -> None:
     with pytest.raises(ValueError, match="pages differ"):
         copy_block(page_of([1, 2, 3, 4]), PageBlock(other, other + 0), 0, 0, 1)

@@ -1,6 +1,6 @@
-"""BlockAllocator and BlockTable: who holds which block. Plain ints; the oracle is counting.
+"""BlockAllocator and BlockTable: which tables hold which blocks. Plain ints; the oracle is counting.
 
-No test looks at block ids: any order of handing blocks out is a correct one.
+No test depends on block ids: any order of allocation is correct.
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ def table_with(num_tokens: int, *, num_blocks: int = 8, block_size: int = 4) -> 
 # Allocator.
 
 
-def test_every_block_is_handed_out_once_and_then_no_more() -> None:
+def test_every_block_is_allocated_once_until_none_is_free() -> None:
     allocator = BlockAllocator(5)
     blocks = [allocator.allocate() for _ in range(5)]
     assert sorted(blocks) == [0, 1, 2, 3, 4]
@@ -30,7 +30,7 @@ def test_every_block_is_handed_out_once_and_then_no_more() -> None:
         allocator.allocate()
 
 
-def test_a_freed_block_can_be_had_again() -> None:
+def test_a_freed_block_can_be_allocated_again() -> None:
     allocator = BlockAllocator(1)
     block = allocator.allocate()
     allocator.free(block)
@@ -38,7 +38,7 @@ def test_a_freed_block_can_be_had_again() -> None:
     assert allocator.allocate() == block
 
 
-def test_a_shared_block_is_free_after_its_last_holder() -> None:
+def test_a_shared_block_is_freed_by_its_last_holder() -> None:
     allocator = BlockAllocator(2)
     block = allocator.allocate()
     allocator.add_ref(block)
@@ -49,7 +49,7 @@ def test_a_shared_block_is_free_after_its_last_holder() -> None:
 
 
 @pytest.mark.parametrize("operation", ["free", "add_ref"])
-def test_a_block_that_nobody_holds_cannot_be_freed_or_shared(operation: str) -> None:
+def test_a_block_without_a_holder_cannot_be_freed_or_shared(operation: str) -> None:
     allocator = BlockAllocator(3)
     block = allocator.allocate()
     allocator.free(block)
@@ -60,13 +60,13 @@ def test_a_block_that_nobody_holds_cannot_be_freed_or_shared(operation: str) -> 
 
 @pytest.mark.parametrize("operation", ["free", "add_ref", "ref_count"])
 @pytest.mark.parametrize("block", [-1, 3])
-def test_a_block_outside_the_pool_is_unknown(operation: str, block: int) -> None:
+def test_a_block_outside_the_pool_is_rejected(operation: str, block: int) -> None:
     with pytest.raises(UnknownBlockError, match=f"block {block} is not in this pool of 3"):
         getattr(BlockAllocator(3), operation)(block)
 
 
 @pytest.mark.parametrize("num_blocks", [0, -4])
-def test_a_pool_needs_a_block(num_blocks: int) -> None:
+def test_a_pool_has_at_least_one_block(num_blocks: int) -> None:
     with pytest.raises(ValueError, match=f"not {num_blocks}"):
         BlockAllocator(num_blocks)
 
@@ -75,7 +75,7 @@ def test_a_pool_needs_a_block(num_blocks: int) -> None:
     st.integers(1, 6),
     st.lists(st.tuples(st.sampled_from(["allocate", "add_ref", "free"]), st.integers(0, 5))),
 )
-def test_counts_are_those_of_a_plain_counter(num_blocks: int, operations: list[tuple[str, int]]) -> None:
+def test_counts_equal_those_of_a_plain_counter(num_blocks: int, operations: list[tuple[str, int]]) -> None:
     allocator, counts = BlockAllocator(num_blocks), Counter()
     for operation, block in operations:
         if operation == "allocate" and allocator.num_free:
@@ -94,7 +94,7 @@ def test_counts_are_those_of_a_plain_counter(num_blocks: int, operations: list[t
 
 
 @given(st.integers(1, 17), st.lists(st.integers(0, 40), max_size=8))
-def test_a_table_holds_just_the_blocks_that_its_tokens_need(block_size: int, appends: list[int]) -> None:
+def test_a_table_holds_only_the_blocks_that_its_tokens_need(block_size: int, appends: list[int]) -> None:
     table = BlockTable(BlockAllocator(400), block_size)
     for count in appends:
         predicted = table.blocks_to_append(count)
@@ -106,7 +106,7 @@ def test_a_table_holds_just_the_blocks_that_its_tokens_need(block_size: int, app
     assert len(set(table.physical_indices())) == len(table.physical_indices())
 
 
-def test_the_last_block_is_filled_before_another_is_taken() -> None:
+def test_the_last_block_is_filled_before_another_is_allocated() -> None:
     table = table_with(5)
     blocks = table.physical_indices()
     table.append_tokens(3)
@@ -130,7 +130,7 @@ def test_a_copy_on_write_that_does_not_fit_changes_nothing() -> None:
     assert [table.allocator.ref_count(block) for block in table.blocks] == [2, 2]
 
 
-def test_a_fork_shares_every_block_and_takes_none() -> None:
+def test_a_fork_shares_every_block_and_allocates_none() -> None:
     table = table_with(6)
     free = table.allocator.num_free
     child = table.fork()
@@ -140,7 +140,7 @@ def test_a_fork_shares_every_block_and_takes_none() -> None:
     assert all(table.allocator.ref_count(block) == 2 for block in table.blocks)
 
 
-def test_writing_after_a_fork_copies_the_shared_partly_filled_block_once() -> None:
+def test_a_write_after_a_fork_copies_the_shared_partial_block_once() -> None:
     table = table_with(6)
     child = table.fork()
     [first, shared] = table.physical_indices()
@@ -160,13 +160,13 @@ def test_a_full_shared_block_is_never_copied() -> None:
     assert child.physical_indices()[:2] == table.physical_indices()
 
 
-def test_appending_nothing_to_a_shared_block_copies_nothing() -> None:
+def test_an_empty_append_to_a_shared_block_copies_nothing() -> None:
     child = table_with(6).fork()
     assert child.blocks_to_append(0) == 0
     assert child.append_tokens(0) == []
 
 
-def test_releasing_gives_back_own_references_only() -> None:
+def test_a_release_drops_only_the_tables_own_references() -> None:
     table = table_with(6)
     child = table.fork()
     child.append_tokens(5)
@@ -178,7 +178,7 @@ def test_releasing_gives_back_own_references_only() -> None:
     assert table.allocator.num_free == table.allocator.num_blocks
 
 
-def test_physical_indices_is_a_copy() -> None:
+def test_physical_indices_returns_a_copy() -> None:
     table = table_with(6)
     table.physical_indices().clear()
     assert len(table.physical_indices()) == 2
@@ -191,7 +191,9 @@ def test_a_block_holds_at_least_one_token(block_size: int) -> None:
 
 
 @given(st.integers(1, 17), st.integers(0, 60), st.data())
-def test_a_slot_is_the_tokens_block_and_offset(block_size: int, num_tokens: int, data: st.DataObject) -> None:
+def test_a_slot_consists_of_the_tokens_block_and_offset(
+    block_size: int, num_tokens: int, data: st.DataObject
+) -> None:
     table = BlockTable(BlockAllocator(60), block_size)
     table.append_tokens(num_tokens)
     start = data.draw(st.integers(0, num_tokens))

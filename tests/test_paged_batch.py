@@ -1,4 +1,6 @@
-"""PagedBatchManager: the door, the queue, the step and the end; on the bookkeeping unless it says so."""
+"""PagedBatchManager: validation, the queue, the step and the end of a request; without a model unless a test
+says so.
+"""
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from tiny_model import logits_through_pages, random_prompt, tiny_model
 def manager_of(
     blocks: int = 8,
     block_size: int = 4,
-    seats: int = 4,
+    max_seqs: int = 4,
     *,
     budget: int = 64,
     preempts: bool = True,
@@ -24,7 +26,7 @@ def manager_of(
     return PagedBatchManager(
         blocks,
         block_size,
-        seats,
+        max_seqs,
         max_batched_tokens=budget,
         max_model_len=context,
         policies=policies(preempts),
@@ -36,14 +38,14 @@ def outputs(max_tokens: int | None, n: int = 1) -> SamplingParams:
 
 
 def step(manager: PagedBatchManager, token: int = 9) -> list[str]:
-    """One step with a token for everybody who is ready; the ids of those."""
+    """Run one step with a token for every sequence that is ready; returns their ids."""
     ready = list(manager.process_batch())
     manager.commit(dict.fromkeys(ready, token))
     check_pages(manager)
     return ready
 
 
-# The door.
+# Validation.
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def step(manager: PagedBatchManager, token: int = 9) -> list[str]:
         (7, outputs(13, n=4), "completions need .* blocks of 4; the pool has 5"),
     ],
 )
-def test_what_could_never_run_is_refused_with_the_figures(
+def test_a_request_that_can_never_run_is_rejected_with_the_numbers(
     prompt: int, params: SamplingParams, figures: str
 ) -> None:
     manager = manager_of(blocks=5)
@@ -76,7 +78,7 @@ def test_a_request_that_just_fits_is_served() -> None:
     check_all_returned(manager)
 
 
-def test_a_prompt_without_tokens_is_refused() -> None:
+def test_an_empty_prompt_is_rejected() -> None:
     manager = manager_of()
     with pytest.raises(ValueError, match="request 'empty' has no tokens"):
         manager.add_request([], "empty")
@@ -85,7 +87,7 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 
 @pytest.mark.parametrize("running", [True, False])
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (2, 2), (1, 2), (2, 1)])
-def test_an_id_in_use_is_refused_and_one_that_ended_is_not(first: int, second: int, running: bool) -> None:
+def test_an_id_can_be_reused_once_its_request_has_ended(first: int, second: int, running: bool) -> None:
     manager = manager_of()
     manager.add_request([1, 2], "a", outputs(2, n=first))
     if running:
@@ -97,7 +99,7 @@ def test_an_id_in_use_is_refused_and_one_that_ended_is_not(first: int, second: i
     assert manager.add_request([3], "a", outputs(2, n=second))
 
 
-def test_no_limit_on_outputs_means_up_to_the_context() -> None:
+def test_without_max_tokens_outputs_go_up_to_the_context() -> None:
     manager = manager_of(context=32)
     manager.add_request([1] * 10, "a", outputs(None))
     assert manager.sequence("a").max_len == 32
@@ -106,11 +108,11 @@ def test_no_limit_on_outputs_means_up_to_the_context() -> None:
 # The step.
 
 
-def test_nothing_to_do_is_an_empty_step() -> None:
+def test_a_step_without_work_is_empty() -> None:
     assert len(manager_of().process_batch()) == 0
 
 
-def test_a_long_prompt_takes_several_steps_and_decodes_go_on_beside_it() -> None:
+def test_a_long_prompt_takes_several_steps_while_decodes_go_on() -> None:
     manager = manager_of(blocks=16, budget=6)
     manager.add_request([1, 2], "short", outputs(9))
     assert step(manager) == ["short"]
@@ -121,12 +123,12 @@ def test_a_long_prompt_takes_several_steps_and_decodes_go_on_beside_it() -> None
     assert set(step(manager)) == {"short", "long"}
 
 
-def test_seats_are_counted_by_completion() -> None:
-    manager = manager_of(blocks=32, seats=4)
+def test_each_completion_counts_as_one_sequence() -> None:
+    manager = manager_of(blocks=32, max_seqs=4)
     manager.add_request([1], "three", outputs(4, n=3))
     manager.add_request([1], "two", outputs(4, n=2))
     manager.add_request([1], "one", outputs(4))
-    assert len(step(manager)) == 3, "nobody overtakes the one who waits for two seats"
+    assert len(step(manager)) == 3, "no request overtakes the one that waits for two sequences"
     manager.finish("three/1")
     assert len(step(manager)) == 4
 
@@ -152,7 +154,7 @@ def test_forks_of_one_step_share_a_row_of_logits() -> None:
     assert all(np.array_equal(np.array(row), whole) for row in logits.values())
 
 
-def test_the_newest_gives_way_when_pages_run_out_and_comes_back_with_its_outputs() -> None:
+def test_the_newest_is_preempted_when_pages_run_out_and_resumes_with_its_outputs() -> None:
     manager = manager_of(blocks=6, block_size=2, context=12)
     manager.add_request([1, 2, 3], "old", outputs(9))
     manager.add_request([4, 5, 6], "new", outputs(9))
@@ -160,16 +162,16 @@ def test_the_newest_gives_way_when_pages_run_out_and_comes_back_with_its_outputs
         step(manager)
     new = manager.sequence("new")
     assert new.state is SequenceState.WAITING
-    assert new.outputs, "what it had said stays said"
+    assert new.outputs, "earlier outputs are unchanged"
     assert manager.sequence("old").state is SequenceState.RUNNING
-    said = len(new.outputs)
+    num_outputs = len(new.outputs)
     manager.finish("old")
     step(manager)
-    assert new.num_computed == 3 + said
-    assert len(new.outputs) == said + 1
+    assert new.num_computed == 3 + num_outputs
+    assert len(new.outputs) == num_outputs + 1
 
 
-def test_without_preemption_a_request_waits_until_its_whole_life_fits() -> None:
+def test_without_preemption_a_request_waits_until_its_full_length_fits() -> None:
     manager = manager_of(blocks=4, preempts=False, context=16)
     manager.add_request([1] * 4, "a", outputs(8))
     manager.add_request([1] * 2, "b", outputs(8))
@@ -179,22 +181,22 @@ def test_without_preemption_a_request_waits_until_its_whole_life_fits() -> None:
     assert step(manager) == ["b"]
 
 
-# The end.
+# The end of a request.
 
 
-def test_cancel_works_in_every_state_and_ignores_who_is_not_there() -> None:
-    manager = manager_of(blocks=16, seats=3, budget=3)
+def test_cancel_works_in_every_state_and_ignores_unknown_ids() -> None:
+    manager = manager_of(blocks=16, max_seqs=3, budget=3)
     manager.add_request([1] * 8, "in the prompt", outputs(3, n=3))
     manager.add_request([1], "waiting", outputs(3))
     manager.process_batch()
-    manager.cancel("nobody")
+    manager.cancel("unknown")
     for request_id in ("waiting", "in the prompt", "in the prompt"):
         manager.cancel(request_id)
         check_pages(manager)
     check_all_returned(manager)
 
 
-def test_finishing_one_completion_leaves_the_others() -> None:
+def test_finishing_one_completion_keeps_the_others() -> None:
     manager = manager_of(blocks=16)
     manager.add_request([1] * 6, "a", outputs(8, n=2))
     step(manager)
@@ -205,7 +207,7 @@ def test_finishing_one_completion_leaves_the_others() -> None:
         manager.finish("a/0")
 
 
-def test_pages_held_by_somebody_else_give_a_refusal_and_the_next_request_runs() -> None:
+def test_pages_held_outside_the_manager_fail_one_request_and_the_next_one_runs() -> None:
     manager = manager_of(blocks=4)
     elsewhere = BlockTable(manager.allocator, 4)
     elsewhere.append_tokens(12)
@@ -217,7 +219,7 @@ def test_pages_held_by_somebody_else_give_a_refusal_and_the_next_request_runs() 
     assert list(manager.process_batch()) == ["small"]
 
 
-def test_a_step_of_chunks_alone_has_no_logits_and_still_writes_its_pages() -> None:
+def test_a_step_of_prompt_chunks_has_no_logits_but_writes_its_pages() -> None:
     manager = PagedBatchManager(8, 4, 4, model=tiny_model(), max_batched_tokens=5)
     prompt = random_prompt(9, 2)
     manager.add_request(prompt, "a", outputs(2))

@@ -1,4 +1,4 @@
-"""Slots and the paged cache: against a plain dict of lists, and as a view on an engine that runs."""
+"""Slots and the paged cache: against a plain dict of lists, and as a view of a running engine."""
 
 import mlx.core as mx
 import numpy as np
@@ -27,7 +27,7 @@ def make_cache(total_blocks: int = 12, block_size: int = 4) -> PagedKVCache:
 
 
 def token(number: float) -> Pair:
-    """A token's key and value [HEADS, D]: each number is another token, each head another row."""
+    """A token's key and value [HEADS, D]; each token and each head has different numbers."""
     k = number + mx.arange(HEADS * D, dtype=mx.float32).reshape(HEADS, D) / 16
     return k, -k
 
@@ -37,13 +37,13 @@ def write(cache: PagedKVCache, seq_id: str, start: int, numbers: list[int]) -> N
         cache.write_token(seq_id, position, *token(number))
 
 
-def begin(cache: PagedKVCache, seq_id: str, numbers: list[int]) -> None:
+def add_sequence(cache: PagedKVCache, seq_id: str, numbers: list[int]) -> None:
     cache.allocate(seq_id, len(numbers))
     write(cache, seq_id, 0, numbers)
 
 
 def expect(read: Pair, numbers: list[int]) -> None:
-    """What was read is these tokens, keys and values, [HEADS, tokens, D] each."""
+    """Check that these tokens, keys and values, were read, [HEADS, tokens, D] each."""
     for array, kind in zip(read, (0, 1), strict=True):
         assert array.shape == (HEADS, len(numbers), D)
         for i, number in enumerate(numbers):
@@ -54,7 +54,7 @@ def expect(read: Pair, numbers: list[int]) -> None:
 
 
 def mixed_tables(totals: list[int], block_size: int, seed: int) -> list[BlockTable]:
-    """Tables of so many tokens whose blocks were taken in turns, from a pool that was full before."""
+    """Tables of these lengths, their blocks allocated alternately from a pool that was full before."""
     rng = np.random.default_rng(seed)
     allocator = BlockAllocator(max(1, sum(-(-total // block_size) for total in totals)))
     for _ in range(allocator.num_blocks):
@@ -82,7 +82,7 @@ def test_flat_slots_are_those_that_the_tables_name(
     ]
 
 
-def test_the_labs_slots() -> None:
+def test_the_flat_slots_of_the_labs_example() -> None:
     """Blocks 23, 64 and 87 of 16 tokens: token 25 is in block 64 at offset 9."""
     table = BlockTable(BlockAllocator(100), 16)
     table.append_tokens(40)
@@ -91,18 +91,18 @@ def test_the_labs_slots() -> None:
 
 
 @pytest.mark.parametrize("length", [-1, 6, 8])
-def test_a_length_that_a_table_has_not_is_refused(length: int) -> None:
-    """8 would fit into its two blocks, but it has 5 tokens."""
+def test_a_length_that_differs_from_the_tables_is_rejected(length: int) -> None:
+    """8 tokens would fit into its two blocks, but it has 5."""
     with pytest.raises(ValueError, match=f"length of {length} .* 5 tokens"):
         flat_slots(mixed_tables([5], 4, 0), [length])
 
 
-def test_there_is_a_length_for_each_table() -> None:
+def test_there_must_be_a_length_for_each_table() -> None:
     with pytest.raises(ValueError, match="2 tables and 1 lengths"):
         flat_slots(mixed_tables([5, 5], 4, 0), [3])
 
 
-def test_tables_of_different_pools_are_refused() -> None:
+def test_tables_of_different_pools_are_rejected() -> None:
     with pytest.raises(ValueError, match="block size: 4 and 3"):
         flat_slots([*mixed_tables([5], 4, 0), *mixed_tables([5], 3, 0)], [5, 5])
 
@@ -110,10 +110,10 @@ def test_tables_of_different_pools_are_refused() -> None:
 # ---- allocate ----
 
 
-def test_a_sequence_grows_and_keeps_its_blocks_and_tokens() -> None:
-    """The lab put a new table in the place of the old one: blocks lost, tokens gone."""
+def test_a_growing_sequence_keeps_its_blocks_and_tokens() -> None:
+    """The lab replaced the old table by a new one: blocks leaked, tokens were lost."""
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     before = cache.tables["a"].physical_indices()
     after = cache.allocate("a", 4)
     assert after[:2] == before
@@ -123,7 +123,7 @@ def test_a_sequence_grows_and_keeps_its_blocks_and_tokens() -> None:
     assert cache.allocator.num_free == 9
 
 
-def test_growing_within_a_block_takes_none() -> None:
+def test_growth_within_a_block_allocates_none() -> None:
     cache = make_cache()
     first = cache.allocate("a", 1)
     assert cache.allocate("a", 3) == first
@@ -131,13 +131,13 @@ def test_growing_within_a_block_takes_none() -> None:
     assert len(cache.allocate("a", 1)) == 2
 
 
-def test_what_is_returned_is_not_the_tables_own_list() -> None:
+def test_the_returned_list_is_a_copy_of_the_tables() -> None:
     cache = make_cache()
     cache.allocate("a", 5).clear()
     assert len(cache.tables["a"].blocks) == 2
 
 
-def test_a_sequence_that_does_not_fit_takes_nothing_and_is_not_there() -> None:
+def test_a_sequence_that_does_not_fit_allocates_nothing_and_is_not_added() -> None:
     cache = make_cache(total_blocks=3)
     cache.allocate("a", 4)
     with pytest.raises(OutOfBlocksError):
@@ -149,7 +149,7 @@ def test_a_sequence_that_does_not_fit_takes_nothing_and_is_not_there() -> None:
     assert cache.allocator.num_free == 2
 
 
-def test_a_negative_number_of_tokens_is_refused() -> None:
+def test_a_negative_number_of_tokens_is_rejected() -> None:
     cache = make_cache()
     cache.allocate("a", 5)
     for seq_id in ("a", "b"):
@@ -159,9 +159,9 @@ def test_a_negative_number_of_tokens_is_refused() -> None:
     assert cache.tables["a"].num_tokens == 5
 
 
-def test_growing_copies_a_last_block_that_is_shared() -> None:
+def test_growth_copies_a_shared_last_block() -> None:
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     cache.tables["b"] = cache.tables["a"].fork()
     blocks = cache.allocate("b", 1)
     assert blocks[0] == cache.tables["a"].blocks[0]
@@ -178,19 +178,19 @@ def test_growing_copies_a_last_block_that_is_shared() -> None:
 def test_a_shared_block_is_copied_before_it_is_written(position: int) -> None:
     cache = make_cache()
     numbers = list(range(1, 11))
-    begin(cache, "a", numbers)
+    add_sequence(cache, "a", numbers)
     cache.tables["b"] = cache.tables["a"].fork()
     cache.write_token("b", position, *token(99))
     expect(cache.read_blocks("a", 0, 10), numbers)
     expect(cache.read_blocks("b", 0, 10), [*numbers[:position], 99, *numbers[position + 1 :]])
     assert cache.allocator.num_free == 12 - 3 - 1
     cache.write_token("b", position, *token(98))
-    assert cache.allocator.num_free == 12 - 3 - 1, "a block of one's own is written where it is"
+    assert cache.allocator.num_free == 12 - 3 - 1, "an unshared block is written in place"
 
 
-def test_a_write_that_would_need_a_block_and_finds_none_changes_nothing() -> None:
+def test_a_write_without_a_free_block_for_its_copy_changes_nothing() -> None:
     cache = make_cache(total_blocks=2)
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     cache.tables["b"] = cache.tables["a"].fork()
     with pytest.raises(OutOfBlocksError):
         cache.write_token("b", 1, *token(9))
@@ -198,7 +198,7 @@ def test_a_write_that_would_need_a_block_and_finds_none_changes_nothing() -> Non
     assert cache.tables["a"].blocks == cache.tables["b"].blocks
 
 
-def test_what_is_stored_has_the_pools_type() -> None:
+def test_stored_values_have_the_pools_type() -> None:
     cache = PagedKVCache(4, 4, HEADS, D)
     cache.allocate("a", 1)
     k, v = mx.random.normal((2, HEADS, D), key=mx.random.key(1))
@@ -209,16 +209,16 @@ def test_what_is_stored_has_the_pools_type() -> None:
     assert mx.array_equal(values[:, 0], v.astype(mx.bfloat16)).item()
 
 
-def test_what_was_read_does_not_change_with_later_writes() -> None:
+def test_a_later_write_does_not_change_an_earlier_read() -> None:
     cache = make_cache()
-    begin(cache, "a", [1, 2])
+    add_sequence(cache, "a", [1, 2])
     read = cache.read_blocks("a", 0, 2)
     write(cache, "a", 0, [7, 8])
     expect(read, [1, 2])
 
 
-def test_a_write_costs_a_tokens_bytes() -> None:
-    """A write that copied the pool would show in the peak of memory."""
+def test_a_write_costs_only_a_tokens_bytes() -> None:
+    """A write that copied the pool would show in peak memory."""
     cache = PagedKVCache(4000, 16, 8, 64, mx.float32)
     cache.allocate("a", 64)
     k = mx.ones((8, 64))
@@ -230,15 +230,15 @@ def test_a_write_costs_a_tokens_bytes() -> None:
 
 
 @pytest.mark.parametrize(("start", "count"), [(-1, 2), (0, 6), (5, 1), (2, -1), (6, 0)])
-def test_a_range_that_leaves_the_tokens_is_refused(start: int, count: int) -> None:
-    """Even where it would lie within the blocks."""
+def test_a_range_outside_the_tokens_is_rejected(start: int, count: int) -> None:
+    """Even if it is within the blocks."""
     cache = make_cache()
     cache.allocate("a", 5)
     with pytest.raises(ValueError, match="not within the table's 5 tokens"):
         cache.read_blocks("a", start, count)
 
 
-def test_no_tokens_are_read_as_arrays_of_length_0() -> None:
+def test_a_read_of_no_tokens_gives_arrays_of_length_0() -> None:
     cache = make_cache()
     cache.allocate("a", 5)
     cache.allocate("none", 0)
@@ -247,7 +247,7 @@ def test_no_tokens_are_read_as_arrays_of_length_0() -> None:
 
 
 @pytest.mark.parametrize("position", [-1, 5, 7])
-def test_a_position_without_a_token_is_not_written(position: int) -> None:
+def test_a_position_without_a_token_cannot_be_written(position: int) -> None:
     cache = make_cache()
     cache.allocate("a", 5)
     with pytest.raises(ValueError, match=f"position {position} .* 5 tokens"):
@@ -255,10 +255,10 @@ def test_a_position_without_a_token_is_not_written(position: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(D,), (1, D), (HEADS, 1), (HEADS, D + 1), (1, HEADS, D), (D, HEADS)])
-def test_a_token_of_another_shape_is_refused_before_a_block_is_copied(shape: tuple[int, ...]) -> None:
+def test_a_token_of_another_shape_is_rejected_before_a_block_is_copied(shape: tuple[int, ...]) -> None:
     """Most of these would broadcast."""
     cache = make_cache()
-    begin(cache, "a", [1])
+    add_sequence(cache, "a", [1])
     cache.tables["b"] = cache.tables["a"].fork()
     good, wrong = mx.zeros((HEADS, D)), mx.zeros(shape)
     for k, v in ((wrong, good), (good, wrong)):
@@ -270,27 +270,27 @@ def test_a_token_of_another_shape_is_refused_before_a_block_is_copied(shape: tup
 # ---- windows ----
 
 
-def test_the_labs_window() -> None:
+def test_the_window_of_the_labs_example() -> None:
     """Token 500, blocks of 16, 4 blocks: 448 .. 500. The lab read up to 511, eleven tokens too far."""
     cache = make_cache(40, 16)
-    begin(cache, "a", list(range(512)))
+    add_sequence(cache, "a", list(range(512)))
     expect(cache.read_sparse("a", 500, 4), list(range(448, 501)))
 
 
 @settings(max_examples=examples(40))
 @given(st.integers(1, 5), st.integers(1, 20), st.integers(1, 7), st.data())
-def test_a_window_is_whole_blocks_before_and_ends_with_the_token(
+def test_a_window_starts_at_a_block_and_ends_with_the_token(
     block_size: int, total: int, window: int, data: st.DataObject
 ) -> None:
     position = data.draw(st.integers(0, total - 1))
     cache = make_cache(20, block_size)
-    begin(cache, "a", list(range(total)))
+    add_sequence(cache, "a", list(range(total)))
     last_blocks = [n for n in range(position + 1) if n // block_size > position // block_size - window]
     expect(cache.read_sparse("a", position, window), last_blocks)
 
 
 @pytest.mark.parametrize(("position", "window"), [(-1, 2), (5, 2), (3, 0), (3, -1)])
-def test_a_window_that_cannot_be_is_refused(position: int, window: int) -> None:
+def test_an_invalid_window_is_rejected(position: int, window: int) -> None:
     cache = make_cache()
     cache.allocate("a", 5)
     with pytest.raises(ValueError, match=r"position|window_blocks"):
@@ -312,7 +312,7 @@ def test_a_slot_mapping_finds_the_tokens_in_the_pool() -> None:
     assert cache.build_flat_slot_mapping([]).tolist() == []
 
 
-def test_a_mapping_of_more_tokens_than_there_are_is_refused() -> None:
+def test_a_mapping_of_more_tokens_than_there_are_is_rejected() -> None:
     cache = make_cache()
     cache.allocate("a", 5)
     with pytest.raises(ValueError, match=r"6 .* 5 tokens"):
@@ -322,31 +322,31 @@ def test_a_mapping_of_more_tokens_than_there_are_is_refused() -> None:
 # ---- free ----
 
 
-def test_blocks_that_others_hold_survive() -> None:
-    """The lab put shared blocks back among the free ones, under the other's feet."""
+def test_a_freed_sequences_shared_blocks_stay_with_their_other_holders() -> None:
+    """The lab returned shared blocks to the free list while the other sequence still used them."""
     cache = make_cache(total_blocks=3)
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     cache.tables["b"] = cache.tables["a"].fork()
     cache.free_sequence("a")
     assert cache.allocator.num_free == 1
-    begin(cache, "c", [7, 8, 9])
+    add_sequence(cache, "c", [7, 8, 9])
     expect(cache.read_blocks("b", 0, 5), [1, 2, 3, 4, 5])
     cache.free_sequence("b")
     cache.free_sequence("c")
     assert cache.allocator.num_free == 3
 
 
-def test_an_id_can_be_used_again() -> None:
+def test_an_id_can_be_reused_after_free() -> None:
     cache = make_cache()
-    begin(cache, "a", [1, 2, 3, 4, 5])
+    add_sequence(cache, "a", [1, 2, 3, 4, 5])
     cache.free_sequence("a")
-    begin(cache, "a", [6])
+    add_sequence(cache, "a", [6])
     expect(cache.read_blocks("a", 0, 1), [6])
 
 
-def test_an_unknown_sequence_is_an_error_everywhere() -> None:
+def test_an_unknown_sequence_is_an_error_in_every_method() -> None:
     cache = make_cache()
-    begin(cache, "a", [1])
+    add_sequence(cache, "a", [1])
     cache.free_sequence("a")
     for call in (
         lambda: cache.free_sequence("a"),
@@ -359,11 +359,11 @@ def test_an_unknown_sequence_is_an_error_everywhere() -> None:
             call()
 
 
-# ---- a long mix, against a dict ----
+# ---- random calls, against a dict ----
 
 
 class AgainstADict(RuleBasedStateMachine):
-    """Any calls, in any order: a dict of lists says what must be read; None is what nobody wrote."""
+    """Any calls, in any order: a dict of lists holds the expected reads; None was never written."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -425,7 +425,7 @@ class AgainstADict(RuleBasedStateMachine):
         assert self.cache.allocator.num_free == 9 - len(held)
 
 
-def test_any_mix_of_calls_reads_what_was_written() -> None:
+def test_any_sequence_of_calls_reads_what_was_written() -> None:
     run_state_machine_as_test(
         AgainstADict, settings=settings(max_examples=examples(20), stateful_step_count=25, deadline=None)
     )
@@ -459,7 +459,7 @@ def test_a_view_reads_what_a_running_engine_stored(layer: int) -> None:
             assert mx.array_equal(array, whole[:, : table.num_tokens]).item()
 
 
-def test_a_view_follows_the_engine_and_leaves_it_as_it_is() -> None:
+def test_a_view_follows_the_engine_without_changing_it() -> None:
     manager, untouched = running_manager(), running_manager()
     assert manager.pool is not None
     view = PagedKVCache.of(manager.pool, manager.allocator, {s.seq_id: s.table for s in manager.running})
@@ -477,7 +477,7 @@ def test_a_view_follows_the_engine_and_leaves_it_as_it_is() -> None:
 
 
 def test_a_write_through_a_view_copies_a_shared_block_in_every_layer() -> None:
-    """Beams and completions share whole blocks of all layers, whichever layer is looked at."""
+    """Beams and completions share whole blocks of all layers, whichever layer the view shows."""
     pool, allocator = KVPool(6, 2, HEADS, D, num_layers=2, dtype=mx.float32), BlockAllocator(6)
     tables = {"a": BlockTable(allocator, 2)}
     layers = [PagedKVCache.of(pool, allocator, tables, layer) for layer in range(2)]
@@ -491,7 +491,7 @@ def test_a_write_through_a_view_copies_a_shared_block_in_every_layer() -> None:
     expect(layers[1].read_blocks("a", 0, 3), [10, 11, 12])
 
 
-def test_a_view_of_parts_that_do_not_belong_together_is_refused() -> None:
+def test_a_view_of_mismatched_parts_is_rejected() -> None:
     pool, allocator = KVPool(6, 2, HEADS, D), BlockAllocator(6)
     with pytest.raises(ValueError, match="allocator has 5 blocks, the pool 6"):
         PagedKVCache.of(pool, BlockAllocator(5), {})

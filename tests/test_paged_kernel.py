@@ -1,5 +1,6 @@
-"""write_and_attend, paged_attention and pack_batch: the readable twins against dense attention in NumPy
-float64, and the compiled kernels, where they are built, against the same oracle."""
+"""write_and_attend, paged_attention and pack_batch: the readable functions against dense attention in NumPy
+float64, and the compiled kernels, if they are built, against the same oracle.
+"""
 
 import mlx.core as mx
 import numpy as np
@@ -32,7 +33,7 @@ def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 class Step:
-    """A packed step over random keys and values, with a past that was written in steps of its own."""
+    """A packed step over random keys and values, with a past that was written in earlier steps."""
 
     def __init__(self, spans: SpanLengths, block_size: int, dtype: mx.Dtype, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -64,7 +65,7 @@ class Step:
         return k, v
 
     def run(self, spans: list[Span]) -> tuple[np.ndarray, np.ndarray]:
-        """The step's output [H, T, D], and what it must be."""
+        """The step's output [H, T, D], and the expected one."""
         fresh = [self.streams[self.tables.index(t)][:, :, start:stop] for t, start, stop in spans]
         k, v = (mx.array(np.concatenate(parts, axis=1)[None]) for parts in zip(*fresh, strict=True))
         q = self.normal(1, H, k.shape[2], D)
@@ -74,7 +75,7 @@ class Step:
         )
         mx.eval(out, self.keys, self.values)
         again = paged_attention(mx.array(q), self.keys, self.values, batch, SCALE)
-        assert mx.array_equal(again, out).item(), "what was written is read again, with the same bits"
+        assert mx.array_equal(again, out).item(), "a second read gives the same bits as the step"
         expected, packed = [], 0
         for table, start, stop in spans:
             rows = q[0, :, packed : packed + stop - start]
@@ -89,7 +90,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 @settings(max_examples=examples(40))
 @given(span_lists, st.integers(1, 17), st.sampled_from(sorted(DTYPES)))
-def test_the_readable_attention_equals_dense_attention_over_what_is_stored(
+def test_readable_attention_equals_dense_attention_over_the_stored_values(
     spans: SpanLengths, block_size: int, dtype: str
 ) -> None:
     with twins():
@@ -101,7 +102,7 @@ def test_the_readable_attention_equals_dense_attention_over_what_is_stored(
 @pytest.mark.skipif(not use_compiled(), reason="no compiled kernels")
 @settings(max_examples=examples(60))
 @given(span_lists, st.integers(1, 17), st.sampled_from(sorted(DTYPES)))
-def test_the_compiled_attention_equals_dense_attention_over_what_is_stored(
+def test_compiled_attention_equals_dense_attention_over_the_stored_values(
     spans: SpanLengths, block_size: int, dtype: str
 ) -> None:
     step = Step(spans, block_size, DTYPES[dtype], seed=2)
@@ -109,7 +110,7 @@ def test_the_compiled_attention_equals_dense_attention_over_what_is_stored(
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
 
 
-def test_a_step_writes_its_own_slots_and_no_others() -> None:
+def test_a_step_writes_only_its_own_slots() -> None:
     step = Step([(5, 3), (0, 2)], 4, mx.float32, seed=3)
     before = np.array(step.keys)
     step.run(step.spans)
@@ -122,7 +123,7 @@ def test_a_step_writes_its_own_slots_and_no_others() -> None:
 
 
 @pytest.mark.parametrize("readable", [True, False])
-def test_reading_attention_writes_nothing(readable: bool) -> None:
+def test_attention_that_only_reads_writes_nothing(readable: bool) -> None:
     with twins() if readable else mx.stream(mx.cpu):
         step = Step([(5, 3), (0, 2)], 4, mx.float16, seed=4)
         step.run(step.spans)
@@ -133,7 +134,7 @@ def test_reading_attention_writes_nothing(readable: bool) -> None:
     assert np.array_equal(before[1], np.array(step.values), equal_nan=True)
 
 
-def test_a_packed_batch_lays_its_spans_side_by_side() -> None:
+def test_a_packed_batch_places_its_spans_side_by_side() -> None:
     allocator = BlockAllocator(9)
     long, short = BlockTable(allocator, 4), BlockTable(allocator, 4)
     long.append_tokens(9)

@@ -1,4 +1,6 @@
-"""PagedQueues: the beams of a request stop, wait, join and go on together. Plain bookkeeping, no model."""
+"""PagedQueues: the beams of a request are preempted, wait, resume and go on together. Bookkeeping only, no
+model.
+"""
 
 from collections import Counter
 from collections.abc import Sequence as Seq
@@ -24,7 +26,7 @@ class Queues(PagedQueues):
     def request(
         self, request_id: str, prompt: int = 6, width: int = 1, *, beams: bool = True
     ) -> PagedSequence:
-        """A request that runs, its prompt computed."""
+        """A running request whose prompt is computed."""
         leader = PagedSequence(
             seq_id=completion_ids(request_id, width)[0],
             request_id=request_id,
@@ -43,13 +45,13 @@ class Queues(PagedQueues):
         return leader
 
     def compute(self, *sequences: PagedSequence) -> None:
-        """Compute all that is known of these."""
+        """Compute all known tokens of these sequences."""
         for sequence in sequences:
             sequence.table.append_tokens(sequence.num_uncomputed)
             sequence.num_computed = sequence.table.num_tokens
 
     def advance_and_compute(self, request_id: str, *steps: tuple[str, int]) -> list[PagedSequence]:
-        """Let a search go on and give back its parents' pages; its beams."""
+        """Advance a search and release its parents' pages; returns its beams."""
         for parent in self.advance(request_id, [BeamStep(*step) for step in steps]):
             parent.release_pages()
         beams = self.beams(request_id)
@@ -57,7 +59,7 @@ class Queues(PagedQueues):
         return beams
 
     def check(self, *parked: PagedSequence) -> None:
-        """Every reference is a running sequence's; who waits or is parked holds no page."""
+        """Check that every reference is a running sequence's; waiting and parked sequences hold no pages."""
         held = Counter(block for sequence in self.running for block in sequence.table.blocks)
         counts = [self.allocator.ref_count(block) for block in range(self.allocator.num_blocks)]
         assert counts == [held[block] for block in range(self.allocator.num_blocks)]
@@ -75,10 +77,10 @@ def outputs(sequences: Seq[PagedSequence]) -> list[list[int]]:
     return [sequence.outputs for sequence in sequences]
 
 
-# ---- going on ----
+# ---- advancing ----
 
 
-def test_a_search_begins_as_one_sequence_that_stands_for_all_its_beams() -> None:
+def test_a_search_starts_as_one_sequence_that_represents_all_its_beams() -> None:
     queues = Queues()
     leader = queues.request("a", width=3)
     assert ids(queues.running) == ["a/0"]
@@ -86,7 +88,7 @@ def test_a_search_begins_as_one_sequence_that_stands_for_all_its_beams() -> None
     assert (leader.num_forks, len(queues)) == (2, 3)
 
 
-def test_children_share_their_parents_pages_and_have_one_token_more() -> None:
+def test_children_share_their_parents_pages_and_have_one_more_token() -> None:
     queues = Queues()
     leader = queues.request("a", prompt=6, width=3)
     [ended] = queues.advance("a", [BeamStep("a/0", token) for token in (11, 12, 13)])
@@ -105,7 +107,7 @@ def test_children_share_their_parents_pages_and_have_one_token_more() -> None:
     queues.check()
 
 
-def test_the_best_come_first_whoever_their_parents_are() -> None:
+def test_beams_are_ordered_best_first_whatever_their_parents() -> None:
     queues = Queues()
     queues.request("a", width=3)
     queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
@@ -116,7 +118,7 @@ def test_the_best_come_first_whoever_their_parents_are() -> None:
     queues.check()
 
 
-def test_what_one_beam_adds_the_others_never_see() -> None:
+def test_a_token_added_to_one_beam_is_invisible_to_the_others() -> None:
     queues = Queues()
     queues.request("a", prompt=2, width=2)
     first, second = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
@@ -126,8 +128,8 @@ def test_what_one_beam_adds_the_others_never_see() -> None:
     assert first.table.blocks != second.table.blocks
 
 
-def test_places_are_kept_for_beams_to_come() -> None:
-    """Four places: two beams, then three, then one, then four."""
+def test_sequence_slots_are_reserved_for_future_beams() -> None:
+    """Four slots: two beams, then three, then one, then four."""
     queues = Queues()
     queues.request("a", width=4)
     for steps in (
@@ -140,12 +142,12 @@ def test_places_are_kept_for_beams_to_come() -> None:
         assert ids(beams) == [f"a/{i}" for i in range(len(steps))]
         assert sum(1 + beam.num_forks for beam in queues.running) == 4
         assert [beam.num_forks for beam in beams[1:]] == [0] * (len(steps) - 1)
-        assert all(queues[f"a/{i}"] is beams[0] for i in range(len(steps), 4)), "an id that nobody has yet"
+        assert all(queues[f"a/{i}"] is beams[0] for i in range(len(steps), 4)), "an id that no beam has yet"
         assert len(queues) == 4
         queues.check()
 
 
-def test_beams_stay_where_they_stood_among_others() -> None:
+def test_beams_keep_their_position_among_other_requests() -> None:
     queues = Queues()
     queues.request("old", beams=False)
     queues.request("a", width=2)
@@ -157,14 +159,14 @@ def test_beams_stay_where_they_stood_among_others() -> None:
     assert outputs(queues.beams("a")) == [[2, 3], [2, 4]]
 
 
-def test_a_beam_of_width_one_has_the_requests_own_id() -> None:
+def test_a_beam_of_width_one_has_the_id_of_its_request() -> None:
     queues = Queues()
     queues.request("a")
     [beam] = queues.advance_and_compute("a", ("a", 1))
     assert (beam.seq_id, beam.outputs, queues["a"]) == ("a", [1], beam)
 
 
-def test_ids_of_a_search_are_in_use_until_it_has_ended() -> None:
+def test_ids_of_a_search_are_in_use_until_it_ends() -> None:
     queues = Queues()
     queues.request("a", width=3)
     queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
@@ -178,38 +180,38 @@ def test_ids_of_a_search_are_in_use_until_it_has_ended() -> None:
     assert (len(queues), queues.running, queues.allocator.num_free) == (0, [], 32)
 
 
-# ---- stopping ----
+# ---- preemption ----
 
 
-def stopped(queues: Queues, sequence: PagedSequence) -> list[PagedSequence]:
-    """Preempt; who stopped, their pages given up."""
-    everybody = queues.return_to_waiting(sequence)
-    for one in everybody:
+def preempt(queues: Queues, sequence: PagedSequence) -> list[PagedSequence]:
+    """Preempt; returns the preempted sequences, whose pages are released."""
+    preempted = queues.return_to_waiting(sequence)
+    for one in preempted:
         one.release_pages()
-    return everybody
+    return preempted
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_beams_stop_together_and_wait_behind_the_best(which: int) -> None:
+def test_beams_are_preempted_together_and_the_best_one_leads_them(which: int) -> None:
     queues = Queues()
     queues.request("old", beams=False)
     queues.request("a", width=4)
     queues.request("new", beams=False)
     queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
     leader, second, third = queues.advance_and_compute("a", ("a/1", 4), ("a/1", 5), ("a/1", 6))
-    everybody = stopped(queues, queues.beams("a")[which])
-    assert everybody == [leader, second, third]
+    preempted = preempt(queues, queues.beams("a")[which])
+    assert preempted == [leader, second, third]
     assert ids(queues.running) == ["old", "new"]
     assert list(queues.waiting) == [leader]
     assert leader.parked is not None
     assert leader.parked.beams == [second, third]
     assert leader.parked.num_shared == 6 + 1, "the prompt and the token 2; then they differ"
-    assert leader.num_forks == 1 + 2, "a place for each parked beam, and for the one to come"
-    assert outputs(everybody) == [[2, 4], [2, 5], [2, 6]], "what was said stays said"
+    assert leader.num_forks == 1 + 2, "a slot for each parked beam, and for the future one"
+    assert outputs(preempted) == [[2, 4], [2, 5], [2, 6]], "earlier outputs are unchanged"
     queues.check(second, third)
 
 
-def test_who_waits_longest_still_comes_first() -> None:
+def test_the_request_that_has_waited_longest_still_comes_first() -> None:
     queues = Queues()
     queues.request("a", width=2)
     queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
@@ -224,32 +226,32 @@ def test_who_waits_longest_still_comes_first() -> None:
         streams=[TokenBlocks(SIZE)],
     )
     queues.add(later)
-    leader, _ = stopped(queues, queues["a/1"])
+    leader, _ = preempt(queues, queues["a/1"])
     assert list(queues.waiting) == [leader, later]
 
 
 @pytest.mark.parametrize("beams", [True, False])
-def test_one_sequence_stops_alone(beams: bool) -> None:
+def test_a_single_sequence_is_preempted_alone(beams: bool) -> None:
     queues = Queues()
     leader = queues.request("a", width=3, beams=beams)
-    assert stopped(queues, leader) == [leader]
+    assert preempt(queues, leader) == [leader]
     assert (leader.parked, leader.num_forks, list(queues.waiting)) == (None, 2, [leader])
     queues.check()
 
 
-def test_completions_that_are_no_beams_stop_one_by_one() -> None:
+def test_completions_that_are_not_beams_are_preempted_one_by_one() -> None:
     queues = Queues()
     leader, fork = queues.fork(queues.request("a", width=2, beams=False))
-    assert stopped(queues, fork) == [fork]
+    assert preempt(queues, fork) == [fork]
     assert queues.running == [leader]
     queues.check()
 
 
-# ---- joining ----
+# ---- resuming ----
 
 
-def restarted(queues: Queues, leader: PagedSequence) -> None:
-    """The leader runs again, and computes what all beams share."""
+def resume(queues: Queues, leader: PagedSequence) -> None:
+    """The leader runs again, and computes the common prefix of all beams."""
     assert queues.start_next() is leader
     assert leader.parked is not None
     assert leader.num_uncomputed == leader.parked.num_shared
@@ -257,19 +259,19 @@ def restarted(queues: Queues, leader: PagedSequence) -> None:
     assert leader.num_uncomputed == 0
 
 
-def test_parked_beams_join_as_forks_once_what_they_share_is_computed() -> None:
+def test_parked_beams_resume_as_forks_once_their_common_prefix_is_computed() -> None:
     queues = Queues()
     queues.request("a", width=3)
     queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
     beams = queues.advance_and_compute("a", ("a/1", 4), ("a/1", 5))
     queues.request("new", beams=False)
-    said = [list(beam.outputs) for beam in beams]
-    stopped(queues, beams[1])
-    restarted(queues, beams[0])
+    before = [list(beam.outputs) for beam in beams]
+    preempt(queues, beams[1])
+    resume(queues, beams[0])
     queues.join(beams[0])
     assert ids(queues.running) == ["a/0", "a/1", "new"]
     assert queues.beams("a") == beams
-    assert outputs(beams) == said
+    assert outputs(beams) == before
     assert [beam.num_computed for beam in beams] == [7, 7]
     assert beams[0].table.blocks == beams[1].table.blocks
     assert (beams[0].parked, beams[0].num_forks) == (None, 1)
@@ -280,12 +282,12 @@ def test_parked_beams_join_as_forks_once_what_they_share_is_computed() -> None:
     queues.check()
 
 
-def test_who_joined_goes_on_as_before() -> None:
+def test_resumed_beams_advance_as_before() -> None:
     queues = Queues()
     queues.request("a", width=2)
     beams = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2))
-    stopped(queues, beams[0])
-    restarted(queues, beams[0])
+    preempt(queues, beams[0])
+    resume(queues, beams[0])
     queues.join(beams[0])
     queues.compute(*beams)
     beams = queues.advance_and_compute("a", ("a/1", 3), ("a/0", 4))
@@ -293,17 +295,17 @@ def test_who_joined_goes_on_as_before() -> None:
     queues.check()
 
 
-def test_a_leader_that_has_to_give_way_again_keeps_who_is_parked_behind_it() -> None:
+def test_a_leader_that_is_preempted_again_keeps_its_parked_beams() -> None:
     queues = Queues()
     queues.request("a", width=3)
     leader, *others = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
-    stopped(queues, leader)
-    restarted(queues, leader)
-    assert stopped(queues, leader) == [leader]
+    preempt(queues, leader)
+    resume(queues, leader)
+    assert preempt(queues, leader) == [leader]
     assert leader.parked is not None
     assert (leader.parked.beams, leader.parked.num_shared, leader.num_forks) == (others, 6, 2)
     queues.check(*others)
-    restarted(queues, leader)
+    resume(queues, leader)
     queues.join(leader)
     assert queues.running == [leader, *others]
 
@@ -312,7 +314,7 @@ def test_parked_beams_end_with_their_request() -> None:
     queues = Queues()
     queues.request("a", width=4)
     beams = queues.advance_and_compute("a", ("a/0", 1), ("a/0", 2), ("a/0", 3))
-    stopped(queues, beams[2])
+    preempt(queues, beams[2])
     for seq_id in queues.remove_pending_forks("a"):
         queues.end(seq_id)
     assert all(beam.state is SequenceState.FINISHED for beam in beams)

@@ -1,4 +1,4 @@
-"""PrefixCachingKVCache: one copy of a prefix, right counts; the oracle is a plain dict of NumPy arrays."""
+"""PrefixCachingKVCache: one copy of a prefix, correct counts; the oracle is a plain dict of NumPy arrays."""
 
 import mlx.core as mx
 import numpy as np
@@ -27,7 +27,7 @@ def keys(cache: PrefixCachingKVCache, seq_id: str) -> list[float]:
     return np.array(read)[0, :, 0].tolist()
 
 
-def test_fifty_users_of_one_prefix_hold_one_copy_of_it() -> None:
+def test_fifty_users_of_one_prefix_share_one_copy() -> None:
     cache = cache_of(200)
     prefix = cache.get_or_create_prefix("sys", 10)  # two full blocks and a half-full one
     fill(cache, "sys", 0, 10, 100)
@@ -36,7 +36,7 @@ def test_fifty_users_of_one_prefix_hold_one_copy_of_it() -> None:
         assert blocks[:2] == prefix[:2]
         fill(cache, f"user{user}", 10, 10 + user % 7, 1000 * user)
     assert [cache.allocator.ref_count(block) for block in prefix[:2]] == [51, 51]
-    idle = sum(user % 7 == 0 for user in range(50))  # they write nothing, and share the last block too
+    idle = sum(user % 7 == 0 for user in range(50))  # they write nothing, so they share the last block too
     assert cache.allocator.ref_count(prefix[2]) == 1 + idle
     for user in range(50):
         own = [float(1000 * user + position) for position in range(10, 10 + user % 7)]
@@ -44,7 +44,7 @@ def test_fifty_users_of_one_prefix_hold_one_copy_of_it() -> None:
     assert keys(cache, "sys") == [float(100 + i) for i in range(10)]
 
 
-def test_a_prefix_outlives_its_users_and_its_users_outlive_it() -> None:
+def test_a_prefix_and_its_users_outlive_each_other() -> None:
     cache = cache_of(10)
     cache.get_or_create_prefix("sys", 8)
     fill(cache, "sys", 0, 8, 0)
@@ -58,7 +58,7 @@ def test_a_prefix_outlives_its_users_and_its_users_outlive_it() -> None:
     assert cache.allocator.num_free == 10
 
 
-def test_asking_again_takes_no_block() -> None:
+def test_asking_for_a_prefix_again_allocates_no_block() -> None:
     cache = cache_of(4)
     first = cache.get_or_create_prefix("sys", 5)
     assert cache.get_or_create_prefix("sys", 5) == first
@@ -67,7 +67,7 @@ def test_asking_again_takes_no_block() -> None:
         cache.get_or_create_prefix("sys", 6)
 
 
-def test_what_does_not_fit_changes_nothing() -> None:
+def test_a_call_that_does_not_fit_changes_nothing() -> None:
     cache = cache_of(4)
     cache.get_or_create_prefix("sys", 5)
     cache.allocate_with_prefix("a", "sys", 6)

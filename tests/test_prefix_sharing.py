@@ -1,6 +1,7 @@
-"""PrefixSharing in the paged batch manager: what is found, what is computed, who waits, what is given up.
+"""PrefixSharing in the paged batch manager: what is found, computed and evicted, and which requests wait.
 
-What a step computes is counted on its plan; what is right is the same request alone and without sharing.
+The tokens that a step computes are counted in its plan; the oracle is the same request alone and without
+sharing.
 """
 
 from collections import Counter
@@ -32,7 +33,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=6, logprobs=0, ignore_eos=Tr
 def manager_of(
     blocks: int = 40,
     block_size: int = 4,
-    seats: int = 8,
+    max_seqs: int = 8,
     *,
     budget: int = 256,
     real: bool = False,
@@ -47,7 +48,7 @@ def manager_of(
     return Counted(
         blocks,
         block_size,
-        seats,
+        max_seqs,
         model=tiny_model() if real else None,
         max_batched_tokens=budget,
         policies=policies,
@@ -60,7 +61,7 @@ def cache_of(manager: PagedBatchManager) -> PrefixCache:
 
 
 def step(manager: PagedBatchManager, token: int = 1) -> list[str]:
-    """A step, and a token for everybody who is ready; who has all of theirs ends."""
+    """Run a step with a token for every sequence that is ready; those that have all their tokens finish."""
     ready = list(manager.process_batch())
     manager.commit(dict.fromkeys(ready, token))
     for seq_id in ready:
@@ -71,12 +72,12 @@ def step(manager: PagedBatchManager, token: int = 1) -> list[str]:
 
 
 def run(manager: PagedBatchManager) -> None:
-    """Steps until everybody is served."""
+    """Run steps until every request is served."""
     for _ in range(10_000):
         if not manager.has_work:
             return
         step(manager)
-    raise AssertionError("somebody is never served")
+    raise AssertionError("a request is never served")
 
 
 def add(
@@ -87,7 +88,7 @@ def add(
 
 
 def answers(manager: PagedBatchManager, *prompts: Seq[int], **params: object) -> list[list[TokenOutput]]:
-    """What the engine answers to prompts that come together; each output in order."""
+    """The engine's answers to prompts that arrive together; outputs in order."""
     engine = EngineCore(manager, (EOS,), seed=5)
     names = [f"{len(manager.computed)}:{i}" for i in range(len(prompts))]  # type: ignore[attr-defined]
     got: dict[str, list[TokenOutput]] = {name: [] for name in names}
@@ -100,16 +101,16 @@ def answers(manager: PagedBatchManager, *prompts: Seq[int], **params: object) ->
     return list(got.values())
 
 
-def said(outputs: Seq[TokenOutput]) -> list[tuple[object, ...]]:
-    """What must not depend on the cache: tokens, log-probabilities, and why it ended."""
+def comparable(outputs: Seq[TokenOutput]) -> list[tuple[object, ...]]:
+    """What must not depend on the cache: tokens, log-probabilities, and the finish reason."""
     return [(output.token, output.logprobs, output.finish_reason) for output in outputs]
 
 
-# What is found.
+# Hits.
 
 
 @pytest.mark.parametrize("length", [16, 32, 48, 17, 31, 33, 47])
-def test_a_prompt_that_is_wholly_there_computes_its_last_token(length: int) -> None:
+def test_a_fully_cached_prompt_computes_only_its_last_token(length: int) -> None:
     """nano-vllm 144: at a multiple of the block size nothing was left to compute."""
     manager, prompt = manager_of(block_size=16), random_prompt(length, 1)
     add(manager, "first", prompt, max_tokens=20)
@@ -121,8 +122,8 @@ def test_a_prompt_that_is_wholly_there_computes_its_last_token(length: int) -> N
 
 
 @pytest.mark.parametrize("length", range(1, 20))
-def test_somebody_always_produces_the_logits(length: int) -> None:
-    """Blocks of 4: a part of fewer tokens than are worth a copy is computed again."""
+def test_a_token_is_always_left_to_compute_the_logits(length: int) -> None:
+    """Blocks of 4: a partial match too short to be worth a copy is computed again."""
     manager, prompt = manager_of(), random_prompt(length, 1)
     add(manager, "first", prompt)
     run(manager)
@@ -132,7 +133,7 @@ def test_somebody_always_produces_the_logits(length: int) -> None:
     assert manager.computed["again"] == length - (length - 1) // 4 * 4
 
 
-def test_a_hit_within_a_block_is_copied_and_leaves_its_owner_untouched() -> None:
+def test_a_hit_within_a_block_is_copied_and_leaves_its_owner_unchanged() -> None:
     manager, prompt = manager_of(block_size=16, real=True), random_prompt(40, 1)
     engine = EngineCore(manager, (EOS,))
     engine.add_request("owner", prompt, SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True))
@@ -149,31 +150,31 @@ def test_a_hit_within_a_block_is_copied_and_leaves_its_owner_untouched() -> None
     after = [np.array(x) for layer in (0, 1) for x in manager.pool.read_blocks(layer, table.blocks[:2])]
     assert all(np.array_equal(one, two) for one, two in zip(before, after, strict=True))
     [alone] = answers(manager_of(block_size=16, real=True, shares=False), other)
-    assert said(outputs) == said(alone)
+    assert comparable(outputs) == comparable(alone)
 
 
-def test_the_answer_is_the_same_from_a_warm_cache_as_from_a_cold_one() -> None:
+def test_answers_from_a_warm_cache_equal_those_from_a_cold_one() -> None:
     warm = manager_of(80, real=True)
     prompts = [random_prompt(30, 1)[:n] + random_prompt(9 - i, i + 2) for i, n in enumerate((30, 21, 22, 4))]
     answers(warm, random_prompt(30, 1))
     for prompt in (*prompts, prompts[0]):
         [got] = answers(warm, prompt)
         [alone] = answers(manager_of(80, real=True, shares=False), prompt)
-        assert said(got) == said(alone)
+        assert comparable(got) == comparable(alone)
         assert got[0].num_cached_tokens > 0
     assert warm.prefix_stats.hits > 90
 
 
-def test_the_next_turn_of_a_chat_finds_the_prompt_and_the_answer_of_the_last() -> None:
+def test_the_next_message_of_a_chat_finds_the_last_prompt_and_answer() -> None:
     manager, prompt = manager_of(real=True), random_prompt(10, 1)
     [first] = answers(manager, prompt)
-    turn = [*prompt, *(output.token for output in first), *random_prompt(5, 2)]
-    [second] = answers(manager, turn)
+    conversation = [*prompt, *(output.token for output in first), *random_prompt(5, 2)]
+    [second] = answers(manager, conversation)
     assert second[0].num_cached_tokens == 12, "three blocks of 4: 10 tokens of the prompt, 2 of the answer"
-    assert said(second) == said(answers(manager_of(real=True, shares=False), turn)[0])
+    assert comparable(second) == comparable(answers(manager_of(real=True, shares=False), conversation)[0])
 
 
-def test_a_prompt_that_goes_on_differently_shares_what_is_the_same() -> None:
+def test_a_prompt_that_diverges_shares_the_common_part() -> None:
     manager, prompt = manager_of(), random_prompt(20, 1)
     add(manager, "first", prompt)
     run(manager)
@@ -184,7 +185,7 @@ def test_a_prompt_that_goes_on_differently_shares_what_is_the_same() -> None:
     assert manager.computed["from the second token"] == 19
 
 
-def test_completions_of_one_request_share_what_its_leader_found() -> None:
+def test_completions_of_one_request_share_the_hit_of_their_leader() -> None:
     manager, prompt = manager_of(), random_prompt(20, 1)
     add(manager, "first", prompt)
     run(manager)
@@ -196,12 +197,12 @@ def test_completions_of_one_request_share_what_its_leader_found() -> None:
     check_all_returned(manager)
 
 
-# Who waits.
+# Waiting for a prefix.
 
 
 @pytest.mark.parametrize("budget", [256, 16, 9, 4])
-def test_equal_prompts_that_come_together_are_computed_once(budget: int) -> None:
-    manager, prompt = manager_of(budget=budget, seats=4), random_prompt(22, 1)
+def test_equal_prompts_that_arrive_together_are_computed_once(budget: int) -> None:
+    manager, prompt = manager_of(budget=budget, max_seqs=4), random_prompt(22, 1)
     for name in "abcd":
         add(manager, name, prompt)
     run(manager)
@@ -209,7 +210,7 @@ def test_equal_prompts_that_come_together_are_computed_once(budget: int) -> None
     assert manager.prefix_stats == (4 * 22, 3 * 20)
 
 
-def test_prompts_that_begin_alike_wait_for_what_they_share_and_no_longer() -> None:
+def test_prompts_with_a_common_prefix_wait_for_it_and_no_longer() -> None:
     manager, shared = manager_of(budget=8), random_prompt(16, 1)
     add(manager, "a", shared + random_prompt(8, 2))
     add(manager, "b", shared + random_prompt(8, 3))
@@ -219,12 +220,12 @@ def test_prompts_that_begin_alike_wait_for_what_they_share_and_no_longer() -> No
         before = Counter(manager.computed)
         step(manager)
         computed.append(dict(manager.computed - before))
-    assert computed == [{"a": 8}, {"a": 8}, {"a": 8}, {"b": 8}], "who comes first is served first"
+    assert computed == [{"a": 8}, {"a": 8}, {"a": 8}, {"b": 8}], "first come, first served"
     run(manager)
     assert [manager.computed[name] for name in "abc"] == [24, 8, 8]
 
 
-def test_who_does_not_share_takes_the_place_of_who_waits() -> None:
+def test_an_unrelated_request_runs_before_those_that_wait_for_a_prefix() -> None:
     manager, prompt = manager_of(budget=32), random_prompt(16, 1)
     add(manager, "a", prompt)
     add(manager, "b", prompt)
@@ -233,7 +234,7 @@ def test_who_does_not_share_takes_the_place_of_who_waits() -> None:
     assert dict(manager.computed) == {"a": 16, "c": 16}
 
 
-def test_who_waits_goes_on_where_the_one_before_is_cancelled() -> None:
+def test_a_waiting_request_goes_on_where_a_cancelled_one_stopped() -> None:
     manager, prompt = manager_of(budget=8), random_prompt(24, 1)
     add(manager, "a", prompt)
     add(manager, "b", prompt)
@@ -244,8 +245,8 @@ def test_who_waits_goes_on_where_the_one_before_is_cancelled() -> None:
     assert manager.computed["b"] == 16
 
 
-def test_who_computed_the_same_all_the_same_ends_with_one_copy() -> None:
-    """Both prompts are shorter than a block, so nobody waits; their answers make the same blocks of them."""
+def test_requests_that_still_computed_the_same_end_with_one_copy() -> None:
+    """Both prompts are shorter than a block, so neither waits; with their answers they fill equal blocks."""
     manager = manager_of()
     for name in "ab":
         add(manager, name, [7, 7], max_tokens=8)
@@ -260,7 +261,7 @@ def test_who_computed_the_same_all_the_same_ends_with_one_copy() -> None:
 def sequence_of(
     sharing: PrefixSharing, allocator: BlockAllocator, prompt: Seq[int], outputs: Seq[int], num_computed: int
 ) -> PagedSequence:
-    """A sequence by itself, blocks of 4, so far computed and kept."""
+    """A sequence outside any manager, in blocks of 4, with this many tokens computed and cached."""
     sequence = PagedSequence(
         seq_id="s",
         request_id="s",
@@ -279,7 +280,7 @@ def sequence_of(
 
 
 @pytest.mark.parametrize(("known", "computed"), [(3, 0), (7, 4), (8, 8)])
-def test_a_block_that_is_not_known_to_its_end_is_waited_for_by_nobody(known: int, computed: int) -> None:
+def test_no_request_waits_for_a_block_with_unknown_tokens(known: int, computed: int) -> None:
     allocator = BlockAllocator(20)
     sharing = PrefixSharing(allocator, 4)
     assert sharing.next_block(sequence_of(sharing, allocator, range(known), [], computed)) is None
@@ -287,7 +288,7 @@ def test_a_block_that_is_not_known_to_its_end_is_waited_for_by_nobody(known: int
 
 @pytest.mark.parametrize("num_outputs", [0, 2, 4])
 @pytest.mark.parametrize(("known", "computed"), [(4, 0), (4, 3), (8, 4), (9, 6)])
-def test_who_waits_for_a_block_waits_for_prompt_and_outputs_alike(
+def test_the_block_to_wait_for_covers_prompt_and_outputs_alike(
     num_outputs: int, known: int, computed: int
 ) -> None:
     allocator = BlockAllocator(20)
@@ -298,7 +299,7 @@ def test_who_waits_for_a_block_waits_for_prompt_and_outputs_alike(
     assert sharing.next_block(sequence) == stream.hashes[computed // 4]
 
 
-def test_nothing_is_shared_within_a_block() -> None:
+def test_a_sequence_in_the_middle_of_a_block_shares_nothing() -> None:
     allocator = BlockAllocator(20)
     sharing = PrefixSharing(allocator, 4)
     half = sequence_of(sharing, allocator, range(20), [], 6)
@@ -309,10 +310,10 @@ def test_nothing_is_shared_within_a_block() -> None:
     assert (half.table.blocks, half.num_computed) == (before, 6)
 
 
-# Who does not look.
+# Requests that skip the lookup.
 
 
-def test_log_probabilities_of_the_prompt_are_computed_and_what_is_computed_is_kept() -> None:
+def test_prompt_log_probabilities_skip_the_lookup_but_their_blocks_are_cached() -> None:
     manager, prompt = manager_of(real=True), random_prompt(21, 1)
     [first] = answers(manager, prompt)
     [second] = answers(manager, prompt, prompt_logprobs=1, temperature=0.0, max_tokens=6, logprobs=0)
@@ -336,7 +337,7 @@ def test_salts_keep_tenants_apart() -> None:
     assert [manager.computed[name] for name in ("a again", "c again")] == [4, 4]
 
 
-def test_tenants_who_come_together_do_not_wait_for_each_other() -> None:
+def test_tenants_that_arrive_together_do_not_wait_for_each_other() -> None:
     manager, prompt = manager_of(), random_prompt(20, 1)
     for salt in ("one", "two"):
         add(manager, salt, prompt, cache_salt=salt)
@@ -344,10 +345,10 @@ def test_tenants_who_come_together_do_not_wait_for_each_other() -> None:
     assert dict(manager.computed) == {"one": 20, "two": 20}
 
 
-# What is told.
+# Reported numbers.
 
 
-def test_the_cached_tokens_that_are_told_are_those_that_were_not_computed() -> None:
+def test_the_reported_cached_tokens_are_those_that_were_not_computed() -> None:
     manager = manager_of()
     prompts = [random_prompt(24, 1)[:n] + random_prompt(7, n) for n in (24, 17, 8, 3)]
     for i, prompt in enumerate(prompts):
@@ -358,8 +359,8 @@ def test_the_cached_tokens_that_are_told_are_those_that_were_not_computed() -> N
     assert manager.prefix_stats.hits == 16 + 8
 
 
-def test_what_a_sequence_had_cached_is_told_after_a_preemption_as_before() -> None:
-    manager = manager_of(14, seats=2)
+def test_a_preemption_does_not_change_the_reported_cached_tokens() -> None:
+    manager = manager_of(14, max_seqs=2)
     prompt = random_prompt(18, 1)
     add(manager, "first", prompt)
     run(manager)
@@ -374,18 +375,18 @@ def test_what_a_sequence_had_cached_is_told_after_a_preemption_as_before() -> No
     while new not in manager.running:
         step(manager)
     assert new.num_cached_tokens == 16
-    assert manager.prefix_stats.queries == 18 + 8 + 18, "a prompt is told once"
+    assert manager.prefix_stats.queries == 18 + 8 + 18, "a prompt is counted once"
 
 
-def test_who_was_preempted_finds_its_own_blocks_again() -> None:
-    manager = manager_of(12, seats=2)
+def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
+    manager = manager_of(12, max_seqs=2)
     add(manager, "old", random_prompt(8, 2), max_tokens=8)
     add(manager, "new", random_prompt(20, 3), max_tokens=8)
     step(manager)
     new = manager.sequence("new")
     manager._scheduler._preempt(
         new, Plan()
-    )  # before pages are short, so that nothing of it has been given up
+    )  # before pages run short, so that none of its blocks has been evicted
     before = manager.computed["new"]
     step(manager)
     assert new in manager.running
@@ -394,10 +395,10 @@ def test_who_was_preempted_finds_its_own_blocks_again() -> None:
     check_all_returned(manager)
 
 
-# What is given up.
+# Eviction.
 
 
-def test_a_pool_of_which_everything_is_kept_and_idle_still_admits() -> None:
+def test_a_pool_of_idle_cached_blocks_still_admits_requests() -> None:
     manager = manager_of(8)
     for i in range(2):
         add(manager, str(i), random_prompt(16, i))
@@ -408,7 +409,7 @@ def test_a_pool_of_which_everything_is_kept_and_idle_still_admits() -> None:
     assert manager.computed["all of it"] == 31
 
 
-def test_what_was_given_up_is_computed_again_and_kept_again() -> None:
+def test_an_evicted_prefix_is_computed_and_cached_again() -> None:
     manager, prompt = manager_of(8, real=True), random_prompt(20, 1)
     [cold] = answers(manager, prompt)
     answers(manager, random_prompt(25, 2))
@@ -416,11 +417,11 @@ def test_what_was_given_up_is_computed_again_and_kept_again() -> None:
     [part] = answers(manager, prompt)
     answers(manager, random_prompt(25, 3))
     [again] = answers(manager, prompt)
-    assert said(part) == said(again) == said(cold)
+    assert comparable(part) == comparable(again) == comparable(cold)
     assert 0 <= again[0].num_cached_tokens <= part[0].num_cached_tokens < 20
 
 
-def test_what_was_used_last_survives() -> None:
+def test_the_most_recently_used_prefix_survives() -> None:
     manager = manager_of(12)
     for seed in (1, 2, 1, 3):
         add(manager, f"{seed} {len(manager.computed)}", random_prompt(17, seed))
@@ -433,8 +434,8 @@ def test_what_was_used_last_survives() -> None:
     assert manager.computed["again 2"] > 1
 
 
-def test_an_idle_hit_is_not_counted_as_room_as_well() -> None:
-    """What a request shares is in use when its need is weighed: else there would be too few pages."""
+def test_an_idle_hit_is_not_counted_as_free_capacity_too() -> None:
+    """Shared blocks are in use when a request's need is checked; otherwise there would be too few pages."""
     manager = manager_of(8, preempts=False)
     add(manager, "first", random_prompt(28, 1))
     run(manager)
@@ -447,7 +448,7 @@ def test_an_idle_hit_is_not_counted_as_room_as_well() -> None:
     check_all_returned(manager)
 
 
-def test_who_finds_a_prefix_and_no_room_gives_it_back_and_waits() -> None:
+def test_a_request_that_finds_a_prefix_but_not_enough_pages_releases_it_and_waits() -> None:
     manager = manager_of(10, preempts=False)
     add(manager, "first", random_prompt(12, 1))
     run(manager)
@@ -467,9 +468,9 @@ def test_who_finds_a_prefix_and_no_room_gives_it_back_and_waits() -> None:
     check_all_returned(manager)
 
 
-def test_five_hundred_and_twelve_requests_on_a_full_cache_are_all_served() -> None:
+def test_512_requests_on_a_full_cache_are_all_served() -> None:
     """nano-vllm 211, 233: preempted, admitted again with a hit, and crashed."""
-    manager = manager_of(64, seats=512, budget=512)
+    manager = manager_of(64, max_seqs=512, budget=512)
     for i in range(512):
         prompt = [*random_prompt(24, i % 7)[: 5 + i % 20], 1 + i % 3]
         add(manager, str(i), prompt, max_tokens=20 + i % 30, n=1 + (i % 31 == 0))
@@ -491,7 +492,7 @@ def test_five_hundred_and_twelve_requests_on_a_full_cache_are_all_served() -> No
     assert manager.prefix_stats.hits > 1000
 
 
-def test_clearing_while_requests_run_loses_nothing_but_the_hits() -> None:
+def test_clearing_the_cache_while_requests_run_loses_only_hits() -> None:
     manager, prompt = manager_of(real=True), random_prompt(20, 1)
     engine, got = EngineCore(manager, (EOS,)), list[TokenOutput]()
     engine.add_request("a", prompt, GREEDY)
@@ -505,13 +506,13 @@ def test_clearing_while_requests_run_loses_nothing_but_the_hits() -> None:
         check_pages(manager)
     [alone] = answers(manager_of(real=True, shares=False), prompt)
     for name in "abc":
-        assert said([output for output in got if output.request_id == name]) == said(alone)
+        assert comparable([output for output in got if output.request_id == name]) == comparable(alone)
     assert manager.computed["c"] == 20 + 5
     check_all_returned(manager)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 3])
-def test_hashes_that_collide_change_no_answer(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+def test_colliding_hashes_change_no_answer(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
     def short_hash(parent: bytes, tokens: Seq[int]) -> bytes:
         return bytes([(sum(parent) + sum(tokens)) % 2**bits])
 
@@ -521,13 +522,13 @@ def test_hashes_that_collide_change_no_answer(monkeypatch: pytest.MonkeyPatch, b
     manager = manager_of(30, real=True)
     for _ in range(2):
         for prompt, expected in zip(prompts, alone, strict=True):
-            assert said(answers(manager, prompt)[0]) == said(expected)
+            assert comparable(answers(manager, prompt)[0]) == comparable(expected)
     for got, expected in zip(answers(manager, *prompts), alone, strict=True):
-        assert said(got) == said(expected)
+        assert comparable(got) == comparable(expected)
 
 
-def test_beams_that_come_back_and_find_all_that_they_share_still_compute_a_token() -> None:
-    """What they share ends within a block that is kept: without a token left, a step would be empty."""
+def test_resumed_beams_whose_common_prefix_is_cached_still_compute_a_token() -> None:
+    """Their common prefix ends within a cached block: with no token left to compute, a step is empty."""
     manager = Watched(32, 8, 4, policies=policies(preempts=True, prefix=True))
     manager.add_request([1, 2, 3, 4], "r", SamplingParams(n=2, max_tokens=40), beam_search=True)
     for token in range(10, 19):
@@ -539,9 +540,9 @@ def test_beams_that_come_back_and_find_all_that_they_share_still_compute_a_token
         manager.advance("r", [BeamStep(seq_id, token) for seq_id in list(manager.process_batch())])
     tokens = {beam.seq_id: beam.tokens(0, beam.num_tokens) for beam in manager.running}
     manager._scheduler._preempt(manager.running[0], Plan())
-    assert list(manager.process_batch()) == [], "only what both share is computed"
+    assert list(manager.process_batch()) == [], "only the common prefix is computed"
     assert [beam.num_computed for beam in manager.running] == [13], "12 of 13 were found"
-    assert manager.happened["hits within a block"] == 1
+    assert manager.happened["partial block hits"] == 1
     assert sorted(manager.process_batch()) == ["r/0", "r/1"]
     assert {beam.seq_id: beam.tokens(0, beam.num_computed) for beam in manager.running} == tokens
     check_pages(manager)

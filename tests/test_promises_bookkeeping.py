@@ -1,7 +1,7 @@
-"""Promise 2 on the bookkeeping alone: no arrays, thousands of steps a second, any order of events.
+"""Promise 2 without a model: no arrays, thousands of steps per second, events in any order.
 
-The oracle for what a page holds is a pool of plain Python values, `SymbolicPool`: each slot remembers
-which token of which stream was written there, and every sequence must read its own.
+The oracle for the contents of a page is a pool of plain Python values, `SymbolicPool`: each slot remembers
+which token of which stream was written to it, and every sequence must read its own tokens.
 """
 
 from collections import Counter
@@ -38,14 +38,14 @@ WINDOWS = ((None,), (None,), (5,), (None, 1), (None, 4, 4), (None, 7, 2))
 
 
 class BatchMachine(RuleBasedStateMachine):
-    """Requests come, run, share, fork, search, end and are cancelled; pages move, the pool grows.
+    """Requests arrive, run, share, fork, search, finish and are cancelled; pages move, the pool grows.
 
     Events come in any order; the promises hold after each.
     """
 
     requests = Bundle("requests")
     preempts = True
-    crowded = False  # every run in the one configuration in which most happens
+    is_fixed = False  # True: every run has the one configuration in which most happens
     happened: Counter[str]
 
     def __init__(self) -> None:
@@ -61,21 +61,21 @@ class BatchMachine(RuleBasedStateMachine):
         self,
         blocks: int,
         block_size: int,
-        seats: int,
+        max_seqs: int,
         budget: int,
         prefix: bool = True,
         grows: bool = False,
         windows: tuple[int | None, ...] = (None,),
         swap_blocks: int = 0,
     ) -> Watched:
-        """A fresh manager with so many blocks for each group, and a symbolic pool that performs its plans."""
+        """A fresh manager with this many blocks per group, and a symbolic pool that performs its plans."""
         self.pool = SymbolicPool(block_size)
         groups = group_layers(windows)
         return Watched(
             blocks * len(groups),
             block_size,
-            seats,
-            max_batched_tokens=max(seats, budget),
+            max_seqs,
+            max_batched_tokens=max(max_seqs, budget),
             max_model_len=blocks * block_size,
             policies=policies(self.preempts, prefix, groups, swap_blocks),
             min_pages=1 if grows else None,
@@ -87,7 +87,7 @@ class BatchMachine(RuleBasedStateMachine):
     @initialize(
         blocks=st.sampled_from([8, 7, 9, 12, 5, 1]),
         block_size=st.sampled_from([4, 3, 2, 5, 1, 6]),
-        seats=st.sampled_from([4, 3, 6, 2, 1]),
+        max_seqs=st.sampled_from([4, 3, 6, 2, 1]),
         budget=st.sampled_from([16, 8, 24, 3, 40]),
         prefix=st.sampled_from([True, True, False]),
         grows=st.sampled_from([False, False, True]),
@@ -98,16 +98,16 @@ class BatchMachine(RuleBasedStateMachine):
         self,
         blocks: int,
         block_size: int,
-        seats: int,
+        max_seqs: int,
         budget: int,
         prefix: bool,
         grows: bool,
         windows: tuple[int | None, ...],
         swap_blocks: int,
     ) -> None:
-        if self.crowded:
-            blocks, block_size, seats, budget, prefix, grows = 6, 4, 5, 16, True, False
-        self.manager = self.build(blocks, block_size, seats, budget, prefix, grows, windows, swap_blocks)
+        if self.is_fixed:
+            blocks, block_size, max_seqs, budget, prefix, grows = 6, 4, 5, 16, True, False
+        self.manager = self.build(blocks, block_size, max_seqs, budget, prefix, grows, windows, swap_blocks)
 
     @rule(
         target=requests,
@@ -122,7 +122,7 @@ class BatchMachine(RuleBasedStateMachine):
     def add(
         self, stream: int, shared: int, own: int, outputs: int | None, n: int, beams: bool, priority: int
     ) -> str:
-        """A prompt that begins with tokens of one of three streams, and goes on with its own."""
+        """A prompt that starts with tokens of one of three streams, and goes on with its own."""
         request_id = f"r{len(self.arrivals)}"
         self.arrivals[request_id] = len(self.arrivals)
         tokens = [-1 - (100 * stream + i) for i in range(shared)]
@@ -134,7 +134,7 @@ class BatchMachine(RuleBasedStateMachine):
             assert self.manager.add_request(tokens, request_id, params, beam_search=beams)
             self.searches |= {request_id} if beams else set()
         except RequestTooLargeError:
-            self.manager.happened["refused at the door"] += 1
+            self.manager.happened["rejected requests"] += 1
             assert before == (self.manager.allocator.num_free, len(self.manager.waiting))
         return request_id
 
@@ -160,12 +160,12 @@ class BatchMachine(RuleBasedStateMachine):
 
     @rule()
     def compact(self) -> None:
-        """All blocks in use move to the front; what they hold moves with them."""
+        """Move all blocks in use, with their contents, to the front."""
         self.manager.compact()
 
     @invariant()
     def promises_hold(self) -> None:
-        self.broken = True  # until everything below has held
+        self.broken = True  # until every check below has passed
         check_pages(self.manager)
         check_first_come_first_served(self.manager, self.arrivals)
         for sequence in self.manager.running:
@@ -173,13 +173,13 @@ class BatchMachine(RuleBasedStateMachine):
         self.broken = False
 
     def teardown(self) -> None:
-        """Everybody who is left is served in a bounded number of steps, and every page comes back."""
+        """Check that the remaining requests finish in a bounded number of steps, and all pages return."""
         if self.broken:
-            return  # what comes after a broken promise says nothing
+            return  # after a broken promise, further checks mean nothing
         bound = sum(
             seq.max_len * (1 + seq.num_forks) for seq in [*self.manager.running, *self.manager.waiting]
         )
-        bound *= 2 if self.searches else 1  # beams that were preempted are computed again
+        bound *= 2 if self.searches else 1  # preempted beams are computed again
         for _ in range(bound):
             if self.manager.has_work:
                 self.step()
@@ -188,11 +188,11 @@ class BatchMachine(RuleBasedStateMachine):
         self.happened.update(self.manager.happened)
 
     def step(self) -> None:
-        """One step with a fresh token for each sequence that is ready; the full ones end."""
+        """Run one step with a fresh token for each sequence that is ready; those at full length finish."""
         first = self.manager.running[0] if self.manager.running else None
         computed = list(self.manager.process_batch())
         if first is not None and first not in self.manager.running:
-            assert self.manager.running[0].rank < first.rank, "the first in turn was preempted"
+            assert self.manager.running[0].rank < first.rank, "the first by priority was preempted"
         self.ready = [seq_id for seq_id in computed if seq_id.split("/")[0] not in self.searches]
         self.search([seq_id for seq_id in computed if seq_id not in self.ready])
         self.manager.commit({seq_id: self.fresh_token() for seq_id in self.ready})
@@ -203,7 +203,7 @@ class BatchMachine(RuleBasedStateMachine):
                 self.ready.remove(seq_id)
 
     def search(self, computed: list[str]) -> None:
-        """Beams whose fellows are computed too go on: the first forks, in the place of the last."""
+        """Advance beams whose siblings are computed too: the first one forks and replaces the last."""
         self.reported.update(computed)
         for request_id in {seq_id.split("/")[0] for seq_id in computed}:
             beams = [s for s in self.manager.running if s.request_id == request_id]
@@ -218,17 +218,17 @@ class BatchMachine(RuleBasedStateMachine):
             self.manager.advance(request_id, [BeamStep(parent, self.fresh_token()) for parent in parents])
 
     def fresh_token(self) -> int:
-        """A token that nobody else has: what is read from a page tells whose it is."""
+        """A token that no other sequence has: a token read from a page shows which sequence wrote it."""
         self.next_token += 1
         return self.next_token
 
 
 def run_machine(
-    preempts: bool, crowded: bool = False, phases: tuple[Phase, ...] = tuple(Phase)
+    preempts: bool, is_fixed: bool = False, phases: tuple[Phase, ...] = tuple(Phase)
 ) -> Counter[str]:
-    """Run the machine with or without preemption; how often each event happened."""
+    """Run the machine with or without preemption; returns how often each event happened."""
     happened: Counter[str] = Counter()
-    options = {"preempts": preempts, "crowded": crowded, "happened": happened}
+    options = {"preempts": preempts, "is_fixed": is_fixed, "happened": happened}
     machine = type("Machine", (BatchMachine,), options)
     case = machine.TestCase
     case.settings = settings(
@@ -242,48 +242,48 @@ def run_machine(
 
 
 def assert_machine_catches() -> None:
-    """Fail unless the machine breaks, as it must where the engine is a mutant; nothing is shrunk."""
+    """Fail unless the machine fails, as it must for a mutant of the engine; examples are not shrunk."""
     with pytest.raises((AssertionError, ValueError)):
-        _ = [run_machine(True, crowded, phases=(Phase.generate,)) for crowded in (True, False)]
+        _ = [run_machine(True, is_fixed, phases=(Phase.generate,)) for is_fixed in (True, False)]
 
 
-def test_pages_are_conserved_whatever_happens() -> None:
-    happened = run_machine(preempts=True) + run_machine(preempts=True, crowded=True)
+def test_pages_are_conserved_through_any_events() -> None:
+    happened = run_machine(preempts=True) + run_machine(preempts=True, is_fixed=True)
     for name in (
         "preemptions",
         "forks",
         "copies on write",
-        "prompts cut into chunks",
+        "chunked prompts",
         "cancels",
-        "refused at the door",
+        "rejected requests",
         "prefix hits",
         "beams forked",
         "blocks moved",
-        "blocks that windows passed",
+        "blocks released by windows",
         "prefix hits under windows",
         "blocks swapped out",
         "blocks swapped in",
     ):
         assert happened[name] >= 30, f"the machine hardly tests anything: {happened}"
-    assert happened["the pool grew"] >= 5, f"the pool hardly ever grew: {happened}"
+    assert happened["pool growths"] >= 5, f"the pool hardly ever grew: {happened}"
 
 
-def test_without_preemption_nobody_who_was_admitted_runs_out_of_pages() -> None:
+def test_without_preemption_no_admitted_request_runs_out_of_pages() -> None:
     happened = run_machine(preempts=False)
     assert happened["preemptions"] == 0
-    for name in ("forks", "copies on write", "prompts cut into chunks", "cancels", "refused at the door"):
+    for name in ("forks", "copies on write", "chunked prompts", "cancels", "rejected requests"):
         assert happened[name] >= 30, f"the machine hardly tests anything: {happened}"
 
 
-# The tests bite: a broken engine does not pass.
+# Mutants: a broken engine does not pass.
 
 
-def test_a_copy_on_write_that_is_forgotten_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_copy_on_write_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockTable, "_last_block_is_shared", lambda self: False)
     assert_machine_catches()
 
 
-def test_pages_that_a_preempted_sequence_keeps_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_that_a_preempted_sequence_keeps_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def forget(sequence: PagedSequence) -> None:
         sequence.table.blocks.clear()
         sequence.table.num_tokens = sequence.num_computed = 0
@@ -292,7 +292,7 @@ def test_pages_that_a_preempted_sequence_keeps_are_seen(monkeypatch: pytest.Monk
     assert_machine_catches()
 
 
-def test_a_fork_that_does_not_count_its_pages_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_that_does_not_count_its_pages_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def fork(table: BlockTable) -> BlockTable:
         child = BlockTable(table.allocator, table.block_size)
         child.blocks, child.num_tokens = list(table.blocks), table.num_tokens
@@ -302,7 +302,7 @@ def test_a_fork_that_does_not_count_its_pages_is_seen(monkeypatch: pytest.Monkey
     assert_machine_catches()
 
 
-def test_a_cancel_that_forgets_the_table_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancel_that_does_not_release_its_table_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def cancel(manager: PagedBatchManager, request_id: str) -> None:
         for seq_id in manager._queues.remove_pending_forks(request_id):
             manager._queues.end(seq_id)
@@ -311,19 +311,19 @@ def test_a_cancel_that_forgets_the_table_is_seen(monkeypatch: pytest.MonkeyPatch
     assert_machine_catches()
 
 
-def test_a_window_that_lets_go_too_early_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_window_that_releases_blocks_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "tiny_llm.page_layout.first_visible", lambda position, window: max(0, position - window + 2)
     )
     assert_machine_catches()
 
 
-def test_a_hit_that_forgets_what_a_window_still_sees_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hit_without_the_blocks_that_a_window_still_sees_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WindowedPrefixSharing, "first_needed", lambda self, index, num_blocks: num_blocks)
     assert_machine_catches()
 
 
-def test_groups_that_share_each_others_blocks_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_that_share_each_others_blocks_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def streams(layout: PageLayout, salt: str) -> list[TokenBlocks]:
         return [TokenBlocks(layout.block_size, salt) for _ in layout.groups]
 
@@ -331,13 +331,13 @@ def test_groups_that_share_each_others_blocks_are_seen(monkeypatch: pytest.Monke
     assert_machine_catches()
 
 
-def test_preempting_the_oldest_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preemption_of_the_oldest_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "tiny_llm.preemption.NewestFirst.choose_victim", lambda self, candidates: candidates[0]
     )
     assert_machine_catches()
 
 
-def test_a_completion_id_stands_for_its_completion() -> None:
+def test_completions_have_ids_that_tell_them_apart() -> None:
     assert completion_ids("a", 1) == ["a"]
     assert len(set(completion_ids("a", 3))) == 3

@@ -1,4 +1,4 @@
-"""Promises 1 and 2 on a real forward pass: a tiny random model, and the embedded one, from small pools.
+"""Promises 1 and 2 on a real forward pass: a tiny random model, and the embedded one, in small pools.
 
 The oracle is the engine itself, serving the same completion alone: equal means equal bits.
 """
@@ -87,29 +87,29 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
     @example(SQUEEZED)
     @example(SWAPPED)
     @example(SWAPPED_OFTEN)
-    def every_completion_gets_what_it_gets_alone(scenario: Scenario) -> None:
+    def every_completion_equals_the_one_alone(scenario: Scenario) -> None:
         seen = check_scenario(make(), scenario)
         for name in sorted(seen):
             event(name, "some" if seen[name] else "none")
         happened.update(seen)
 
-    every_completion_gets_what_it_gets_alone()
+    every_completion_equals_the_one_alone()
     often = [
         "answers compared",
         "forks",
         "copies on write",
-        "prompts cut into chunks",
+        "chunked prompts",
         "mixed steps",
-        "cancelled under way",
+        "cancelled requests",
         "prefix hits",
         "beams forked",
         "blocks moved",
-        "the pool grew",
+        "pool growths",
     ]
-    now_and_then = ["searches compared", "hits within a block", "completions that failed"]
-    pressure = ["preemptions", "preemptions of outputs", "sequences swapped out", "blocks swapped in"]
-    if make is gemma_model:  # windows leave room: test_swap presses harder
-        now_and_then += [*pressure, "blocks that windows passed"]
+    now_and_then = ["searches compared", "partial block hits", "failed completions"]
+    pressure = ["preemptions", "preemptions after output", "sequences swapped out", "blocks swapped in"]
+    if make is gemma_model:  # windows need fewer blocks: test_swap has tighter pools
+        now_and_then += [*pressure, "blocks released by windows"]
     else:
         often += pressure
         now_and_then.append("preemptions of beams")
@@ -121,11 +121,12 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
 
 @pytest.mark.parametrize("make", [tiny_model, eight_bit_model, qwen_model, gemma_model])
 @pytest.mark.parametrize("threads", [1, 2, 4])
-def test_long_contexts_get_the_same_answer_in_any_crowd(make: Callable[[], Model], threads: int) -> None:
+def test_long_contexts_get_the_same_answer_in_any_batch(make: Callable[[], Model], threads: int) -> None:
     model = make()
-    roomy = replace(model, config=replace(model.config, max_position_embeddings=400))
-    happened = check_scenario(roomy, replace(LONG, threads=threads if tiny_llm_kernels.available() else 1))
-    for name in ("answers compared", "mixed steps", "prefix hits", "prompts cut into chunks"):
+    long_model = replace(model, config=replace(model.config, max_position_embeddings=400))
+    threads = threads if tiny_llm_kernels.available() else 1
+    happened = check_scenario(long_model, replace(LONG, threads=threads))
+    for name in ("answers compared", "mixed steps", "prefix hits", "chunked prompts"):
         assert happened[name] >= 1, f"the scenario does not test {name}: {happened}"
 
 
@@ -144,7 +145,7 @@ def chunkings(draw: st.DrawFn, length: int) -> list[int]:
     block_size=st.integers(1, 17),
     threads=st.integers(1, 4),
 )
-def test_every_row_of_logits_is_the_same_bits_in_any_chunks(
+def test_every_row_of_logits_has_the_same_bits_for_any_chunks(
     make: Callable[[], Model], data: st.DataObject, length: int, block_size: int, threads: int
 ) -> None:
     prompt = random_prompt(length, seed=length)
@@ -167,7 +168,7 @@ def embedded() -> Model:
 
 
 @pytest.mark.drawn
-def test_the_embedded_model_answers_the_same_in_any_crowd(embedded: Model) -> None:
+def test_the_embedded_model_gives_the_same_answers_in_any_batch(embedded: Model) -> None:
     happened: Counter[str] = Counter()
 
     @settings(max_examples=examples(4))
@@ -178,15 +179,15 @@ def test_the_embedded_model_answers_the_same_in_any_crowd(embedded: Model) -> No
     @example(SWAPPED)
     @example(LONG)
     @example(replace(CROWD, block_size=5, max_tokens=6, threads=3, spare_blocks=0))
-    def every_completion_gets_what_it_gets_alone(scenario: Scenario) -> None:
+    def every_completion_equals_the_one_alone(scenario: Scenario) -> None:
         happened.update(check_scenario(embedded, scenario))
 
-    every_completion_gets_what_it_gets_alone()
-    for name in ("answers compared", "preemptions", "forks", "copies on write", "prompts cut into chunks"):
+    every_completion_equals_the_one_alone()
+    for name in ("answers compared", "preemptions", "forks", "copies on write", "chunked prompts"):
         assert happened[name] >= 2, f"the scenarios hardly test anything: {happened}"
 
 
-def test_the_embedded_models_logits_are_the_same_bits_in_any_chunks(embedded: Model) -> None:
+def test_the_embedded_models_logits_have_the_same_bits_for_any_chunks(embedded: Model) -> None:
     prompt = random_prompt(150, seed=5)
     whole = np.array(logits_through_pages(embedded, prompt, [150]))
     assert np.array_equal(
@@ -194,34 +195,34 @@ def test_the_embedded_models_logits_are_the_same_bits_in_any_chunks(embedded: Mo
     )
 
 
-# The tests bite: each mutant is a mistake that somebody could make, and the same check sees it.
+# Mutants: each is a plausible mistake, and the same check catches it.
 
 
-def assert_seen(strategy: st.SearchStrategy[Scenario] | None = None) -> None:
+def assert_caught_by_check(strategy: st.SearchStrategy[Scenario] | None = None) -> None:
     assert_caught(
         lambda scenario: check_scenario(tiny_model(), scenario), scenarios() if strategy is None else strategy
     )
 
 
-def test_a_draw_that_depends_on_the_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_that_depends_on_the_batch_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = count()
     monkeypatch.setattr(
         "tiny_llm.token_output.sample_token",
         lambda row, params, seed, index: sample_token(row, params, 0, next(draws)),
     )
-    assert_seen()
+    assert_caught_by_check()
 
 
-def test_an_attention_that_sums_in_another_order_for_single_tokens_is_seen(
+def test_an_attention_with_another_order_of_summation_for_single_tokens_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("write_and_attend", "paged_attention"):
         monkeypatch.setattr(paged_kernel, name, getattr(paged_kernel, name).__wrapped__)
     monkeypatch.setattr(paged_kernel, "grouped_query_attention", keys_backwards(grouped_query_attention))
-    assert_seen()
+    assert_caught_by_check()
 
 
-def test_an_attention_that_reads_its_own_chunk_before_it_is_rounded_is_seen(
+def test_an_attention_that_reads_its_own_chunk_before_rounding_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def attend(
@@ -254,10 +255,10 @@ def test_an_attention_that_reads_its_own_chunk_before_it_is_rounded_is_seen(
 
     stored_by = paged_kernel.write_and_attend.__wrapped__  # type: ignore[attr-defined]
     monkeypatch.setattr(paged_kernel, "write_and_attend", attend)
-    assert_seen()
+    assert_caught_by_check()
 
 
-def test_a_matmul_that_sums_in_another_order_for_single_rows_is_seen() -> None:
+def test_a_matmul_with_another_order_of_summation_for_single_rows_is_caught() -> None:
     @dataclass(frozen=True)
     class SingleRowsBackwards(Linear):
         def __call__(self, x: mx.array) -> mx.array:
@@ -268,45 +269,45 @@ def test_a_matmul_that_sums_in_another_order_for_single_rows_is_seen() -> None:
     assert_caught(lambda scenario: check_scenario(mutant, scenario), scenarios())
 
 
-def test_a_forgotten_copy_on_write_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forgotten_copy_on_write_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BlockTable, "_last_block_is_shared", lambda self: False)
-    assert_seen()
+    assert_caught_by_check()
 
 
-def test_a_copy_that_is_planned_and_not_performed_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planned_copy_that_is_not_made_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KVPool, "copy_blocks", lambda self, copies: None)
-    assert_seen()
+    assert_caught_by_check()
 
 
-def test_a_reference_that_leaks_on_preemption_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reference_that_leaks_on_preemption_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def forget(sequence: PagedSequence) -> None:
         sequence.table.blocks.clear()
         sequence.table.num_tokens = sequence.num_computed = 0
 
     monkeypatch.setattr(PagedSequence, "release_pages", forget)
-    assert_seen()
+    assert_caught_by_check()
 
 
-def test_outputs_that_become_prompt_when_preempted_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_that_become_prompt_when_preempted_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def become_prompt(sequence: PagedSequence) -> None:
         sequence.table.release()
         sequence.prompt = (*sequence.prompt, *sequence.outputs)
         sequence.outputs, sequence.num_computed = [], 0
 
     monkeypatch.setattr(PagedSequence, "release_pages", become_prompt)
-    assert_seen()
+    assert_caught_by_check()
 
 
-def test_forks_that_draw_with_one_seed_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forks_that_sample_with_the_same_seed_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     fork = PagedSequence.fork
     monkeypatch.setattr(PagedSequence, "fork", lambda self, seq_id, seed: fork(self, seq_id, self.seed))
-    assert_seen()
+    assert_caught_by_check()
 
 
-def test_penalties_that_forget_the_outputs_before_a_preemption_are_seen(
+def test_penalties_that_forget_the_outputs_before_a_preemption_are_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The counts begin anew when a sequence has been computed again."""
+    """The counts start from zero after a sequence has been recomputed."""
     release_pages = PagedSequence.release_pages
 
     def forget(sequence: PagedSequence) -> None:
@@ -318,17 +319,17 @@ def test_penalties_that_forget_the_outputs_before_a_preemption_are_seen(
 
     monkeypatch.setattr(PagedSequence, "release_pages", forget)
     monkeypatch.setattr("tiny_llm.engine_core.choose_token", choose)
-    assert_seen()
+    assert_caught_by_check()
 
 
 def penalized(sequence: PagedSequence, row: mx.array, counted: list[int]) -> Choice:
-    """A choice with penalties for other outputs than the sequence has."""
+    """A choice with penalties for outputs that are not the sequence's."""
     params, seed, index = sequence.params, sequence.seed, len(sequence.outputs)
     token = sample_token(adjust_logits(row, params, sequence.prompt, counted, ()), params, seed, index)
     return Choice(sequence, row, token, row[token])
 
 
-def test_penalties_of_one_row_that_reach_another_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_penalties_of_one_row_that_affect_another_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     before: list[list[int]] = [[]]
 
     def choose(sequence: PagedSequence, row: mx.array, eos: frozenset[int]) -> Choice:
@@ -336,18 +337,18 @@ def test_penalties_of_one_row_that_reach_another_are_seen(monkeypatch: pytest.Mo
         return penalized(sequence, row, before[-2])
 
     monkeypatch.setattr("tiny_llm.engine_core.choose_token", choose)
-    assert_seen()
+    assert_caught_by_check()
 
 
-def test_a_hash_that_forgets_what_came_before_and_is_believed_is_seen(
+def test_a_trusted_hash_that_ignores_earlier_blocks_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(KeptBlock, "is_block", lambda self, stream, index: True)
     monkeypatch.setattr(prefix_cache, "block_hash", lambda parent, tokens: repr(tuple(tokens)).encode())
-    assert_seen(alike())
+    assert_caught_by_check(colliding_scenarios())
 
 
-def test_a_hit_that_shares_another_tokens_block_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hit_that_shares_a_block_of_other_tokens_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     match_part = PrefixCache.match_part
 
     def too_long(cache: PrefixCache, parent: bytes, tokens: list[int]) -> PartMatch | None:
@@ -355,18 +356,18 @@ def test_a_hit_that_shares_another_tokens_block_is_seen(monkeypatch: pytest.Monk
         return None if match is None else PartMatch(match.block, len(tokens))
 
     monkeypatch.setattr(PrefixCache, "match_part", too_long)
-    assert_seen(st.just(ALIKE))
+    assert_caught_by_check(st.just(ALIKE))
 
 
-def test_a_compaction_that_forgets_the_prefix_cache_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compaction_that_forgets_the_prefix_cache_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PrefixCache, "rename_blocks", lambda self, moved: None)
-    assert_seen(st.just(replace(ALIKE, compacted_at=tuple(range(30)))))
+    assert_caught_by_check(st.just(replace(ALIKE, compacted_at=tuple(range(30)))))
 
 
-def test_a_swap_that_is_made_after_the_pages_were_given_to_others_is_seen(
+def test_a_swap_out_after_the_pages_were_reused_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Blocks go out when the step has been computed, and not before."""
+    """Blocks are swapped out after the step has been computed, not before."""
     run, swap = PagedBatchManager.run_plan, PagedBatchManager._swap
 
     def late(manager: PagedBatchManager, plan: Plan) -> mx.array | None:
@@ -376,21 +377,21 @@ def test_a_swap_that_is_made_after_the_pages_were_given_to_others_is_seen(
 
     monkeypatch.setattr(PagedBatchManager, "_swap", lambda manager, pool, plan: None)
     monkeypatch.setattr(PagedBatchManager, "run_plan", late)
-    assert_seen(st.just(SWAPPED))
+    assert_caught_by_check(st.just(SWAPPED))
 
 
-def test_a_swap_that_takes_the_wrong_blocks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_swap_of_the_wrong_blocks_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SwapSpace, "_find", lambda space, sequence, table, place: 0 if place else None)
-    assert_seen(st.just(SWAPPED))
+    assert_caught_by_check(st.just(SWAPPED))
 
 
-def test_beams_that_share_more_than_they_have_in_common_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beams_that_share_more_than_their_common_prefix_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiny_llm.paged_queues._common_length", lambda lists: len(lists[0]) - 1)
-    assert_seen(st.just(SQUEEZED))
+    assert_caught_by_check(st.just(SQUEEZED))
 
 
-def alike() -> st.SearchStrategy[Scenario]:
-    """Scenarios whose blocks hold equal tokens after different ones."""
+def colliding_scenarios() -> st.SearchStrategy[Scenario]:
+    """Scenarios whose blocks hold equal tokens after different prefixes."""
     shared = tuple(random_prompt(4, 1))
     params = SamplingParams(max_tokens=4, temperature=0.0)
     arrivals = tuple(Arrival(3 * i, tuple(random_prompt(4, i)) + shared, params) for i in range(5, 8))

@@ -1,4 +1,4 @@
-"""The queues of requests keep the order that plain sorted lists would, at a cost that does not grow.
+"""The queues of requests keep the order of plain sorted lists, at a cost that does not grow.
 
 Oracle: `Lists`, queues that are sorted lists and are searched from end to end.
 """
@@ -40,21 +40,21 @@ def leader(request_id: str, n: int = 1, priority: int = 0) -> Sequence:
 
 
 class Lists:
-    """The oracle: which ids wait, run and are set aside, by rank; every question is a search."""
+    """The oracle: the ids that wait, run or are set aside, by rank; every question is a search."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[tuple[int, int, int], str]] = []
         self.running: list[tuple[tuple[int, int, int], str]] = []
-        self.to_come: dict[str, list[str]] = {}  # ids that a leader still stands for
+        self.represented: dict[str, list[str]] = {}  # ids that a leader still represents
         self.request_of: dict[str, str] = {}
-        self.alone: str | None = None
+        self.isolated: str | None = None
         self.num_arrived = 0
 
     def add(self, request_id: str, n: int, priority: int) -> None:
         first, *others = completion_ids(request_id, n)
         insort(self.waiting, ((KEY(self.num_arrived, priority), self.num_arrived, 0), first))
         self.num_arrived += 1
-        self.to_come[first] = others
+        self.represented[first] = others
         self.request_of.update(dict.fromkeys([first, *others], request_id))
 
     def in_use(self, ids: Iterable[str]) -> bool:
@@ -62,7 +62,7 @@ class Lists:
 
     @property
     def may_run(self) -> list[str]:
-        return [name for _, name in self.waiting if self.alone in (None, self.request_of[name])]
+        return [name for _, name in self.waiting if self.isolated in (None, self.request_of[name])]
 
     def move(self, name: str, source: str, target: str) -> None:
         [entry] = [one for one in getattr(self, source) if one[1] == name]
@@ -71,18 +71,18 @@ class Lists:
 
     def fork(self, name: str) -> None:
         [(rank, _)] = [one for one in self.running if one[1] == name]
-        for place, fork in enumerate(self.to_come.pop(name, []), start=1):
+        for place, fork in enumerate(self.represented.pop(name, []), start=1):
             insort(self.running, ((*rank[:2], place), fork))
 
     def end(self, name: str) -> None:
         self.waiting = [one for one in self.waiting if one[1] != name]
         self.running = [one for one in self.running if one[1] != name]
-        for gone in (name, *self.to_come.pop(name, [])):
+        for gone in (name, *self.represented.pop(name, [])):
             del self.request_of[gone]
 
 
 class QueuesLikeLists(RuleBasedStateMachine):
-    """Random requests, starts, put-backs, forks, ends and trials, in both."""
+    """Random requests, starts, returns to waiting, forks, ends and fault isolations, in both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class QueuesLikeLists(RuleBasedStateMachine):
 
     @precondition(lambda self: self.lists.running)
     @rule(at=st.integers(0, 9))
-    def put_back(self, at: int) -> None:
+    def return_to_waiting(self, at: int) -> None:
         name = self.lists.running[at % len(self.lists.running)][1]
         assert [one.seq_id for one in self.queues.return_to_waiting(self.queues[name])] == [name]
         self.lists.move(name, "running", "waiting")
@@ -118,7 +118,7 @@ class QueuesLikeLists(RuleBasedStateMachine):
     @rule(at=st.integers(0, 9))
     def fork(self, at: int) -> None:
         name = self.lists.running[at % len(self.lists.running)][1]
-        if self.lists.to_come.get(name):
+        if self.lists.represented.get(name):
             self.queues.fork(self.queues[name])
         self.lists.fork(name)
 
@@ -126,14 +126,14 @@ class QueuesLikeLists(RuleBasedStateMachine):
     @rule(at=st.integers(0, 9))
     def end_one(self, at: int) -> None:
         name = self.lists.running[at % len(self.lists.running)][1]
-        if not self.lists.to_come.get(name):
+        if not self.lists.represented.get(name):
             assert self.queues.end(name).state is SequenceState.FINISHED
             self.lists.end(name)
 
     @rule(name=st.sampled_from("abcdef"))
     def cancel(self, name: str) -> None:
-        there = [seq for _, seq in [*self.lists.waiting, *self.lists.running]]
-        own = {seq for seq in there if self.lists.request_of[seq] == name}
+        active = [seq for _, seq in [*self.lists.waiting, *self.lists.running]]
+        own = {seq for seq in active if self.lists.request_of[seq] == name}
         ids = self.queues.remove_pending_forks(name)
         assert set(ids) == own
         for seq_id in ids:
@@ -143,7 +143,7 @@ class QueuesLikeLists(RuleBasedStateMachine):
     @rule(name=st.sampled_from([*"abcdef", None]))
     def isolate(self, name: str | None) -> None:
         self.queues.isolate(name)
-        self.lists.alone = name
+        self.lists.isolated = name
 
     @invariant()
     def both_agree(self) -> None:
@@ -165,7 +165,7 @@ QueuesLikeLists.TestCase.settings = settings(max_examples=examples(60), stateful
 TestQueuesLikeLists = QueuesLikeLists.TestCase
 
 
-def test_a_queue_is_a_sequence_in_the_order_of_ranks() -> None:
+def test_a_queue_is_a_sequence_in_order_of_ranks() -> None:
     queue: RankedQueue[Sequence] = RankedQueue()
     members = [leader(name) for name in "abc"]
     for rank, member in zip([(2, 0, 0), (0, 1, 0), (1, 2, 0)], members, strict=True):
@@ -185,7 +185,7 @@ def test_a_queue_is_a_sequence_in_the_order_of_ranks() -> None:
         queue.first()
 
 
-def test_the_head_has_each_member_once_though_some_left_and_came_again() -> None:
+def test_the_head_has_each_member_once_even_if_some_left_and_came_back() -> None:
     queue: RankedQueue[Sequence] = RankedQueue()
     members = [leader(str(number)) for number in range(20)]
     for number, member in enumerate(members):
@@ -201,8 +201,8 @@ def test_the_head_has_each_member_once_though_some_left_and_came_again() -> None
     assert len(queue.head(99)) == 19
 
 
-def test_members_that_have_left_take_no_room_behind_one_that_stays() -> None:
-    """A head that never leaves must not keep the ranks of all that came and went behind it."""
+def test_removed_members_take_no_memory_after_one_that_stays() -> None:
+    """A head that never leaves must not keep the ranks of all members that came and left after it."""
     queue: RankedQueue[Sequence] = RankedQueue()
     for number in range(10_000):
         member = leader(str(number))
@@ -214,7 +214,7 @@ def test_members_that_have_left_take_no_room_behind_one_that_stays() -> None:
 
 
 def _seconds(num_requests: int) -> float:
-    """Processor time to queue so many requests, to take fifty steps beside them, and to cancel them."""
+    """Processor time to queue this many requests, to take fifty steps while they wait, and to cancel them."""
     manager = PagedBatchManager(600, 4, 8, max_batched_tokens=24)
     began = process_time()
     for number in range(num_requests):
@@ -229,14 +229,14 @@ def _seconds(num_requests: int) -> float:
 
 
 def test_twenty_thousand_requests_are_queued_and_cancelled_in_linear_time() -> None:
-    """Ten times as many cost about ten times as much, and a hundred times where each of them is a search."""
+    """Ten times as many cost about ten times as much; a search for each would make it a hundred times."""
     _seconds(200)
     few, many = min(_seconds(2000) for _ in range(3)), _seconds(20_000)
     assert many < 40 * few
 
 
 def _calls(function: Callable[[], object]) -> int:
-    """Function calls that a call makes, Python's and C's."""
+    """The number of function calls, Python's and C's, that a call makes."""
     count = 0
 
     def profiled(frame: FrameType, event: str, argument: object) -> None:
@@ -252,8 +252,8 @@ def _calls(function: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("batching", ["paged", "dense"])
-def test_a_step_does_not_look_at_those_that_wait(batching: str) -> None:
-    """Counted: the calls of a step and of the figures after it, beside 10 requests that wait and 5,000."""
+def test_the_cost_of_a_step_does_not_depend_on_the_waiting_requests(batching: str) -> None:
+    """Counted: the calls of a step and of the statistics after it, with 10 waiting requests and 5,000."""
     counts = []
     for num_waiting in (10, 5000):
         manager = PagedBatchManager(40, 4, 4, max_batched_tokens=24) if batching == "paged" else dense()

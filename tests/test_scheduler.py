@@ -1,4 +1,4 @@
-"""Priorities that age: which request is served before which, and that each is served."""
+"""Priorities with aging: which request is served before which, and that each is served."""
 
 from collections.abc import Sequence
 
@@ -10,38 +10,38 @@ from tiny_llm.scheduler import AgedPriority
 
 
 def order(priorities: Sequence[int], patience: int) -> list[int]:
-    """Who comes first, of requests that arrived in this order; among equal keys the earlier one does."""
+    """The order in which requests that arrived in this order are served; of equal keys the earlier first."""
     key = AgedPriority(patience).key
     return sorted(range(len(priorities)), key=lambda number: (key(number, priorities[number]), number))
 
 
-def test_who_passes_whom() -> None:
-    """Oracle: by hand: priority 1 lets those two of priority 0 pass that arrive 1 and 2 later."""
+def test_which_request_overtakes_which() -> None:
+    """Oracle: by hand: priority 1 is overtaken by the two of priority 0 that arrive 1 and 2 later."""
     assert order([1, 0, 0, 0, 0], 3) == [1, 2, 0, 3, 4]
 
 
-def test_an_urgent_request_passes_those_that_wait() -> None:
-    """Oracle: by hand, patience 3: the last one, of priority 0, passes those that came 1 and 2 before it."""
+def test_an_urgent_request_overtakes_waiting_ones() -> None:
+    """Oracle: by hand, patience 3: the last one, of priority 0, overtakes arrivals 1 and 2 before it."""
     assert order([1, 1, 1, 1, 0], 3) == [0, 1, 4, 2, 3]
 
 
-def test_one_priority_keeps_the_order_of_arrival() -> None:
-    """Oracle: the order of arrival; multiplying the number is a mistake for some priorities."""
+def test_requests_of_one_priority_keep_the_order_of_arrival() -> None:
+    """Oracle: the order of arrival; a key that multiplies the number is wrong for some priorities."""
     for priority in (-3, 0, 5):
         assert order([priority] * 6, 4) == list(range(6))
 
 
 @pytest.mark.parametrize("patience", [0, 1, 2, 7])
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-2, -1), (0, 3), (-1, 2)])
-def test_a_step_of_priority_is_worth_so_many_arrivals(patience: int, low: int, high: int) -> None:
-    """Oracle: the docstring, counted: `patience` later arrivals for each step of priority between them."""
+def test_a_level_of_priority_is_worth_patience_arrivals(patience: int, low: int, high: int) -> None:
+    """Oracle: the docstring, counted: `patience` later arrivals for each level of priority between them."""
     for later in range(1, 40):
         passes = order([high, *[high] * (later - 1), low], patience).index(later) == 0
         assert passes == (later < patience * (high - low))
 
 
 def test_a_key_is_fixed_when_a_request_arrives() -> None:
-    """Oracle: the same question twice, with others between: nothing that arrives later may move it."""
+    """Oracle: the same call twice, with others between: a later arrival must not change the key."""
     policy = AgedPriority(5)
     first = policy.key(3, 2)
     for number in range(4, 40):
@@ -49,13 +49,13 @@ def test_a_key_is_fixed_when_a_request_arrives() -> None:
     assert policy.key(3, 2) == first
 
 
-def test_every_request_is_served_in_the_end() -> None:
-    """Oracle: by hand: patience 4 and 5 steps behind: of endless urgent requests 19 pass, whatever comes."""
+def test_every_request_is_served_eventually() -> None:
+    """Oracle: by hand: patience 4, 5 levels lower: of endless urgent requests exactly 19 overtake it."""
     assert order([5, *[0] * 100], 4).index(0) == 19
 
 
-def test_on_pages_the_waiting_run_in_that_order() -> None:
-    """Oracle: by hand: one seat, patience 2. Larger numbers first is the mistake, and so is no age at all."""
+def test_the_paged_manager_serves_waiting_requests_in_that_order() -> None:
+    """Oracle: by hand: one sequence at a time, patience 2. Larger numbers first is wrong, so is no aging."""
     manager = PagedBatchManager(8, 4, 1, max_model_len=8, policies=Policies(priority_key=AgedPriority(2).key))
     for number, priority in enumerate([1, 0, 0, 2, 0, -1]):
         manager.add_request([1, 2], str(number), SamplingParams(max_tokens=1, priority=priority), 0)

@@ -1,7 +1,8 @@
-"""Windows on pages: tables that forget, attention over what is left, groups in one pool, models, pools.
+"""Sliding windows on pages: tables that release blocks, attention over the rest, groups in one pool, models,
+pools.
 
 Oracles: lists and dicts of tokens, dense attention in NumPy float64, and the model over whole sequences
-without a cache (windowed_context.py). What nobody holds is NaN wherever attention runs.
+without a cache (windowed_context.py). Slots that no table holds are NaN wherever attention runs.
 """
 
 import json
@@ -53,7 +54,7 @@ needs_kernels = pytest.mark.skipif(not use_compiled(), reason="no compiled kerne
 
 
 class Text:
-    """A table, and what it must hold: the values of the positions `start` .. `stop` - 1."""
+    """A table, and its expected contents: the values of the positions `start` .. `stop` - 1."""
 
     def __init__(self, table: WindowedTable) -> None:
         self.table = table
@@ -62,7 +63,7 @@ class Text:
 
 
 class TableMachine(RuleBasedStateMachine):
-    """Texts grow, forget, skip, fork and end over one pool; each reads its own values, wherever they lie."""
+    """Texts grow, release blocks, skip, fork and end in one pool; each reads its own values."""
 
     texts = Bundle("texts")
 
@@ -77,7 +78,7 @@ class TableMachine(RuleBasedStateMachine):
         self.memory: dict[int, int] = {}
 
     @rule(target=texts)
-    def begin(self) -> Text:
+    def create(self) -> Text:
         text = Text(WindowedTable(self.allocator, self.block_size))
         self.alive.append(text)
         return text
@@ -132,7 +133,7 @@ class TableMachine(RuleBasedStateMachine):
 
     @rule(target=texts, text=consumes(texts))
     def release(self, text: Text) -> Text:
-        """A released table is an empty one, and serves again."""
+        """A released table is empty, and can be used again."""
         text.table.release()
         text.values, text.stop = {}, 0
         return text
@@ -143,7 +144,7 @@ class TableMachine(RuleBasedStateMachine):
         return table.start, table.num_tokens, list(table.blocks), counts
 
     @invariant()
-    def every_reference_is_one_tables(self) -> None:
+    def every_reference_belongs_to_a_table(self) -> None:
         held = Counter(block for text in self.alive for block in text.table.blocks)
         counts = [self.allocator.ref_count(block) for block in range(self.allocator.num_blocks)]
         assert counts == [held[block] for block in range(len(counts))]
@@ -158,7 +159,7 @@ class TableMachine(RuleBasedStateMachine):
             assert found == [text.values[position] for position in range(start, text.stop)]
 
     @invariant()
-    def a_kernels_table_has_a_block_for_each_position_and_none_for_what_has_gone(self) -> None:
+    def kernel_tables_have_blocks_for_held_positions_only(self) -> None:
         size = self.block_size
         for text in self.alive:
             physical = text.table.physical_indices()
@@ -169,7 +170,7 @@ class TableMachine(RuleBasedStateMachine):
                 assert physical[position // size] == slot // size
 
     @invariant()
-    def what_has_gone_and_what_is_to_come_have_no_slot(self) -> None:
+    def released_and_future_positions_have_no_slot(self) -> None:
         for text in self.alive:
             start, stop = text.table.start, text.stop
             for wrong in [(start - 1, stop), (start, stop + 1), (0, start) if start else (stop, stop - 1)]:
@@ -177,15 +178,15 @@ class TableMachine(RuleBasedStateMachine):
                     text.table.slots(*wrong)
 
 
-def test_tables_that_grow_forget_skip_and_fork_read_their_own_and_lose_no_block() -> None:
+def test_tables_read_their_own_values_and_leak_no_block_through_any_events() -> None:
     """Oracle: dicts from positions to values, and a count of every holder."""
     case = TableMachine.TestCase
     case.settings = settings(max_examples=examples(60), stateful_step_count=30, report_multiple_bugs=False)
     case("runTest").runTest()
 
 
-def test_a_table_never_skips_back_into_what_it_holds_or_has_passed() -> None:
-    """Oracle: by hand: positions 8 .. 13 in blocks of 4; the next edge behind them is 16."""
+def test_a_table_never_skips_to_positions_that_it_holds_or_has_passed() -> None:
+    """Oracle: by hand: positions 8 .. 13 in blocks of 4; the next block boundary after them is 16."""
     table = WindowedTable(BlockAllocator(4), 4)
     table.append_tokens(14)
     table.release_before(9)
@@ -196,7 +197,7 @@ def test_a_table_never_skips_back_into_what_it_holds_or_has_passed() -> None:
     assert len(table.skip_to(16)) == 2
 
 
-def test_a_table_without_a_window_begins_at_the_first_block() -> None:
+def test_a_table_without_a_window_starts_at_the_first_block() -> None:
     """Oracle: by hand."""
     table = BlockTable(BlockAllocator(4), 4)
     table.append_tokens(9)
@@ -227,7 +228,8 @@ def dense_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | N
 class Texts:
     """Texts of random queries, keys and values [heads, tokens, D] that grow over pages of one layer.
 
-    What a window has passed goes back, and before each step all that no table holds becomes NaN.
+    Blocks that a window has passed are released, and before each step every slot that no table holds becomes
+    NaN.
     """
 
     def __init__(
@@ -243,7 +245,7 @@ class Texts:
         rng = np.random.default_rng(seed)
         self.window, self.size = window, size
         self.layout = PageLayout((LayerGroup((0,), window),), block_size, max(lengths))
-        self.allocator = BlockAllocator(sum(map(self.layout.most_blocks, lengths)) + 2)
+        self.allocator = BlockAllocator(sum(map(self.layout.max_blocks, lengths)) + 2)
         shape = (self.allocator.num_blocks, HKV, block_size, size)
         self.keys, self.values = (mx.full(shape, mx.nan, dtype) for _ in range(2))
         self.tables = [self.layout.tables(self.allocator)[0] for _ in lengths]
@@ -254,14 +256,14 @@ class Texts:
         )
 
     def step(self, counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """So many tokens more of each text, in one packed step: its output [H, T, D], and what it must be."""
+        """Append this many tokens to each text in one packed step: its output [H, T, D], and the expected."""
         rows = [row for row, count in enumerate(counts) if count]
         spans = []
         for row in rows:
             self.tables[row].append_tokens(counts[row])
             spans.append(Span(self.tables[row], self.done[row], self.done[row] + counts[row]))
             self.done[row] += counts[row]
-        self.spoil_what_is_free()
+        self.fill_free_slots_with_nan()
         q, k, v = (
             mx.array(
                 np.concatenate([x[row][:, s.start : s.stop] for row, s in zip(rows, spans, strict=True)], 1)
@@ -275,7 +277,7 @@ class Texts:
         )
         mx.eval(out, self.keys, self.values)
         again = windowed_attention(q[None], self.keys, self.values, *where)
-        assert mx.array_equal(again, out).item(), "what was written is read again, with the same bits"
+        assert mx.array_equal(again, out).item(), "a second read gives the same bits as the step"
         for row in rows:
             self.layout.release_passed([self.tables[row]], self.done[row])
         expected = [
@@ -284,7 +286,7 @@ class Texts:
         ]
         return np.array(out[0]), np.concatenate(expected, axis=1)
 
-    def spoil_what_is_free(self) -> None:
+    def fill_free_slots_with_nan(self) -> None:
         free = [b for b in range(self.allocator.num_blocks) if self.allocator.ref_count(b) == 0]
         for array in (self.keys, self.values):
             array[mx.array(free)] = mx.nan
@@ -316,10 +318,10 @@ def check_attention(steps: list[list[int]], window: int, block_size: int, dtype:
 
 @settings(max_examples=examples(40))
 @any_texts
-def test_the_readable_attention_sees_the_window_and_reads_no_hole(
+def test_readable_attention_sees_the_window_and_reads_no_released_page(
     steps: list[list[int]], window: int, block_size: int, dtype: str
 ) -> None:
-    """Oracle: dense attention in float64 over what is stored; a page that went back is NaN."""
+    """Oracle: dense attention in float64 over the stored values; a released page is NaN."""
     with twins():
         check_attention(steps, window, block_size, dtype)
 
@@ -327,18 +329,18 @@ def test_the_readable_attention_sees_the_window_and_reads_no_hole(
 @needs_kernels
 @settings(max_examples=examples(60))
 @any_texts
-def test_the_compiled_attention_sees_the_window_and_reads_no_hole(
+def test_compiled_attention_sees_the_window_and_reads_no_released_page(
     steps: list[list[int]], window: int, block_size: int, dtype: str
 ) -> None:
-    """Oracle: dense attention in float64 over what is stored; a page that went back is NaN."""
+    """Oracle: dense attention in float64 over the stored values; a released page is NaN."""
     check_attention(steps, window, block_size, dtype)
 
 
 @needs_kernels
 @pytest.mark.parametrize("size", [32, 80, 256])
 @pytest.mark.parametrize("dtype", sorted(DTYPES))
-def test_the_twins_agree(size: int, dtype: str) -> None:
-    """Oracle: one the other's: prompts, chunks and decodes side by side, and the pool's bits as well."""
+def test_readable_and_compiled_attention_agree(size: int, dtype: str) -> None:
+    """Oracle: each for the other: prompts, chunks and decodes in one step, and the pool's bits as well."""
     found = []
     for context in (twins(), mx.stream(mx.cpu)):
         texts = Texts([60, 41, 23], 18, 7, DTYPES[dtype], size=size, seed=3)
@@ -356,7 +358,7 @@ def test_the_twins_agree(size: int, dtype: str) -> None:
 
 GROUPED = {
     "one of each": (None, 3),
-    "windows alone": (4, 4),
+    "only windows": (4, 4),
     "three groups": (None, 5, 5),
     "a place left empty": (None, None, 5, 5, 5),
     "two windows": (7, None, 2, 7, None, 2),
@@ -364,7 +366,7 @@ GROUPED = {
 
 
 class Layers:
-    """Random queries, keys and values for each layer and text, on one pool that the groups share."""
+    """Random queries, keys and values for each layer and text, in one pool that the groups share."""
 
     def __init__(
         self, windows: tuple[int | None, ...], lengths: list[int], block_size: int, dtype: mx.Dtype
@@ -373,7 +375,7 @@ class Layers:
         self.windows, self.lengths, self.block_size = windows, lengths, block_size
         groups = group_layers(windows)
         self.layout = PageLayout(groups, block_size, 16)
-        num_blocks = sum(map(self.layout.most_blocks, lengths))
+        num_blocks = sum(map(self.layout.max_blocks, lengths))
         self.allocator = BlockAllocator(num_blocks)
         self.pool = KVPool(num_blocks, block_size, HKV, D, layers_per_block(groups), dtype)
         self.tables = [self.layout.tables(self.allocator) for _ in lengths]
@@ -383,7 +385,7 @@ class Layers:
         )
 
     def step(self, spans: list[tuple[int, int, int]]) -> None:
-        """Texts (index, start, stop) together, all layers described before anything is computed."""
+        """Run texts (index, start, stop) together, all layers in the graph before anything is computed."""
         for text, start, stop in spans:
             for table in self.tables[text]:
                 table.append_tokens(stop - start)
@@ -413,7 +415,7 @@ class Layers:
         return [np.array(stream.astype(mx.float32)) for stream in streams]
 
     def check_pool(self, done: list[int]) -> None:
-        """Every layer's held tokens stand in the blocks of its group, at its place: read from the pool."""
+        """Check in the pool that each layer's held tokens are in its group's blocks, at the layer's place."""
         for group_index, group in enumerate(self.layout.groups):
             for place, layer in enumerate(group.layers):
                 for text, stop in enumerate(done):
@@ -430,7 +432,7 @@ class Layers:
 @pytest.mark.parametrize("readable", [True, False], ids=["twins", "kernels"])
 @pytest.mark.parametrize("windows", GROUPED.values(), ids=GROUPED)
 @pytest.mark.parametrize(("block_size", "dtype"), [(1, "float32"), (4, "float16"), (16, "bfloat16")])
-def test_groups_that_share_a_pool_do_not_disturb_one_another(
+def test_groups_that_share_a_pool_do_not_disturb_each_other(
     windows: tuple[int | None, ...], block_size: int, dtype: str, readable: bool
 ) -> None:
     """Oracle: dense attention in float64, layer by layer, and the tokens in the pool after each step."""
@@ -448,7 +450,7 @@ def test_groups_that_share_a_pool_do_not_disturb_one_another(
     assert layers.allocator.num_free == layers.allocator.num_blocks
 
 
-def test_only_rows_that_are_asked_for_get_logits() -> None:
+def test_only_requested_rows_get_logits() -> None:
     """Oracle: the contract of `KVContext`."""
     layout = PageLayout((LayerGroup((0,), 3),), 4, 8)
     [table] = layout.tables(BlockAllocator(4))
@@ -462,7 +464,7 @@ def test_only_rows_that_are_asked_for_get_logits() -> None:
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "gemma.json").read_text(encoding="utf-8"))
 PROMPT = [int(token) for token in GOLDENS["tiny_prompt"].split()]
-CLOSE = 1e-3  # of logits up to 8: activations are rounded to 16 bits, where a last bit may tip the balance
+CLOSE = 1e-3  # of logits up to 8: activations are rounded to 16 bits, where the last bit may differ
 WAYS = {"whole": [64], "one by one": [1] * 64, "uneven": [7, 9, 1, 1, 30, 16], "at edges": [16] * 4}
 
 
@@ -476,7 +478,7 @@ def oracle() -> tuple[list[int], np.ndarray]:
 
 @settings(max_examples=examples(25))
 @given(data=st.data(), block_size=st.integers(1, 17), readable=st.booleans())
-def test_a_model_through_pages_gives_the_logits_of_the_whole_text(
+def test_a_model_on_pages_gives_the_logits_of_the_whole_text(
     oracle: tuple[list[int], np.ndarray], data: st.DataObject, block_size: int, readable: bool
 ) -> None:
     """Oracle: one pass over the whole text with a mask for each layer; 90 tokens, windows of 6."""
@@ -493,7 +495,9 @@ def test_a_model_through_pages_gives_the_logits_of_the_whole_text(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_keys_in_half_the_bytes_move_logits_little(oracle: tuple[list[int], np.ndarray], dtype: str) -> None:
+def test_keys_in_half_the_bytes_change_logits_little(
+    oracle: tuple[list[int], np.ndarray], dtype: str
+) -> None:
     """Oracle: one pass over the whole text, keys and values in float32."""
     tokens, expected = oracle
     found = np.array(logits_through_pages(gemma_model(), tokens, [90], kv_dtype=DTYPES[dtype]))
@@ -503,7 +507,7 @@ def test_keys_in_half_the_bytes_move_logits_little(oracle: tuple[list[int], np.n
 
 @pytest.mark.parametrize("chunks", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", WINDOWED_CONFIGS)
-def test_pages_give_transformers_logits(name: str, chunks: list[int], tmp_path: Path) -> None:
+def test_models_on_pages_give_transformers_logits(name: str, chunks: list[int], tmp_path: Path) -> None:
     """Oracle: the goldens of tiny checkpoints whose layers see 8 tokens."""
     config = WINDOWED_CONFIGS[name]
     model = build(read_checkpoint(write_folder(tmp_path, config, random_weights(config))))
@@ -514,7 +518,7 @@ def test_pages_give_transformers_logits(name: str, chunks: list[int], tmp_path: 
 
 
 @pytest.mark.parametrize("budget", [4, 64, 200])
-def test_a_texts_logits_do_not_depend_on_the_budget_of_a_step(
+def test_logits_do_not_depend_on_the_token_budget_of_a_step(
     oracle: tuple[list[int], np.ndarray], budget: int
 ) -> None:
     """Oracle: one pass over the whole text."""
@@ -552,9 +556,9 @@ def test_a_block_holds_the_layers_of_one_group(windows: tuple[int | None, ...], 
     """Oracle: layers by hand; 2 heads of 32 numbers in float16, keys and values, 16 tokens."""
     config, layer_bytes = config_of(windows), 2 * 16 * 2 * 32 * 2
     assert KVPool.for_model(config, 5, 16, mx.float16).nbytes == 5 * layers * layer_bytes
-    for room in (layers * layer_bytes, 10 * layers * layer_bytes + 1, 11 * layers * layer_bytes - 1):
-        assert EngineConfig(kv_cache_memory=room).pool_blocks(config, 2) == room // (layers * layer_bytes)
-    with pytest.raises(ConfigError, match=f"takes {layers * layer_bytes} bytes"):
+    for memory in (layers * layer_bytes, 10 * layers * layer_bytes + 1, 11 * layers * layer_bytes - 1):
+        assert EngineConfig(kv_cache_memory=memory).pool_blocks(config, 2) == memory // (layers * layer_bytes)
+    with pytest.raises(ConfigError, match=f"takes {layers * layer_bytes // 1024} KiB"):
         EngineConfig(kv_cache_memory=layers * layer_bytes - 1).pool_blocks(config, 2)
     assert EngineConfig(num_blocks=77).pool_blocks(config, 2) == 77
 
@@ -563,7 +567,7 @@ def test_a_block_holds_the_layers_of_one_group(windows: tuple[int | None, ...], 
 def test_a_pool_is_no_larger_than_the_longest_sequences_need(
     windows: tuple[int | None, ...], layers: int
 ) -> None:
-    """Oracle: by hand: three sequences of 4,096 tokens, 256 blocks; of a windowed group 65 at worst."""
+    """Oracle: by hand: three sequences of 4,096 tokens, 256 blocks; at most 65 of a windowed group."""
     groups = group_layers(windows)
     worst = sum(256 if group.window is None else 65 for group in groups)
     engine = EngineConfig(max_num_seqs=3, max_model_len=4096, max_num_batched_tokens=512)
@@ -582,21 +586,21 @@ def test_swap_space_is_counted_in_the_same_blocks() -> None:
 
 WINDOWS = (None, 12, 12)
 SIZE, CHUNK = 4, 8
-IN_REACH = 6  # blocks of 4 that a step of 8 tokens and the 11 before it are in at worst: 19 tokens
+IN_REACH = 6  # the most blocks of 4 that a step of 8 tokens and the 11 before it span: 19 tokens
 
 
 def manager_of(
-    windows: tuple[int | None, ...], blocks: int, seats: int = 1, longest: int = 1000
+    windows: tuple[int | None, ...], blocks: int, max_seqs: int = 1, longest: int = 1000
 ) -> PagedBatchManager:
-    """Bookkeeping alone: chunks of 8 tokens in blocks of 4."""
+    """Without a model: chunks of 8 tokens in blocks of 4."""
     groups = group_layers(windows)
     return PagedBatchManager(
-        blocks, SIZE, seats, max_batched_tokens=CHUNK, max_model_len=longest, groups=groups
+        blocks, SIZE, max_seqs, max_batched_tokens=CHUNK, max_model_len=longest, groups=groups
     )
 
 
 def step(manager: PagedBatchManager) -> None:
-    """One step; everybody who is ready gets a token, and ends with the last."""
+    """Run one step; every sequence that is ready gets a token, and finishes with its last."""
     ready = list(manager.process_batch())
     manager.commit(dict.fromkeys(ready, 1))
     for seq_id in ready:
@@ -607,8 +611,10 @@ def step(manager: PagedBatchManager) -> None:
 
 @pytest.mark.parametrize("block_size", [1, 4, 5, 16])
 @pytest.mark.parametrize("window", [1, 2, 4, 5, 12, 16, 40])
-def test_a_sequence_far_beyond_its_window_holds_what_the_window_needs(window: int, block_size: int) -> None:
-    """Oracle: the blocks that the next query sees or is written to, counted one by one after each step."""
+def test_a_sequence_far_beyond_its_window_holds_only_what_the_window_needs(
+    window: int, block_size: int
+) -> None:
+    """Oracle: the blocks that the next query sees or writes to, counted one by one after each step."""
     manager = PagedBatchManager(
         400,
         block_size,
@@ -630,7 +636,7 @@ def test_a_sequence_far_beyond_its_window_holds_what_the_window_needs(window: in
     check_all_returned(manager)
 
 
-def test_what_windows_have_passed_is_free_while_the_sequence_goes_on() -> None:
+def test_blocks_that_windows_have_passed_are_free_while_the_sequence_goes_on() -> None:
     """Oracle: a pool of exactly what the longest text needs: 250 blocks, and 6 for each windowed group."""
     needed = 250 + 2 * IN_REACH
     manager = manager_of(WINDOWS, needed)
@@ -642,14 +648,14 @@ def test_what_windows_have_passed_is_free_while_the_sequence_goes_on() -> None:
             block for sequence in manager.running for table in sequence.tables[1:] for block in table.blocks
         )
         fewest = min(fewest, manager.allocator.num_free)
-    assert len(used) > 10 * IN_REACH, "blocks come back and serve again"
+    assert len(used) > 10 * IN_REACH, "released blocks are used again"
     assert fewest < IN_REACH
     check_all_returned(manager)
     with pytest.raises(RequestTooLargeError, match=f"need {needed} blocks of 4; the pool has {needed - 1}"):
         manager_of(WINDOWS, needed - 1).add_request([1] * 600, "a", SamplingParams(max_tokens=400))
 
 
-def test_windows_alone_serve_any_length_from_a_few_blocks() -> None:
+def test_models_with_only_windows_serve_any_length_from_a_few_blocks() -> None:
     """Oracle: by hand: 10,000 tokens from 6 blocks of 4."""
     manager = manager_of((12, 12), IN_REACH, longest=10_000)
     manager.add_request([1] * 9_000, "a", SamplingParams(max_tokens=1_000))
@@ -666,11 +672,11 @@ def test_windows_alone_serve_any_length_from_a_few_blocks() -> None:
 
 
 @pytest.mark.parametrize(("windows", "together"), [(WINDOWS, 2), ((None, None, None), 1)])
-def test_what_one_sequences_windows_have_passed_serves_another(
+def test_blocks_that_one_sequences_windows_have_passed_serve_another(
     windows: tuple[int | None, ...], together: int
 ) -> None:
     """Oracle: by hand: 30 blocks a layer, or 6 with a window: 42 for each sequence, or 90. There are 100."""
-    manager = manager_of(windows, 100 // layers_per_block(group_layers(windows)), seats=2)
+    manager = manager_of(windows, 100 // layers_per_block(group_layers(windows)), max_seqs=2)
     for name in "ab":
         manager.add_request([1] * 100, name, SamplingParams(max_tokens=20))
     most = 0
@@ -682,7 +688,7 @@ def test_what_one_sequences_windows_have_passed_serves_another(
 
 
 def test_an_engine_of_a_windowed_model_answers_far_beyond_its_windows() -> None:
-    """Oracle: the likeliest tokens over the whole text without a cache; the pool has no block to spare."""
+    """Oracle: the likeliest tokens over the whole text without a cache; the pool has no spare block."""
     model, prompt = gemma_model(), random_prompt(50, 8)
     config = EngineConfig(
         block_size=4,

@@ -1,4 +1,6 @@
-"""The structure: which package imports which, what is documented, and where two files must agree."""
+"""The structure of the project: which package imports which, what is documented, and which files must
+agree.
+"""
 
 import ast
 import re
@@ -13,14 +15,14 @@ SRC = ROOT / "src"
 REFERENCE = SRC / "tiny_llm_ref"
 MODULES = sorted(REFERENCE.glob("*.py"))
 CHECKPOINTS = sorted((SRC / "tiny_llm_checkpoints").glob("*.py"))
-READ = MODULES + CHECKPOINTS  # what is read as a book: documented and annotated throughout
+READ = MODULES + CHECKPOINTS  # documented and annotated throughout, because it is read as a book
 
-# Which of our packages each may import, ground up. An import for type checkers only counts as one.
+# Which of our packages each may import, from the bottom up. An import only for type checkers counts too.
 ALLOWED = {
     "tiny_llm_kernels": set(),
     "tiny_llm_checkpoints": {"tiny_llm_kernels"},
     "tiny_llm_ref": {"tiny_llm_checkpoints", "tiny_llm_kernels"},
-    "tiny_llm": {"tiny_llm_ref"},  # its `__init__` only: the rest of the folder is a learner's
+    "tiny_llm": {"tiny_llm_ref"},  # only its `__init__`: the rest of the folder is a learner's
     "tiny_llm_server": {"tiny_llm", "tiny_llm_checkpoints"},
     "tiny_llm_course": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels"},
     "tiny_llm_cli": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_server"},
@@ -40,7 +42,7 @@ def name_of(file: Path) -> str:
 
 
 def absolute_imports(tree: ast.AST) -> Iterator[str]:
-    """The module names that are imported absolutely, wherever in the file."""
+    """The names of modules that are imported absolutely, anywhere in the file."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -53,7 +55,7 @@ def top_package(module: str) -> str:
 
 
 def public_definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
-    """Public functions, classes and methods, by dotted name; what is nested in a function is private."""
+    """Public functions, classes and methods, by dotted name; definitions inside a function are private."""
     for node in body:
         if isinstance(node, AnyFunction | ast.ClassDef) and not node.name.startswith("_"):
             yield prefix + node.name, node
@@ -62,7 +64,7 @@ def public_definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple
 
 
 def unannotated(function: AnyFunction) -> list[str]:
-    """The arguments without an annotation, and "return" where that is missing."""
+    """The arguments without an annotation, and "return" if that is missing."""
     spec = function.args
     arguments = [*spec.posonlyargs, *spec.args, *spec.kwonlyargs]
     arguments += [extra for extra in (spec.vararg, spec.kwarg) if extra is not None]
@@ -81,7 +83,7 @@ def test_the_reference_is_flat() -> None:
 
 @pytest.mark.parametrize("file", MODULES, ids=name_of)
 def test_the_reference_imports_itself_relatively(file: Path) -> None:
-    """An absolute import would pass the learner's modules by."""
+    """An absolute import would bypass the learner's modules."""
     tree = parse(file)
     assert {top_package(m) for m in absolute_imports(tree)}.isdisjoint({"tiny_llm", "tiny_llm_ref"})
     levels = {node.level for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -89,8 +91,8 @@ def test_the_reference_imports_itself_relatively(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", READ, ids=name_of)
-def test_compiled_kernels_are_imported_where_they_are_used(file: Path) -> None:
-    """At module level a missing or mismatched extension would take the readable function with it."""
+def test_compiled_kernels_are_imported_inside_the_functions_that_use_them(file: Path) -> None:
+    """At module level a missing or mismatched extension would break the readable function too."""
     at_module_level = [node for node in parse(file).body if isinstance(node, ast.Import | ast.ImportFrom)]
     imports = {top_package(m) for node in at_module_level for m in absolute_imports(node)}
     assert "tiny_llm_kernels" not in imports
@@ -136,13 +138,13 @@ def test_the_public_names_are_the_same_at_run_time_and_for_type_checkers() -> No
 
 
 def files_of(package: str) -> list[Path]:
-    """A package's files; of the overlay its own one, because the others are a learner's."""
+    """A package's files; of the overlay only its own one, because the others are a learner's."""
     folder = SRC / package if (SRC / package).is_dir() else ROOT / package
     return [folder / "__init__.py"] if package == "tiny_llm" else sorted(folder.rglob("*.py"))
 
 
 @pytest.mark.parametrize("package", ALLOWED)
-def test_a_package_imports_only_what_lies_under_it(package: str) -> None:
+def test_a_package_imports_only_packages_below_it(package: str) -> None:
     """Front ends import `tiny_llm`, never the reference: otherwise they would not run a learner's code."""
     packages = {*ALLOWED, *(folder.name for folder in SRC.iterdir() if folder.is_dir())}
     for file in files_of(package):
@@ -150,7 +152,7 @@ def test_a_package_imports_only_what_lies_under_it(package: str) -> None:
         assert imported <= ALLOWED[package] | {package}, name_of(file)
 
 
-def test_every_package_has_its_place() -> None:
+def test_every_package_is_in_the_table_of_imports() -> None:
     with_code = {folder.name for folder in SRC.iterdir() if list(folder.glob("*.py"))}
     assert with_code | {"labs", "benches"} == set(ALLOWED)
 
@@ -163,7 +165,7 @@ def test_the_architecture_page_states_the_same_table() -> None:
 
 
 def imports_within(file: Path, package: Path) -> set[Path]:
-    """The files of its package that a file imports, wherever it does, for type checkers too."""
+    """The files of its package that a file imports, anywhere in it, for type checkers too."""
     found = set()
     for node in ast.walk(parse(file)):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -180,8 +182,8 @@ def imports_within(file: Path, package: Path) -> set[Path]:
 
 
 @pytest.mark.parametrize("package", [name for name in ALLOWED if name.startswith("tiny_llm_")])
-def test_no_module_imports_itself_through_others(package: str) -> None:
-    """A circle is two files that can only be read together; one for type checkers only is one as well."""
+def test_no_module_is_part_of_an_import_cycle(package: str) -> None:
+    """A learner can read two files of a cycle only together; imports only for type checkers count too."""
     folder = SRC / package
     imports = {file: imports_within(file, folder) for file in files_of(package)}
     while leaves := [file for file, others in imports.items() if not others & imports.keys()]:
@@ -197,7 +199,7 @@ def days_of_the_syllabus() -> list[tuple[str, str, list[str]]]:
 
 
 def test_every_module_belongs_to_one_day_or_is_given() -> None:
-    """A module in two days could not be written in either. What no day owns is given."""
+    """A learner could not write a module of two days in either of them. A module of no day is given."""
     owned = [module for _, _, modules in days_of_the_syllabus() for module in modules]
     assert len(owned) == len(set(owned))
     assert set(owned) < {file.stem for file in MODULES}
@@ -214,7 +216,7 @@ def test_the_table_of_days_is_the_syllabus() -> None:
 # ---- files that must agree ----
 
 
-def test_mlx_is_pinned_to_one_version_for_building_and_for_running() -> None:
+def test_mlx_is_pinned_to_one_version_for_building_and_running() -> None:
     """The compiled kernels share MLX's ABI."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
@@ -226,7 +228,7 @@ def test_mlx_is_pinned_to_one_version_for_building_and_for_running() -> None:
     assert len({re.search(r"==([\w.]+)", pin)[1] for pin in building}) == 1  # type: ignore[index]
 
 
-def test_the_lock_names_files_and_hashes_but_no_address() -> None:
+def test_the_lock_has_files_and_hashes_but_no_addresses() -> None:
     lock = (ROOT / "pdm.lock").read_text(encoding="utf-8")
     assert "://" not in lock
     packages = tomllib.loads(lock)["package"]
@@ -235,7 +237,7 @@ def test_the_lock_names_files_and_hashes_but_no_address() -> None:
     assert {"llm", "llama-cpp-python"}.isdisjoint({package["name"] for package in packages})
 
 
-def test_the_readme_starts_with_two_commands_of_one_line() -> None:
+def test_the_readme_starts_with_two_one_line_commands() -> None:
     """`.ci/run` runs exactly these."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     start = re.search(r"^## Start\n(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)

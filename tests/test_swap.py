@@ -1,6 +1,6 @@
-"""Preemption, by swap above all: engines under pressure, and what a configuration asks for.
+"""Preemption, mostly by swapping: engines under memory pressure, and the options of a configuration.
 
-Oracles: the same requests in a roomy pool; each request alone. Equal means equal bits.
+Oracles: the same requests in a large pool; each request alone. Equal means equal bits.
 """
 
 from collections import Counter
@@ -45,14 +45,14 @@ from tiny_llm_checkpoints.errors import ConfigError
 from tiny_llm_checkpoints.sizes import shown_bytes
 from tiny_model import EOS, VOCAB, examples, gemma_model, random_prompt, tiny_config, tiny_model
 
-Said = list[tuple[int, TokenLogprobs | None, str | None]]
+Output = list[tuple[int, TokenLogprobs | None, str | None]]
 
 
 # ---- engines whose pool is too small ----
 
 
 class Request(NamedTuple):
-    """A prompt and what is asked of it; it comes before this step."""
+    """A prompt and its parameters, and the step before which it arrives."""
 
     name: str
     prompt: Sequence[int]
@@ -60,8 +60,10 @@ class Request(NamedTuple):
     step: int = 0
 
 
-def asks(name: str, length: int, max_tokens: int, *, step: int = 0, n: int = 1, **options: object) -> Request:
-    """A request with a prompt of its own."""
+def new_request(
+    name: str, length: int, max_tokens: int, *, step: int = 0, n: int = 1, **options: object
+) -> Request:
+    """A request with its own prompt."""
     params = SamplingParams(
         max_tokens=max_tokens, n=n, seed=len(name) + length, ignore_eos=True, logprobs=2, **options
     )  # type: ignore[arg-type]
@@ -72,62 +74,64 @@ def serve(
     manager: PagedBatchManager,
     requests: Sequence[Request],
     watch: Callable[[EngineCore, int], None] = lambda engine, step: None,
-) -> dict[str, Said]:
-    """Serve requests to their ends; what each completion said. Pages and host blocks are counted always."""
-    engine, said = EngineCore(manager, (EOS,)), dict[str, Said]()
+) -> dict[str, Output]:
+    """Serve requests to the end; the output of each completion. Checks pages and host blocks every step."""
+    engine, answers = EngineCore(manager, (EOS,)), dict[str, Output]()
     for step in range(2000):
         for request in requests:
             if request.step == step:
                 engine.add_request(request.name, list(request.prompt), request.params)
         for output in engine.step():
-            said.setdefault(output.seq_id, []).append((output.token, output.logprobs, output.finish_reason))
+            answers.setdefault(output.seq_id, []).append(
+                (output.token, output.logprobs, output.finish_reason)
+            )
         check_pages(manager)
         watch(engine, step)
         if not engine.has_work and step >= max(request.step for request in requests):
             break
-    assert not engine.has_work, "somebody hangs"
+    assert not engine.has_work, "a request never finishes"
     assert not engine.take_failures()
     check_all_returned(manager)
-    return said
+    return answers
 
 
-def squeezed(
+def small_manager(
     blocks: int,
     *,
     swap_blocks: int = 1000,
     prefix: bool = False,
     block_size: int = 4,
-    seats: int = 8,
+    max_seqs: int = 8,
     make: Callable[[], Model] = tiny_model,
 ) -> Watched:
     """A manager of few pages, which preempts."""
     those = policies(True, prefix, group_layers(make().config.windows), swap_blocks)
-    return Watched(blocks, block_size, seats, model=make(), max_batched_tokens=40, policies=those)
+    return Watched(blocks, block_size, max_seqs, model=make(), max_batched_tokens=40, policies=those)
 
 
-def roomy(make: Callable[[], Model] = tiny_model) -> PagedBatchManager:
-    """A manager in which nobody gives way."""
+def large_manager(make: Callable[[], Model] = tiny_model) -> PagedBatchManager:
+    """A manager in which no request is preempted."""
     return PagedBatchManager(900, 16, 8, model=make(), max_batched_tokens=200)
 
 
 OLD_AND_FORKS = (
-    *(asks(f"old{i}", 8 - i, 24) for i in range(3)),
-    asks("three", 17, 30, n=3),
+    *(new_request(f"old{i}", 8 - i, 24) for i in range(3)),
+    new_request("three", 17, 30, n=3),
 )
 
 
 @pytest.mark.parametrize("prefix", [False, True])
-def test_forks_wait_with_one_copy_of_their_prompt_and_come_back_to_one(prefix: bool) -> None:
+def test_forks_are_swapped_out_with_one_copy_of_their_prompt_and_share_it_again(prefix: bool) -> None:
     """Three forks are swapped out one after the other: 4 full blocks of the prompt are on the host once.
 
-    When all run again these blocks are in the pool once, too, whether the prefix cache has them or the first
-    who came back; and everybody says what he says in a roomy pool.
+    When all run again these blocks are in the pool once, too, whether they come from the prefix cache or from
+    the first fork that was swapped in; and every fork has the same output as in a large pool.
     """
-    manager = squeezed(28, prefix=prefix)
+    manager = small_manager(28, prefix=prefix)
     assert manager._scheduler.swap_space is not None
     host = manager._scheduler.swap_space.allocator
     waiting, running, others = set[int](), list[tuple[int, int]](), 0
-    requests = (*OLD_AND_FORKS, asks("late", 40, 4, step=20))  # who comes last has nothing on the host
+    requests = (*OLD_AND_FORKS, new_request("late", 40, 4, step=20))  # the last one has nothing on the host
 
     def watch(engine: EngineCore, step: int) -> None:
         nonlocal others
@@ -142,17 +146,17 @@ def test_forks_wait_with_one_copy_of_their_prompt_and_come_back_to_one(prefix: b
         if 3 in waiting and len(forks) == 3:
             running.append((len({block for blocks in forks for block in blocks}), sum(map(len, forks))))
 
-    said = serve(manager, requests, watch)
+    answers = serve(manager, requests, watch)
     assert waiting == {0, 1, 2, 3}
     assert running
     assert others
     assert all(different == named - 2 * 4 for different, named in running)
     assert manager.happened["sequences swapped out"] == manager.num_preemptions == 3
-    assert said == serve(roomy(), requests)
+    assert answers == serve(large_manager(), requests)
 
 
-class Noting(Watched):
-    """A manager that adds up the tokens that were computed, and those lost with somebody's pages."""
+class TokenCounter(Watched):
+    """A manager that counts the tokens that were computed, and those lost with released pages."""
 
     computed = 0
     lost = 0
@@ -170,37 +174,37 @@ class Noting(Watched):
 
 @pytest.mark.parametrize("prefix", [False, True])
 @pytest.mark.parametrize("swap_blocks", [0, 4, 7, 9, 1000])
-def test_where_the_host_is_full_it_is_computed_again(swap_blocks: int, prefix: bool) -> None:
-    """Forks give way with 5 to 7 blocks each, 4 of them in common; 4 blocks on the host hold none of them.
+def test_when_the_host_is_full_a_preempted_sequence_is_recomputed(swap_blocks: int, prefix: bool) -> None:
+    """Forks are preempted with 5 to 7 blocks each, 4 of them in common; 4 blocks on the host are too few.
 
-    Counted: what was lost with somebody's pages is computed a second time, or found in the prefix cache, and
-    nothing else is. The answers are the same.
+    Counted: the tokens lost with released pages are computed a second time, or found in the prefix cache, and
+    no others are. The answers are the same.
     """
     those = policies(True, prefix, swap_blocks=swap_blocks)
-    manager = Noting(28, 4, 8, model=tiny_model(), max_batched_tokens=40, policies=those)
-    said = serve(manager, OLD_AND_FORKS)
+    manager = TokenCounter(28, 4, 8, model=tiny_model(), max_batched_tokens=40, policies=those)
+    answers = serve(manager, OLD_AND_FORKS)
     out, preempted = manager.happened["sequences swapped out"], manager.num_preemptions
     assert preempted >= 3
     assert out == 0 if swap_blocks < 5 else out == preempted if swap_blocks == 1000 else 0 < out < preempted
     prompts = sum(len(request.prompt) for request in OLD_AND_FORKS)
-    once = prompts + sum(len(answer) - 1 for answer in said.values())
+    once = prompts + sum(len(answer) - 1 for answer in answers.values())
     assert (manager.lost > 0) == (out < preempted)
     assert manager.computed <= once + manager.lost if prefix else manager.computed == once + manager.lost
-    assert said == serve(roomy(), OLD_AND_FORKS)
+    assert answers == serve(large_manager(), OLD_AND_FORKS)
 
 
-# A crowd that begins small and grows, so that most have to go and come back; whether it is a search.
-CROWD = (
-    (asks("a", 3, 24), False),
-    (asks("b", 4, 14, n=3), False),
-    (asks("c", 2, 16), False),
-    (asks("d", 5, 12, n=2), True),
-    (asks("e", 4, 15), False),
+# Requests that start small and grow, so that most are swapped out and in; and whether each is a beam search.
+GROWING_REQUESTS = (
+    (new_request("a", 3, 24), False),
+    (new_request("b", 4, 14, n=3), False),
+    (new_request("c", 2, 16), False),
+    (new_request("d", 5, 12, n=2), True),
+    (new_request("e", 4, 15), False),
 )
 
 
 def symbolic(windows: tuple[int | None, ...], blocks: int, swap_blocks: int) -> tuple[Watched, SymbolicPool]:
-    """A manager without a model, and the pool of values that carries its plans out."""
+    """A manager without a model, and the pool of plain values that performs its plans."""
     pool, groups = SymbolicPool(3), group_layers(windows)
     manager = Watched(
         blocks,
@@ -218,12 +222,12 @@ def symbolic(windows: tuple[int | None, ...], blocks: int, swap_blocks: int) -> 
 def run_symbolic(
     windows: tuple[int | None, ...], blocks: int, swap_blocks: int, cancelled: str = "", at: int = -1
 ) -> tuple[Counter[str], int, bool]:
-    """Serve the crowd, one of whom is cancelled before a step; what happened, how many steps, was he swapped.
+    """Serve GROWING_REQUESTS, cancelling one before a step; returns events, steps, whether it was swapped.
 
-    After each step everybody reads his own, and all pages and host blocks are accounted for.
+    After each step every sequence reads its own tokens, and all pages and host blocks are accounted for.
     """
     manager, pool = symbolic(windows, blocks, swap_blocks)
-    for request, is_beam in CROWD:
+    for request, is_beam in GROWING_REQUESTS:
         manager.add_request(list(request.prompt), request.name, request.params, beam_search=is_beam)
     fresh, step, was_swapped, reported = 1000, 0, False, set[str]()
     while manager.has_work:
@@ -250,12 +254,12 @@ def run_symbolic(
                 fresh += 2
                 parents = [beams[0].seq_id, beams[-1].seq_id]
                 manager.advance("d", [BeamStep(seq_id, fresh + i) for i, seq_id in enumerate(parents)])
-        if step >= at:  # until then all is as it is when nobody is cancelled
+        if step >= at:  # until then the run is the same as without a cancel
             check_pages(manager)
             for sequence in manager.running:
                 pool.check(sequence)
         step += 1
-        assert step < 500, "somebody hangs"
+        assert step < 500, "a request never finishes"
     check_all_returned(manager)
     return manager.happened, step, was_swapped
 
@@ -263,27 +267,27 @@ def run_symbolic(
 @pytest.mark.parametrize(
     ("windows", "blocks", "swap_blocks"), [((None,), 11, 1000), ((None,), 13, 9), ((None, 5), 22, 1000)]
 )
-def test_whoever_is_cancelled_leaves_nothing_behind_whenever_it_is(
+def test_a_request_that_is_cancelled_at_any_time_leaves_nothing_behind(
     windows: tuple[int | None, ...], blocks: int, swap_blocks: int
 ) -> None:
-    """Each before every third step, running or swapped or just back; the others read their own to the end."""
+    """Each is cancelled before every third step, running, swapped out or just back; the others go on."""
     happened, steps, _ = run_symbolic(windows, blocks, swap_blocks)
     assert happened["sequences swapped out"] >= 2
     assert happened["blocks swapped in"] >= 7
     swapped = Counter[str]()
-    for number, (request, _) in enumerate(CROWD):
+    for number, (request, _) in enumerate(GROWING_REQUESTS):
         for at in range(number % 3, steps, 3):
             *_, was_swapped = run_symbolic(windows, blocks, swap_blocks, request.name, at)
             swapped[request.name] += was_swapped
-    assert len(+swapped) >= 2, f"hardly anybody was swapped when he was cancelled: {swapped}"
+    assert len(+swapped) >= 2, f"hardly any request was swapped out when it was cancelled: {swapped}"
 
 
 class CopyingFailedError(Exception):
-    """The fault."""
+    """The injected error."""
 
 
-def test_found_blocks_that_a_window_skips_on_the_way_back_are_idle_again() -> None:
-    """Only the cache holds them then: uncounted, they could never be evicted."""
+def test_hits_that_a_window_skips_at_swap_in_are_idle_again() -> None:
+    """Only the cache holds these blocks then: not counted as idle, they could never be evicted."""
     groups = group_layers((None, 5))
     those = policies(True, True, groups, 1000)
     manager = PagedBatchManager(
@@ -302,14 +306,14 @@ def test_found_blocks_that_a_window_skips_on_the_way_back_are_idle_again() -> No
     while manager.prefix.longest_hit(streams, 0, 12) >= first:
         manager.prefix.evict(1)
     assert manager.prefix.longest_hit(streams, 0, 12) == 4, (
-        "what the short one has left; the window is behind"
+        "the blocks that the short one left; the window has passed them"
     )
     step_and_check(manager)
     assert long.state is SequenceState.RUNNING
 
 
 def step_and_check(manager: PagedBatchManager) -> None:
-    """One step, whose tokens are all 500."""
+    """Run one step, in which every token is 500."""
     for seq_id in manager.process_batch():
         manager.commit({seq_id: 500})
     check_pages(manager)
@@ -317,12 +321,12 @@ def step_and_check(manager: PagedBatchManager) -> None:
 
 @pytest.mark.parametrize("direction", ["out", "in"])
 @pytest.mark.parametrize("cancelled", ["old0", "old2", "three", ""])
-def test_copies_that_were_not_made_are_nobodys_keys(
+def test_blocks_whose_copies_failed_are_never_read(
     monkeypatch: pytest.MonkeyPatch, direction: str, cancelled: str
 ) -> None:
-    """A step's copies fail once; then somebody is cancelled, or nobody. Everybody else gets his answer."""
-    manager = squeezed(28, prefix=True)
-    engine, said, failed = EngineCore(manager, (EOS,)), dict[str, Said](), False
+    """A step's copies fail once; then one request is cancelled, or none. All others get their answers."""
+    manager = small_manager(28, prefix=True)
+    engine, answers, failed = EngineCore(manager, (EOS,)), dict[str, Output](), False
     fill_from, target = KVPool.fill_from, manager._swap_pool if direction == "out" else manager.pool
 
     def failing(self: KVPool, source: KVPool, pairs: Sequence[tuple[int, int]]) -> None:
@@ -338,26 +342,30 @@ def test_copies_that_were_not_made_are_nobodys_keys(
     for _ in range(900):
         had_failed = failed
         for output in engine.step():
-            said.setdefault(output.seq_id, []).append((output.token, output.logprobs, output.finish_reason))
+            answers.setdefault(output.seq_id, []).append(
+                (output.token, output.logprobs, output.finish_reason)
+            )
         if failed and not had_failed:
             check_pages(manager)
             engine.cancel(cancelled)
         check_pages(manager)
         if not engine.has_work:
             break
-    assert not engine.has_work, "somebody hangs"
+    assert not engine.has_work, "a request never finishes"
     assert failed
     check_all_returned(manager)
-    given_up = {failure.request_id for failure in engine.take_failures()}
-    assert given_up <= ({"three"} if direction == "in" else set()), "who comes back alone is to blame"
-    for seq_id, answer in serve(roomy(), OLD_AND_FORKS).items():
-        assert seq_id.split("/")[0] in {cancelled, *given_up} or said[seq_id] == answer
+    failed_requests = {failure.request_id for failure in engine.take_failures()}
+    assert failed_requests <= ({"three"} if direction == "in" else set()), (
+        "only the sequence that was swapped in is the culprit"
+    )
+    for seq_id, answer in serve(large_manager(), OLD_AND_FORKS).items():
+        assert seq_id.split("/")[0] in {cancelled, *failed_requests} or answers[seq_id] == answer
 
 
-# ---- what a configuration asks for ----
+# ---- options of a configuration ----
 
 
-def test_the_swap_space_is_as_large_as_the_pool_unless_it_is_said() -> None:
+def test_the_swap_space_is_as_large_as_the_pool_by_default() -> None:
     """By hand: a block of 16 tokens takes 2 layers * 2 arrays * 2 heads * 32 numbers * 2 bytes: 8,192."""
     model = tiny_model()
     for options, blocks in (
@@ -398,13 +406,13 @@ def test_without_swapping_there_is_no_swap_space(mode: str) -> None:
         ({"preemption_mode": "swapping"}, "preemption_mode must be one of recompute, swap, none"),
     ],
 )
-def test_a_swap_space_that_makes_no_sense_is_refused_at_once(options: dict[str, object], named: str) -> None:
+def test_an_invalid_swap_space_is_rejected_immediately(options: dict[str, object], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         EngineConfig(**options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("swap_space", [1, 8191, 1 << 60])
-def test_a_swap_space_of_no_block_or_more_than_the_machine_has_is_refused_with_the_model(
+def test_a_swap_space_below_one_block_or_above_the_machines_memory_is_rejected_with_the_model(
     swap_space: int,
 ) -> None:
     config = EngineConfig(num_blocks=30, preemption_mode="swap", swap_space=swap_space)
@@ -412,57 +420,58 @@ def test_a_swap_space_of_no_block_or_more_than_the_machine_has_is_refused_with_t
         make_manager(config, tiny_model())
 
 
-# ---- nobody starves ----
+# ---- no starvation ----
 
 
 @pytest.mark.parametrize("swap_blocks", [0, 1000])
 @pytest.mark.parametrize("patience", [0, 3, 8])
-def test_an_old_request_of_low_priority_ends_while_urgent_ones_keep_coming(
+def test_an_old_request_of_low_priority_finishes_while_urgent_ones_keep_coming(
     patience: int, swap_blocks: int
 ) -> None:
-    """Two of priority 1 among 80 of priority 0, one a step, which together are more than the pool can take.
+    """Two of priority 1 among 80 of priority 0, one per step, which together need more than the pool.
 
-    By hand: those that come up to `patience` requests later go before an old one and no others do. So when it
-    ends, nobody who came after that has ended who had not been in the pool beside it.
+    By hand: those that arrive up to `patience` requests later go before an old one, and no others do. So when
+    it finishes, no later one has finished that was not in the pool together with it.
     """
     those = Policies(NewestFirst(), swap_blocks=swap_blocks, priority_key=AgedPriority(patience).key)
     manager = PagedBatchManager(9, 3, 4, model=tiny_model(), max_batched_tokens=24, policies=those)
-    slow = [asks("slow1", 9, 12, priority=1, step=2), asks("slow2", 7, 12, priority=1, step=5)]
-    urgent = [asks(f"{i}", 4 + i % 5, 6, step=i) for i in range(80)]
+    slow = [new_request("slow1", 9, 12, priority=1, step=2), new_request("slow2", 7, 12, priority=1, step=5)]
+    urgent = [new_request(f"{i}", 4 + i % 5, 6, step=i) for i in range(80)]
     requests = sorted([*urgent, *slow], key=lambda request: request.step)
     arrived = [request.name for request in requests]
     ended: list[str] = []
 
     def watch(engine: EngineCore, step: int) -> None:
-        there = {s.request_id for s in [*manager.running, *manager.waiting]}
-        ended.extend(name for name in arrived[: step + 3] if name not in there and name not in ended)
+        active = {s.request_id for s in [*manager.running, *manager.waiting]}
+        ended.extend(name for name in arrived[: step + 3] if name not in active and name not in ended)
         ranks = [s.rank for s in manager.running]
         assert ranks == sorted(ranks)
-        assert not manager.waiting or ranks < [manager.waiting[0].rank], "somebody was overtaken"
+        assert not manager.waiting or ranks < [manager.waiting[0].rank], "a request was overtaken"
 
-    said = serve(manager, requests, watch)
+    answers = serve(manager, requests, watch)
     assert manager.num_preemptions > 5
     for request in slow:
         number = arrived.index(request.name)
         later = [name for name in ended[: ended.index(request.name)] if arrived.index(name) > number]
         assert len(later) <= patience + 3, f"{later} went before {request.name}"
-        assert said[request.name] == serve(roomy(), [replace_step(request)])[request.name]
+        assert answers[request.name] == serve(large_manager(), [replace_step(request)])[request.name]
 
 
 def replace_step(request: Request) -> Request:
-    """The same request, before the first step."""
+    """The same request, arriving before the first step."""
     return request._replace(step=0)
 
 
-# ---- under pressure all the time ----
+# ---- constant memory pressure ----
 
 
 @st.composite
-def pressed(draw: st.DrawFn) -> Scenario:
-    """Crowds that begin small, grow, and come nearly at once to a pool in which the largest just fits.
+def tight_scenarios(draw: st.DrawFn) -> Scenario:
+    """Requests that start small, grow, and arrive almost together in a pool that just fits the largest.
 
-    Prompts are short beside what follows, and nobody needs much more than the others, for whom that would be
-    room. Forks among them and mostly a search, prompts that begin alike, people who leave, pages that move.
+    Prompts are short compared with outputs, and no request needs much more than the others, because that
+    would be spare capacity for them. The requests include forks, usually a search, common prefixes, cancels
+    and compactions.
     """
     arrivals = []
     searching = draw(st.sampled_from([None, 1, 2, 3]))
@@ -475,7 +484,7 @@ def pressed(draw: st.DrawFn) -> Scenario:
         else:
             params = replace(params, beam_width=draw(st.sampled_from([2, 3])), max_tokens=4)
         length = draw(st.sampled_from([1, 1, 2, 3, 4]))
-        prompt = draw(prompts(6, alike=draw(st.booleans())))[:length]
+        prompt = draw(prompts(6, share=draw(st.booleans())))[:length]
         cancelled_at = draw(st.sampled_from([None] * 11 + [step, step + 3, step + 7]))
         arrivals.append(Arrival(step, prompt, params, cancelled_at))
     return Scenario(
@@ -494,33 +503,33 @@ def pressed(draw: st.DrawFn) -> Scenario:
     )
 
 
-def only_what_is_known(self: NewestFirst, sequence: PagedSequence) -> int:
-    """A hasty promise: whoever is admitted may have to go with his next token."""
+def only_known_tokens(self: NewestFirst, sequence: PagedSequence) -> int:
+    """A reservation that is too small: an admitted sequence may be preempted for its next token."""
     return sequence.num_tokens
 
 
-@pytest.mark.parametrize("hasty", [True, False])
+@pytest.mark.parametrize("too_little", [True, False])
 @pytest.mark.parametrize("make", [tiny_model, gemma_model], ids=["full", "windows"])
-def test_in_pools_that_hold_one_and_little_more_everybody_gets_what_he_gets_alone(
-    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Model], hasty: bool
+def test_sequences_in_a_tiny_pool_get_the_same_tokens_as_alone(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Model], too_little: bool
 ) -> None:
-    """The promises where preempting is the rule: same bits, everybody ends, all pages and host blocks back.
+    """The promises when preemption is the rule: same bits, every request finishes, all blocks are freed.
 
-    hasty: a policy that promises less than the engine's, so that somebody goes in every third step or so.
+    too_little: a policy that reserves less than the engine's, which preempts in about every third step.
     """
     happened: Counter[str] = Counter()
-    if hasty:
-        monkeypatch.setattr(NewestFirst, "reserved_tokens", only_what_is_known)
+    if too_little:
+        monkeypatch.setattr(NewestFirst, "reserved_tokens", only_known_tokens)
 
     @settings(max_examples=examples(30))
-    @given(pressed())
+    @given(tight_scenarios())
     def check(scenario: Scenario) -> None:
         happened.update(check_scenario(make(), scenario))
 
     check()
     per_preemption = happened["steps"] / happened["preemptions"]
-    assert per_preemption < (12 if hasty else 30), f"there was little pressure: {happened}"
+    assert per_preemption < (12 if too_little else 30), f"few preemptions: {happened}"
     for name in ("sequences swapped out", "blocks swapped in", "forks", "beams forked", "prefix hits"):
-        assert happened[name] >= 5, f"there was hardly any of {name}: {happened}"
-    assert happened["cancelled under way"]
+        assert happened[name] >= 5, f"there were hardly any {name}: {happened}"
+    assert happened["cancelled requests"]
     assert happened["blocks moved"]

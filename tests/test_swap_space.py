@@ -1,4 +1,5 @@
-"""The space on the host: what its blocks hold, who finds them, and the pools that copy from each other.
+"""The swap space on the host: what its blocks hold, which can be found, and the pools that copy from each
+other.
 
 Oracle: blocks as dicts of what they hold.
 """
@@ -26,14 +27,14 @@ from tiny_llm.swap import SwapSpace
 
 from tiny_model import examples, tiny_model
 
-# ---- the space, against what its blocks hold ----
+# ---- the space, against the contents of its blocks ----
 
 SIZE = 3
 
 
 @dataclass
 class Host:
-    """A swap space beside dicts from blocks to texts, of sequences in layers with one window each."""
+    """A swap space next to dicts from blocks to texts, for sequences in layers with one window each."""
 
     windows: tuple[int | None, ...]
     num_blocks: int
@@ -52,7 +53,7 @@ class Host:
         self.space = SwapSpace(self.num_blocks, SIZE)
 
     def new(self) -> None:
-        """A sequence of few different tokens, so that many begin alike."""
+        """A sequence of few different tokens, so that many share a prefix."""
         tokens = tuple(self.rng.choices((1, 2), weights=(6, 1), k=self.rng.randint(1, 14)))
         sequence = PagedSequence(
             seq_id="x",
@@ -68,7 +69,7 @@ class Host:
         self.compute(sequence, len(tokens) - (len(tokens) > 1 and self.rng.random() < 0.3))
 
     def compute(self, sequence: PagedSequence, count: int) -> None:
-        """Compute known tokens; what was in a block that is copied need not be noted, for all is written."""
+        """Compute known tokens; what a copied block held need not be recorded, as all of it is written."""
         sequence.append_tokens(count)
         sequence.num_computed += count
         for group, table in enumerate(sequence.tables):
@@ -89,8 +90,8 @@ class Host:
         if self.running:
             self.running.append(self.rng.choice(self.running).fork("y", 1))
 
-    def out(self) -> None:
-        """Somebody gives way, now and then with a step planned whose copies on write are not made."""
+    def swap_out(self) -> None:
+        """Swap a sequence out, sometimes with a planned step whose copies on write are not made."""
         if not self.running:
             return
         sequence, filled_from = self.rng.choice(self.running), {}
@@ -98,20 +99,20 @@ class Host:
             filled_from = {copy.dst: copy.src for copy in sequence.append_tokens(self.rng.randint(1, 4))}
             for block in filled_from:
                 self.held[block] = ()
-        self.happened["copies that wait"] += len(filled_from)
+        self.happened["pending copies"] += len(filled_from)
         before = [self.space.allocator.ref_count(block) for block in range(self.num_blocks)]
         copies = self.space.swap_out(sequence, filled_from)
         if copies is None:
-            self.happened["no room"] += 1
+            self.happened["host full"] += 1
             assert sequence.swapped is None
             assert before == [self.space.allocator.ref_count(block) for block in range(self.num_blocks)]
             sequence.release_pages()
             self.running.remove(sequence)
             return
         for block, host_block in copies:
-            assert before[host_block] == 0, "what is on the host was overwritten"
+            assert before[host_block] == 0, "a host block in use was overwritten"
             self.on_host[host_block] = self.held[block]
-        self.happened["blocks out"] += len(copies)
+        self.happened["blocks swapped out"] += len(copies)
         assert sequence.swapped is not None
         shared = sum(len(table.host_blocks) for table in sequence.swapped.tables) - len(copies)
         self.happened["blocks found on the host"] += shared
@@ -119,8 +120,8 @@ class Host:
         self.running.remove(sequence)
         self.waiting.append(sequence)
 
-    def back(self) -> None:
-        """Somebody comes back, and shares some of what the others hold; some have to go again at once."""
+    def swap_in(self) -> None:
+        """Swap in a sequence, which may share blocks of the others; some are swapped out again at once."""
         if not self.waiting:
             return
         sequence, at_hand = self.rng.choice(self.waiting), dict[bytes, int]()
@@ -134,7 +135,7 @@ class Host:
         assert free - self.allocator.num_free == len(copies) <= most
         self.happened["blocks shared"] += most - len(copies)
         if self.rng.random() < 0.3:
-            self.happened["went again at once"] += 1
+            self.happened["swapped out again"] += 1
             sequence.release_pages()
             return
         for block, host_block in copies:
@@ -144,9 +145,9 @@ class Host:
         self.running.append(sequence)
 
     def end(self) -> None:
-        everybody = [*self.running, *self.waiting]
-        if everybody:
-            sequence = self.rng.choice(everybody)
+        sequences = [*self.running, *self.waiting]
+        if sequences:
+            sequence = self.rng.choice(sequences)
             sequence.release_pages()
             self.space.forget(sequence)
             (self.running if sequence in self.running else self.waiting).remove(sequence)
@@ -168,14 +169,18 @@ class Host:
                     full |= {(host_block, text)} if len(text) > (place + 1) * SIZE else set()
         counted = [self.space.allocator.ref_count(block) for block in range(self.num_blocks)]
         assert counted == [owed[block] for block in range(self.num_blocks)]
-        assert len({block for block, _ in full}) == len({text for _, text in full}), "a block is there twice"
-        assert self.space._hash_of.keys() == {block for block, _ in full}, "who is found is not who is there"
+        assert len({block for block, _ in full}) == len({text for _, text in full}), (
+            "the host has the same block twice"
+        )
+        assert self.space._hash_of.keys() == {block for block, _ in full}, (
+            "the blocks that can be found are not the full blocks on the host"
+        )
         assert {kept.block: digest for digest, kept in self.space._held.items()} == self.space._hash_of
 
     def check_block(
         self, held: tuple[int, ...], sequence: PagedSequence, group: int, place: int
     ) -> tuple[int, ...]:
-        """What a block holds begins as the sequence has it; returns it as far as the sequence needs it."""
+        """Check that a block holds what the sequence has; returns it as far as the sequence needs it."""
         computed = sequence.num_computed if sequence.swapped is None else sequence.swapped.num_computed
         needed = (group, *sequence.tokens(0, min((place + 1) * SIZE, computed)))
         assert held[: len(needed)] == needed, "another's keys"
@@ -188,13 +193,13 @@ class Host:
     num_blocks=st.sampled_from([4, 12, 300]),
     seed=st.integers(0, 2**32),
 )
-def test_whoever_comes_back_has_what_he_left_and_the_host_has_it_once(
+def test_a_sequence_swapped_in_has_its_contents_back_and_the_host_had_them_once(
     windows: tuple[int | None, ...], num_blocks: int, seed: int
 ) -> None:
     host = Host(windows, num_blocks, random.Random(seed))
     for _ in range(60):
         host.rng.choice(
-            [host.new, host.grow, host.grow, host.fork, host.out, host.out, host.back, host.end]
+            [host.new, host.grow, host.grow, host.fork, host.swap_out, host.swap_out, host.swap_in, host.end]
         )()
         host.check()
     while host.running or host.waiting:
@@ -204,16 +209,24 @@ def test_whoever_comes_back_has_what_he_left_and_the_host_has_it_once(
     assert host.allocator.num_free == 500
 
 
-def test_the_events_of_that_test_happen() -> None:
+def test_random_swap_events_cover_every_case() -> None:
     happened: Counter[str] = Counter()
     for seed in range(30):
         host = Host((None, 4), 12 if seed % 3 else 300, random.Random(seed))
         for _ in range(60):
-            host.rng.choice([host.new, host.grow, host.fork, host.out, host.out, host.back, host.end])()
+            host.rng.choice(
+                [host.new, host.grow, host.fork, host.swap_out, host.swap_out, host.swap_in, host.end]
+            )()
         happened.update(host.happened)
-    expected = {"blocks out", "blocks found on the host", "blocks shared", "copies that wait", "no room"}
-    assert all(happened[name] > 20 for name in {*expected, "went again at once"}), (
-        f"hardly anything: {happened}"
+    expected = {
+        "blocks swapped out",
+        "blocks found on the host",
+        "blocks shared",
+        "pending copies",
+        "host full",
+    }
+    assert all(happened[name] > 20 for name in {*expected, "swapped out again"}), (
+        f"hardly tests anything: {happened}"
     )
 
 
@@ -235,8 +248,8 @@ def on_their_own(tokens: Sequence[int], allocator: BlockAllocator) -> PagedSeque
     return sequence
 
 
-def test_a_hash_is_not_believed() -> None:
-    """Two texts under the same hashes, which somebody may look for: each is copied, and comes back alone."""
+def test_an_equal_hash_is_not_enough() -> None:
+    """Two texts have the same hashes, and both can be looked for: each is copied, and comes back."""
     allocator, space = BlockAllocator(20), SwapSpace(20, SIZE)
     first, second = on_their_own(range(6), allocator), on_their_own(range(10, 16), allocator)
     second.stream_of(0, 2).hashes[:] = first.stream_of(0, 2).hashes
@@ -244,14 +257,14 @@ def test_a_hash_is_not_believed() -> None:
         assert len(space.swap_out(sequence) or ()) == 2
     at_hand = dict(zip(first.stream.hashes, first.table.blocks, strict=True))
     second.release_pages()
-    assert len(space.swap_in(second, at_hand)) == 2, "the other text's blocks are no help"
+    assert len(space.swap_in(second, at_hand)) == 2, "the other text's blocks do not help"
     space.forget(first)
     space.forget(second)
     assert space.allocator.num_free == 20
     assert not space._held
 
 
-def test_the_same_tokens_behind_another_parent_are_not_believed_either() -> None:
+def test_the_same_tokens_after_another_parent_do_not_match_either() -> None:
     """Only the first blocks differ; the second has the right hash by forgery, and a wrong past."""
     allocator, space = BlockAllocator(20), SwapSpace(20, SIZE)
     first, second = on_their_own(range(6), allocator), on_their_own((7, 7, 7, 3, 4, 5), allocator)
@@ -262,11 +275,11 @@ def test_the_same_tokens_behind_another_parent_are_not_believed_either() -> None
 # ---- pools that copy from each other ----
 
 
-def numbered(num_blocks: int, layers: int, dtype: mx.Dtype, begin: float) -> KVPool:
-    """A pool whose block b holds `begin` + 10 b + layer everywhere, and a half more for values."""
+def numbered(num_blocks: int, layers: int, dtype: mx.Dtype, offset: float) -> KVPool:
+    """A pool whose block b holds `offset` + 10 b + layer everywhere as keys, and a half more as values."""
     pool = KVPool(num_blocks, SIZE, num_heads=2, head_dim=4, num_layers=layers, dtype=dtype)
     for layer in range(layers):
-        numbers = (begin + 10 * mx.arange(num_blocks) + layer)[:, None, None, None]
+        numbers = (offset + 10 * mx.arange(num_blocks) + layer)[:, None, None, None]
         keys = mx.broadcast_to(numbers, (num_blocks, 2, SIZE, 4)).astype(dtype)
         pool.put_back(layer, keys + 0, keys + 0.5)
     pool.evaluate()
@@ -274,7 +287,7 @@ def numbered(num_blocks: int, layers: int, dtype: mx.Dtype, begin: float) -> KVP
 
 
 def numbers(pool: KVPool, layer: int) -> list[float]:
-    """What each block of such a pool holds; the same everywhere, and values half more."""
+    """The number that each block of such a pool holds, the same everywhere, values a half more."""
     keys, values = (part.astype(mx.float32) for part in pool.read_blocks(layer, range(pool.num_blocks)))
     assert mx.all(keys == keys[:, :1, :1, :1]).item()
     assert mx.array_equal(values, keys + 0.5).item()
@@ -283,9 +296,9 @@ def numbers(pool: KVPool, layer: int) -> list[float]:
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
-def test_blocks_go_from_one_pool_to_another(dtype: mx.Dtype, layers: int) -> None:
-    """Every layer's, keys and values, and no other block; a source may serve twice. No bit is lost."""
-    fine = 2**-16 if dtype == mx.float32 else 0  # which no shorter type could tell
+def test_blocks_are_copied_from_one_pool_to_another(dtype: mx.Dtype, layers: int) -> None:
+    """Copies are of all layers, keys and values, and of no other block; a source may serve twice."""
+    fine = 2**-16 if dtype == mx.float32 else 0  # no shorter type could hold it
     pool, host = numbered(6, layers, dtype, fine), numbered(4, layers, dtype, 60 + fine)
     host.fill_from(pool, [(5, 0), (2, 3)])
     for layer in range(layers):
@@ -299,21 +312,21 @@ def test_blocks_go_from_one_pool_to_another(dtype: mx.Dtype, layers: int) -> Non
         assert {array.dtype for array in (*pool.lend(layer), *host.lend(layer))} == {dtype}
 
 
-def test_within_one_pool_all_are_read_before_any_is_written() -> None:
+def test_copies_within_one_pool_read_everything_before_writing() -> None:
     pool = numbered(4, 2, mx.float32, 0)
     pool.fill_from(pool, [(0, 1), (1, 0), (2, 3)])
     assert [numbers(pool, layer) for layer in range(2)] == [[10, 0, 20, 20], [11, 1, 21, 21]]
 
 
-def test_nothing_to_copy_is_nothing_done() -> None:
+def test_an_empty_list_of_copies_does_nothing() -> None:
     pool, host = numbered(3, 1, mx.float32, 0), numbered(3, 1, mx.float32, 60)
     before = pool.lend(0)
     pool.fill_from(host, [])
     assert pool.lend(0)[0] is before[0]
 
 
-def test_what_was_written_and_not_evaluated_goes_along() -> None:
-    """A write that is described and not computed is part of what the source holds."""
+def test_unevaluated_writes_are_copied_too() -> None:
+    """A write that is in the graph and not computed is part of the source's contents."""
     pool, host = numbered(3, 1, mx.float32, 0), numbered(3, 1, mx.float32, 60)
     keys, values = pool.lend(0)
     pool.put_back(0, keys + 1, values + 1)
@@ -321,12 +334,12 @@ def test_what_was_written_and_not_evaluated_goes_along() -> None:
     assert numbers(host, 0) == [21, 70, 80]
 
 
-@pytest.mark.parametrize("who", ["target", "source"])
-def test_who_described_a_read_before_sees_what_was_there_then(who: str) -> None:
-    """Nobody should hold the arrays; who does all the same pays with a copy, and reads what was there."""
+@pytest.mark.parametrize("read_pool", ["target", "source"])
+def test_a_lazy_read_from_before_a_copy_sees_the_old_contents(read_pool: str) -> None:
+    """No caller should hold the arrays; one that does pays with a copy, and reads the old contents."""
     pool, host = numbered(3, 2, mx.float32, 0), numbered(3, 2, mx.float32, 60)
-    reader = [2 * part for part in (host if who == "target" else pool).lend(1)]
-    expected = [2.0 * number for number in ([61, 71, 81] if who == "target" else [1, 11, 21])]
+    reader = [2 * part for part in (host if read_pool == "target" else pool).lend(1)]
+    expected = [2.0 * number for number in ([61, 71, 81] if read_pool == "target" else [1, 11, 21])]
     host.fill_from(pool, [(2, 0), (1, 1)])
     pool.fill_from(host, [(2, 0), (1, 2)])
     assert reader[0][:, 0, 0, 0].tolist() == expected
@@ -335,41 +348,41 @@ def test_who_described_a_read_before_sees_what_was_there_then(who: str) -> None:
     assert [numbers(pool, layer) for layer in range(2)] == [[80, 10, 10], [81, 11, 11]]
 
 
-def test_both_pools_are_written_to_in_place_when_they_have_copied() -> None:
-    """A copy of a block takes memory of a few blocks, and so does every write after it, in either pool."""
+def test_both_pools_are_still_written_in_place_after_a_copy() -> None:
+    """A copy of a block takes the memory of a few blocks, and so does every later write, in either pool."""
     pools = [KVPool(2000, 16, num_heads=2, head_dim=32, num_layers=2) for _ in range(2)]
     one_array = pools[0].nbytes // 4
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    for turn in range(3):
-        pools[0].fill_from(pools[1], [(turn, 5), (7, turn)])
-        pools[1].fill_from(pools[0], [(turn, 9)])
+    for round_number in range(3):
+        pools[0].fill_from(pools[1], [(round_number, 5), (7, round_number)])
+        pools[1].fill_from(pools[0], [(round_number, 9)])
         for pool in pools:
             ones = mx.ones((2, 2, 32))
-            pool.write(1, mx.array([turn, 40 + turn]), ones, ones)
+            pool.write(1, mx.array([round_number, 40 + round_number]), ones, ones)
     assert mx.get_peak_memory() - before < one_array / 4, "an array of a pool was copied"
 
 
 class Moves(Plan[PagedSequence]):
-    """A plan whose copies are given; nothing is computed."""
+    """A plan with the given copies; nothing is computed."""
 
     copies: list[BlockCopy] = []  # type: ignore[assignment,misc]  # noqa: RUF012
 
 
-def test_out_goes_before_in_and_in_before_copies() -> None:
-    """By hand: block 0 goes out to 2, comes back from host block 1 with other content, and is copied to 3.
+def test_swap_out_comes_before_swap_in_and_swap_in_before_copies() -> None:
+    """By hand: block 0 goes out to host block 2, gets other contents from host block 1, and is copied to 3.
 
-    Any other order would send out what has just come, or copy what was there before.
+    Any other order would swap out the new contents, or copy the old ones.
     """
     manager = PagedBatchManager(
         4, SIZE, 2, model=tiny_model(), policies=Policies(NewestFirst(), swap_blocks=3)
     )
     assert manager.pool is not None
     assert manager._swap_pool is not None
-    for pool, begin in ((manager.pool, 0), (manager._swap_pool, 60)):
+    for pool, offset in ((manager.pool, 0), (manager._swap_pool, 60)):
         for layer in range(2):
             keys, values = pool.lend(layer)
-            filled = begin + 10 * mx.arange(pool.num_blocks)[:, None, None, None] + layer
+            filled = offset + 10 * mx.arange(pool.num_blocks)[:, None, None, None] + layer
             pool.put_back(
                 layer, (0 * keys + filled).astype(pool.dtype), (0 * values + filled + 0.5).astype(pool.dtype)
             )

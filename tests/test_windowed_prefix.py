@@ -1,8 +1,8 @@
-"""Prefixes under windows: what each group of layers still needs is found, or it is computed.
+"""Prefix caching under sliding windows: what each group of layers still needs is found, or it is computed.
 
-A hit must never bring keys of another text (mlx-lm 1494): what is right is the same request alone and
-without sharing, token by token with its log-probabilities. What a hit should be is asked of all its
-lengths, one by one. What a step computes is counted on its plan.
+A hit must never bring keys of another text (mlx-lm 1494): the oracle is the same request alone and without
+sharing, token by token with its log-probabilities. The expected hit is found by trying all lengths, one by
+one. The tokens that a step computes are counted in its plan.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ MIXED: Windows = (None, 6)
 
 
 def mistral_model() -> Model:
-    """A tiny model all of whose layers see 6 tokens: no group looks at the whole prefix."""
+    """A tiny model in which all layers see 6 tokens: no group sees the whole prefix."""
     return tiny_model(sliding_window=6, layer_types=(SLIDING, SLIDING))
 
 
@@ -48,17 +48,17 @@ def manager_of(
     windows: Windows = MIXED,
     blocks: int = 200,
     block_size: int = 4,
-    seats: int = 8,
+    max_seqs: int = 8,
     *,
     budget: int = 256,
     preempts: bool = True,
 ) -> Counted:
-    """Bookkeeping alone, for layers with these windows."""
+    """Without a model, for layers with these windows."""
     groups = group_layers(windows)
     return Counted(
         blocks,
         block_size,
-        seats,
+        max_seqs,
         max_batched_tokens=budget,
         max_model_len=blocks * block_size,
         policies=policies(preempts, prefix=True, groups=groups),
@@ -86,7 +86,7 @@ def greedy(max_tokens: int) -> SamplingParams:
 
 
 def answers(manager: Counted, *prompts: Seq[int], max_tokens: int = 5) -> list[Said]:
-    """What the engine says to prompts that come together: tokens, log-probabilities and why it ended."""
+    """The engine's answers to prompts that arrive together: tokens, log-probabilities and finish reasons."""
     engine, params = EngineCore(manager, (EOS,)), greedy(max_tokens)
     names = [f"{len(manager.computed)}:{i}" for i in range(len(prompts))]
     got: dict[str, Said] = {name: [] for name in names}
@@ -98,16 +98,16 @@ def answers(manager: Counted, *prompts: Seq[int], max_tokens: int = 5) -> list[S
         check_pages(manager)
         if not engine.has_work:
             return list(got.values())
-    raise AssertionError("somebody is never served")
+    raise AssertionError("a request is never served")
 
 
 def last_computed(manager: Counted) -> int:
-    """Tokens that the newest request computed, its outputs but the last included."""
+    """Tokens that the newest request computed, including all its outputs but the last."""
     return list(manager.computed.values())[-1]
 
 
 def step(manager: Counted) -> None:
-    """A step; everybody who is ready gets a token, and ends with the last."""
+    """Run a step; every sequence that is ready gets a token, and finishes with its last."""
     ready = list(manager.process_batch())
     manager.commit(dict.fromkeys(ready, 1))
     for seq_id in ready:
@@ -117,7 +117,7 @@ def step(manager: Counted) -> None:
 
 
 def run(manager: Counted, name: str, prompt: Seq[int], max_tokens: int = 1, **params: object) -> int:
-    """Serve one request; how many tokens it computed."""
+    """Serve one request; returns how many tokens it computed."""
     sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]
     assert manager.add_request(list(prompt), name, sampling)
     finish(manager)
@@ -125,12 +125,12 @@ def run(manager: Counted, name: str, prompt: Seq[int], max_tokens: int = 1, **pa
 
 
 def finish(manager: Counted) -> None:
-    """Steps until everybody is served."""
+    """Run steps until every request is served."""
     for _ in range(2_000):
         if not manager.has_work:
             return
         step(manager)
-    raise AssertionError("somebody is never served")
+    raise AssertionError("a request is never served")
 
 
 def cache_of(manager: PagedBatchManager) -> PrefixCache:
@@ -139,7 +139,7 @@ def cache_of(manager: PagedBatchManager) -> PrefixCache:
 
 
 def longest_hit(manager: Counted, prompt: Seq[int]) -> int:
-    """Tokens of a prompt that need no computing: of all lengths the longest that every group can go on from.
+    """The most tokens of a prompt that need no computing: a prefix from which every group can go on.
 
     Whole blocks, then a part of one more.
     """
@@ -148,26 +148,28 @@ def longest_hit(manager: Counted, prompt: Seq[int]) -> int:
     for stream in streams:
         stream.extend(list(prompt))
 
-    def is_there(group: LayerGroup, index: int, length: int) -> bool:
+    def is_cached(group: LayerGroup, index: int, length: int) -> bool:
         seen = range(0 if group.window is None else first_visible(length * size, group.window), length * size)
         return all(cache.match(streams[index], block, block + 1) for block in {p // size for p in seen})
 
     most = (len(prompt) - 1) // size
     groups = list(enumerate(manager._layout.groups))
-    full = next(n for n in range(most, -1, -1) if all(is_there(group, i, n) for i, group in groups))
+    full = next(n for n in range(most, -1, -1) if all(is_cached(group, i, n) for i, group in groups))
     known = prompt[full * size : min(len(prompt) - 1, (full + 1) * size)]
     matches = [cache.match_part(stream.parent(full), known) for stream in streams]
     part = min(match.length if match else 0 for match in matches)
     return full * size + (part if part >= MIN_TOKENS_TO_COPY else 0)
 
 
-# ---- whose keys ----
+# ---- no keys of another text ----
 
 
 @any_model
 @pytest.mark.parametrize("block_size", [4, 8])
-def test_prompts_that_part_anywhere_get_their_own_answers(make: Callable[[], Model], block_size: int) -> None:
-    """Oracle: the same prompt without a cache. One token differs; those behind it are the same again."""
+def test_prompts_that_diverge_anywhere_get_their_own_answers(
+    make: Callable[[], Model], block_size: int
+) -> None:
+    """Oracle: the same prompt without a cache. One token differs; those after it are the same again."""
     base = random_prompt(30, 1)
     for place in range(30):
         prompt = [*base[:place], 9 if base[place] != 9 else 10, *base[place + 1 :]]
@@ -175,16 +177,16 @@ def test_prompts_that_part_anywhere_get_their_own_answers(make: Callable[[], Mod
         answers(manager, base)
         [got] = answers(manager, prompt)
         [alone] = answers(serving(make(), shares=False), prompt)
-        assert got == alone, f"parting at {place}"
+        assert got == alone, f"diverging at {place}"
         full, part = divmod(place, block_size)
-        is_full = (full + 1) * block_size <= 34  # of the first prompt and its answer, which is computed
+        is_full = (full + 1) * block_size <= 34  # of the first prompt and its computed answer
         found = full * block_size + (part if is_full and part >= MIN_TOKENS_TO_COPY else 0)
-        assert last_computed(manager) == 30 - found + 4, f"parting at {place}"
+        assert last_computed(manager) == 30 - found + 4, f"diverging at {place}"
 
 
 @any_model
-def test_equal_tokens_behind_different_pasts_are_different_keys(make: Callable[[], Model]) -> None:
-    """Oracle: the prompt without a cache. All that a window sees is the same, what came before is not."""
+def test_equal_tokens_after_different_prefixes_have_different_keys(make: Callable[[], Model]) -> None:
+    """Oracle: the prompt without a cache. All tokens within a window are the same, earlier ones differ."""
     common = random_prompt(40, 1)
     manager = serving(make())
     answers(manager, random_prompt(8, 2) + common)
@@ -199,23 +201,23 @@ def test_equal_tokens_behind_different_pasts_are_different_keys(make: Callable[[
 
 
 @any_model
-def test_the_next_turn_of_a_chat_finds_the_prompt_and_the_answer_of_the_last(
+def test_under_windows_the_next_message_of_a_chat_finds_the_last_prompt_and_answer(
     make: Callable[[], Model],
 ) -> None:
-    """Oracle: the whole turn without a cache; both are longer than the window."""
+    """Oracle: the whole conversation without a cache; both are longer than the window."""
     manager, prompt = serving(make()), random_prompt(21, 1)
     [first] = answers(manager, prompt, max_tokens=18)
-    turn = [*prompt, *(int(token) for token, *_ in first), *random_prompt(5, 2)]  # type: ignore[call-overload]
-    [second] = answers(manager, turn)
-    assert second == answers(serving(make(), shares=False), turn)[0]
+    conversation = [*prompt, *(int(token) for token, *_ in first), *random_prompt(5, 2)]  # type: ignore[call-overload]
+    [second] = answers(manager, conversation)
+    assert second == answers(serving(make(), shares=False), conversation)[0]
     assert last_computed(manager) == 44 - 36 + 4, "39 - 1 tokens were computed: nine blocks of 4"
 
 
 @any_model
-def test_a_hit_within_a_block_is_copied_in_every_group_and_leaves_its_owner_untouched(
+def test_a_hit_within_a_block_is_copied_in_every_group_and_leaves_its_owner_unchanged(
     make: Callable[[], Model],
 ) -> None:
-    """Oracle: both requests alone; and what is kept of the owner's pages, read before and after."""
+    """Oracle: both requests alone; and the cached part of the owner's pages, read before and after."""
     model, base = make(), random_prompt(40, 1)
     manager, params = serving(model, block_size=16), greedy(12)
     engine = EngineCore(manager, (EOS,))
@@ -242,11 +244,11 @@ def test_a_hit_within_a_block_is_copied_in_every_group_and_leaves_its_owner_unto
     assert all(np.array_equal(one, two) for one, two in zip(before, pages(kept), strict=True))
     assert manager.num_copies == len(group_layers(model.config.windows))
     assert manager.computed["other"] == 33 - 27 + 11
-    for prompt, said in ((base, got["owner"]), (other, got["other"])):
-        assert [said] == answers(serving(model, shares=False), prompt, max_tokens=12)
+    for prompt, answer in ((base, got["owner"]), (other, got["other"])):
+        assert [answer] == answers(serving(model, shares=False), prompt, max_tokens=12)
 
 
-def test_salts_keep_tenants_apart() -> None:
+def test_salts_keep_tenants_apart_under_windows() -> None:
     """Oracle: by hand: 40 tokens, of which the last block is computed again."""
     manager, prompt = manager_of(), random_prompt(40, 1)
     for salt in ("one", "two", "", "1 one"):
@@ -261,27 +263,29 @@ def test_salts_keep_tenants_apart() -> None:
 def test_answers_are_the_same_with_the_cache_on_and_off(
     make: Callable[[], Model], blocks: int, budget: int, swap_blocks: int
 ) -> None:
-    """Oracle: each prompt alone, without a cache. Small pools give blocks up, and preempt."""
+    """Oracle: each prompt alone, without a cache. Small pools evict blocks, and preempt."""
     model = make()
     blocks = blocks if len(group_layers(model.config.windows)) > 1 else blocks // 3
     manager = serving(model, blocks, 5, budget=budget, swap_blocks=swap_blocks)
     streams = [random_prompt(40, seed) for seed in (1, 2)]
     prompts = [streams[i % 2][: 5 * (i % 7) + i] + random_prompt(1 + i % 4, 10 + i % 3) for i in range(10)]
     alone = [answers(serving(model, shares=False), prompt)[0] for prompt in prompts]
-    for crowd in (range(10), range(9, -1, -2), range(0, 10, 3)):
-        got = answers(manager, *(prompts[i] for i in crowd))
-        assert got == [alone[i] for i in crowd]
+    for order in (range(10), range(9, -1, -2), range(0, 10, 3)):
+        got = answers(manager, *(prompts[i] for i in order))
+        assert got == [alone[i] for i in order]
     assert manager.prefix_stats.hits > 100
     check_all_returned(manager)
 
 
-# ---- what is found ----
+# ---- hits ----
 
 
 @pytest.mark.parametrize("windows", [MIXED, (None, 1), (None, 4, 4), (None, 20), (5,), (3, 9)])
 @pytest.mark.parametrize("length", [8, 16, 17, 31, 33])
-def test_a_prompt_that_is_wholly_there_computes_its_last_tokens(windows: Windows, length: int) -> None:
-    """Oracle: by hand, blocks of 4: windows have passed most of it, but nobody needed the room."""
+def test_under_windows_a_fully_cached_prompt_computes_only_its_last_tokens(
+    windows: Windows, length: int
+) -> None:
+    """Oracle: by hand, blocks of 4: windows have passed most of it, but no block was evicted."""
     manager, prompt = manager_of(windows), random_prompt(length, 1)
     assert run(manager, "first", prompt) == length
     assert run(manager, "again", prompt) == length - (length - 1) // 4 * 4
@@ -289,63 +293,65 @@ def test_a_prompt_that_is_wholly_there_computes_its_last_tokens(windows: Windows
 
 @pytest.mark.parametrize("windows", [MIXED, (None, 4, 4), (5,)])
 @pytest.mark.parametrize("place", [4, 12, 20, 28, 36])
-def test_a_prompt_that_parts_far_before_the_window_finds_what_its_own_window_needs(
+def test_a_prompt_that_diverges_far_before_the_window_finds_what_its_own_window_needs(
     windows: Windows, place: int
 ) -> None:
-    """Oracle: by hand: the blocks before the place, wherever the first prompt's window was at its end."""
+    """Oracle: by hand: the blocks before the divergence, wherever the first prompt's window ended."""
     manager, base = manager_of(windows), random_prompt(60, 1)
     run(manager, "first", base)
     assert run(manager, "other", base[:place] + random_prompt(10, 2)) == 10
 
 
-def test_what_is_out_of_reach_is_given_up_first_and_the_text_still_goes_on_from_a_hit() -> None:
+def test_blocks_behind_the_window_are_evicted_first_and_the_text_still_gets_a_hit() -> None:
     """Oracle: by hand: after 40 tokens in blocks of 4 a window of 6 needs two, and has passed eight."""
     base, more = random_prompt(40, 1), random_prompt(5, 2)
-    for given_up in range(8 + 1):
+    for num_evicted in range(8 + 1):
         manager = manager_of()
         run(manager, "first", base)
         assert manager.prefix.num_idle == 20
-        assert manager.prefix.evict(given_up) == given_up
-        assert run(manager, "next turn", base + more) == 5
+        assert manager.prefix.evict(num_evicted) == num_evicted
+        assert run(manager, "next message", base + more) == 5
     manager = manager_of()
     run(manager, "first", base)
     manager.prefix.evict(9)
-    assert run(manager, "next turn", base + more) == 45, "nothing before the end can be gone on from"
+    assert run(manager, "next message", base + more) == 45, "no hit ends before the end of the text"
 
 
-def test_room_is_found_where_no_window_looks() -> None:
-    """Oracle: by hand: the pool has 20 blocks, all kept; a text of 8 tokens takes four that nobody needs."""
+def test_blocks_that_no_window_sees_are_evicted_first() -> None:
+    """Oracle: by hand: the pool has 20 cached blocks; a text of 8 tokens takes four that no window needs."""
     base, more = random_prompt(40, 1), random_prompt(5, 2)
     manager = manager_of(blocks=24)
     run(manager, "first", base)
     assert (manager.allocator.num_free, manager.prefix.num_idle) == (4, 20)
     run(manager, "other", random_prompt(15, 3))
     assert manager.allocator.num_free + manager.prefix.num_idle == 24
-    assert manager.prefix.num_idle < 20 + 6, "some were given up"
-    assert run(manager, "next turn", base + more) == 5
+    assert manager.prefix.num_idle < 20 + 6, "some were evicted"
+    assert run(manager, "next message", base + more) == 5
 
 
 @pytest.mark.parametrize("windows", [MIXED, (None, 9, 9), (5,), (None, 1), (3, 13)])
 @pytest.mark.parametrize("block_size", [4, 7])
-def test_whatever_has_been_given_up_the_longest_hit_that_is_left_is_found(
-    windows: Windows, block_size: int
-) -> None:
-    """Oracle: every length is tried, the longest first: is each block there that the next query sees?"""
+def test_after_any_evictions_the_longest_remaining_hit_is_found(windows: Windows, block_size: int) -> None:
+    """Oracle: every length is tried, the longest first: is each block cached that the next query sees?"""
     base = random_prompt(45, 1)
-    prompts = {"same": base, "next turn": base + random_prompt(5, 2), "part": base[:30] + random_prompt(5, 3)}
+    prompts = {
+        "same": base,
+        "next message": base + random_prompt(5, 2),
+        "part": base[:30] + random_prompt(5, 3),
+    }
     hits = set()
     for name, prompt in prompts.items():
-        given_up = 0
+        num_evicted = 0
         while True:
             manager = manager_of(windows, block_size=block_size)
             run(manager, "first", base, max_tokens=6)
-            if given_up > manager.prefix.num_idle:
+            if num_evicted > manager.prefix.num_idle:
                 break
-            manager.prefix.evict(given_up)
+            manager.prefix.evict(num_evicted)
             hit = longest_hit(manager, prompt)
-            assert run(manager, name, prompt) == len(prompt) - hit, f"{given_up} blocks given up"
+            assert run(manager, name, prompt) == len(prompt) - hit, f"{num_evicted} blocks evicted"
             hits.add(hit)
-            given_up += 1
+            num_evicted += 1
     assert len(hits) > 2
 
 
@@ -355,10 +361,10 @@ def test_whatever_has_been_given_up_the_longest_hit_that_is_left_is_found(
     block_size=st.sampled_from([4, 1, 5]),
     data=st.data(),
 )
-def test_a_block_that_is_missing_in_one_group_shortens_the_hit_for_all(
+def test_a_block_that_is_missing_in_one_group_shortens_the_hit_of_all(
     windows: Windows, block_size: int, data: st.DataObject
 ) -> None:
-    """Oracle: every length is tried. Any blocks are missing, also such as are never given up first."""
+    """Oracle: every length is tried. Any blocks may be missing, even those that are never evicted first."""
     base = random_prompt(40, 1)
     manager = manager_of(windows, block_size=block_size)
     run(manager, "first", base)
@@ -372,8 +378,8 @@ def test_a_block_that_is_missing_in_one_group_shortens_the_hit_for_all(
     check_all_returned(manager)
 
 
-def test_a_part_that_one_group_lacks_is_shared_by_none() -> None:
-    """Oracle: by hand: blocks of 8, and 5 tokens of the third; then the block of one group is forgotten."""
+def test_a_partial_block_that_one_group_lacks_is_not_shared() -> None:
+    """Oracle: by hand: blocks of 8, and 5 tokens of the third; then one group's block leaves the cache."""
     for lost in (None, 0, 1):
         manager, base = manager_of(block_size=8), random_prompt(40, 1)
         run(manager, "first", base)
@@ -385,14 +391,16 @@ def test_a_part_that_one_group_lacks_is_shared_by_none() -> None:
         assert run(manager, "other", prompt) == 27 - (16 if lost is not None else 21)
 
 
-# ---- who waits, and who has room ----
+# ---- waiting and capacity ----
 
 
 @pytest.mark.parametrize("windows", [MIXED, (5,), (None, 4, 4)])
 @pytest.mark.parametrize("budget", [256, 16, 9, 4])
-def test_equal_prompts_that_come_together_are_computed_once(windows: Windows, budget: int) -> None:
+def test_under_windows_equal_prompts_that_arrive_together_are_computed_once(
+    windows: Windows, budget: int
+) -> None:
     """Oracle: by hand: 22 tokens, of which the others compute the last two."""
-    manager, prompt = manager_of(windows, budget=budget, seats=4), random_prompt(22, 1)
+    manager, prompt = manager_of(windows, budget=budget, max_seqs=4), random_prompt(22, 1)
     for name in "abcd":
         manager.add_request(prompt, name, SamplingParams(max_tokens=1))
     finish(manager)
@@ -400,7 +408,7 @@ def test_equal_prompts_that_come_together_are_computed_once(windows: Windows, bu
     assert manager.prefix_stats == (4 * 22, 3 * 20)
 
 
-def test_a_text_that_is_read_again_and_again_is_in_the_pool_once() -> None:
+def test_a_text_that_is_read_again_and_again_is_in_the_pool_only_once() -> None:
     """Oracle: by hand: 40 tokens are 10 blocks in each of two groups."""
     manager, prompt = manager_of(), random_prompt(40, 1)
     for i in range(5):
@@ -412,10 +420,10 @@ def test_a_text_that_is_read_again_and_again_is_in_the_pool_once() -> None:
 @pytest.mark.parametrize("preempts", [True, False])
 @pytest.mark.parametrize("windows", [(None,), (4,), (None, 4), (None, 3, 3)])
 @pytest.mark.parametrize("budget", [8, 5, 40])
-def test_a_hit_within_a_block_does_not_take_the_room_that_its_copy_needs(
+def test_a_hit_within_a_block_leaves_capacity_for_its_copy(
     windows: Windows, budget: int, preempts: bool
 ) -> None:
-    """Oracle: by hand: 3 blocks for all of 20 tokens, fewer in a window; the pool has no block to spare.
+    """Oracle: by hand: 3 blocks for all of 20 tokens, fewer in a window; the pool has no spare block.
 
     The second prompt has 15 tokens in common with the first: a block of 8, and a part of the next. It is
     served with that part or without it.
@@ -438,7 +446,7 @@ def test_a_hit_within_a_block_does_not_take_the_room_that_its_copy_needs(
     check_all_returned(manager)
 
 
-def test_layers_that_all_see_everything_share_as_ever() -> None:
+def test_layers_with_full_attention_share_as_without_windows() -> None:
     """Oracle: the policy that a manager is given."""
     assert sharing(group_layers((None,) * 3)) is PrefixSharing
     manager = manager_of((5, 5))

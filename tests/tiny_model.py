@@ -1,7 +1,8 @@
-"""A tiny random model, built in the test: small enough for thousands of steps, real enough for the kernels.
+"""A tiny random model, built in the test: small enough for thousands of steps, realistic enough for the
+kernels.
 
-Its matrices are quantized and go through `quantized_linear`, so that the packed matmul and the
-compiled attention run wherever they are built. Everything is a function of explicit seeds.
+Its matrices are quantized and go through `quantized_linear`, so that the packed matmul and the compiled
+attention run if they are built. Everything is a function of explicit seeds.
 """
 
 import os
@@ -48,7 +49,7 @@ def tiny_config(**changes: object) -> ModelConfig:
 
 
 def random_weights(config: ModelConfig, seed: int) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
-    """Matrices and vectors by checkpoint name, without `.weight`; logits that leave every token a chance."""
+    """Matrices and vectors by checkpoint name, without `.weight`; logits that give every token a chance."""
     shapes = {name.removesuffix(".weight"): shape for name, shape in config.parameter_shapes.items()}
     keys = iter(mx.random.split(mx.random.key(seed), len(shapes)))
     noise = {name: mx.random.normal(shape, key=next(keys)) for name, shape in shapes.items()}
@@ -68,7 +69,7 @@ def random_weights(config: ModelConfig, seed: int) -> tuple[dict[str, mx.array],
 
 
 def quantized(matrix: mx.array, bits: int, activation_bits: int = 16) -> LinearLike:
-    """A matrix quantized in groups of 32, in the form that this device runs best."""
+    """A matrix quantized in groups of 32, in the format that this device runs best."""
     weight, scales, biases = mx.quantize(matrix.astype(mx.float16), group_size=32, bits=bits)
     return quantized_linear(weight, scales, biases, 32, bits, activation_bits=activation_bits)
 
@@ -76,7 +77,7 @@ def quantized(matrix: mx.array, bits: int, activation_bits: int = 16) -> LinearL
 def assemble(
     config: ModelConfig, seed: int, store: Callable[[str, mx.array], LinearLike] = lambda _, m: Linear(m)
 ) -> Model:
-    """A model of random weights; `store` brings each matrix into its form."""
+    """A model of random weights; `store` converts each matrix to its format."""
     matrices, vectors = random_weights(config, seed)
     linears = {name: store(name, matrix) for name, matrix in matrices.items()}
     biases = {name.removesuffix(".bias"): v for name, v in vectors.items() if name.endswith(".bias")}
@@ -95,27 +96,27 @@ def tiny_model(seed: int = 0, **changes: object) -> Model:
 
 @cache
 def eight_bit_model() -> Model:
-    """The tiny model with activations rounded to 8 bits, q/k norm, and biases where queries come from."""
+    """The tiny model with activations rounded to 8 bits, q/k norm, and biases in q, k and v projections."""
     config = tiny_config(architecture="qwen3", qk_norm=True, qkv_bias=True)
     return assemble(config, 4, lambda name, matrix: quantized(matrix, 8 if "down" in name else 4, 8))
 
 
 @cache
 def dense_model(seed: int = 0, **changes: object) -> Model:
-    """The same shape with plain float32 matrices, for oracles that know nothing of quantization."""
+    """The same shape with plain float32 matrices, for oracles without quantization."""
     return assemble(tiny_config(**changes), seed)
 
 
 @cache
 def qwen_model() -> Model:
-    """Everything that the quantized one has not: bfloat16 matrices, biases, q/k norm, heads of 20."""
+    """Everything that the quantized one lacks: bfloat16 matrices, biases, q/k norm, heads of 20."""
     config = tiny_config(architecture="qwen3", head_dim=20, qkv_bias=True, mlp_bias=True, qk_norm=True)
     return assemble(config, 1, lambda _, matrix: Linear(matrix.astype(mx.bfloat16)))
 
 
 @cache
 def gemma_model() -> Model:
-    """Windows of 6 tokens in two layers of three, four norms a block, GELU, scaled embeddings."""
+    """Windows of 6 tokens in two of three layers, four norms per block, GELU, scaled embeddings."""
     config = tiny_config(
         architecture="gemma3_text",
         num_hidden_layers=3,
@@ -147,7 +148,7 @@ def logits_through_pages(
     num_blocks: int | None = None,
     kv_dtype: mx.Dtype = mx.float16,
 ) -> mx.array:
-    """The logits [L, vocab_size] after each token, computed in chunks of the given sizes; they sum to L."""
+    """The logits [L, vocab_size] after each token, computed in chunks of the given sizes, which sum to L."""
     layout = PageLayout(group_layers(model.config.windows), block_size, len(tokens))
     pages = num_blocks or layout.max_blocks(len(tokens))
     allocator, pool = BlockAllocator(pages), KVPool.for_model(model.config, pages, block_size, kv_dtype)

@@ -1,7 +1,7 @@
-"""A forward pass over whole sequences in which some layers see a window: the oracle of windows.
+"""A forward pass over whole sequences in which some layers have sliding windows: the oracle for windows.
 
 A context without a cache and with a mask for each layer, nothing else: for tests of models, and of contexts
-that keep keys and values.
+that store keys and values.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from tiny_llm.grouped_attention import grouped_query_attention
 
 
 def window_mask(length: int, window: int | None) -> mx.array:
-    """Additive mask [length, length]: the query at p sees max(0, p - window + 1) to p; None: 0 to p.
+    """Additive mask [length, length]: the query at p sees max(0, p - window + 1) to p; with None, 0 to p.
 
-    ValueError for a window below 1.
+    Raises ValueError for a window below 1.
     """
     if window is None:
         return causal_mask(length, length)
@@ -26,7 +26,7 @@ def window_mask(length: int, window: int | None) -> mx.array:
 
 
 class WindowedNoCacheContext:
-    """A `KVContext` like NoCacheContext; `windows` has how far the queries of each layer see, None: all."""
+    """A `KVContext` like NoCacheContext; `windows` has the window of each layer, None for full attention."""
 
     def __init__(self, length: int, scale: float, windows: Sequence[int | None]) -> None:
         self.positions = mx.arange(length, dtype=mx.int32)
