@@ -451,7 +451,7 @@ def beam_searches(draw: st.DrawFn, most_tokens: int) -> BeamSearchParams:
 
 # Requests that are certain to fork, to be preempted, to be chunked, to share prefixes and to run a beam
 # search.
-CROWD = Scenario(
+MIXED_REQUESTS = Scenario(
     arrivals=(
         Arrival(0, tuple(random_prompt(9, 1)), SamplingParams(max_tokens=10, temperature=0.0, logprobs=2)),
         Arrival(

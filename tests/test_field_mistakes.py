@@ -17,7 +17,7 @@ from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.token_output import TokenOutput
 
 import tiny_llm_kernels
-from promises import CROWD, answer_alone, check_all_returned, check_pages, check_scenario, policies
+from promises import MIXED_REQUESTS, answer_alone, check_all_returned, check_pages, check_scenario, policies
 from tiny_model import EOS, random_prompt, tiny_config, tiny_model
 
 SOURCE = Path(__file__).parents[1] / "src"
@@ -270,7 +270,7 @@ def test_the_order_in_which_blocks_are_allocated_does_not_change_any_answer(
         return allocate(allocator)
 
     monkeypatch.setattr(BlockAllocator, "allocate", last_first)
-    assert check_scenario(tiny_model(), CROWD)["preemptions"] > 0
+    assert check_scenario(tiny_model(), MIXED_REQUESTS)["preemptions"] > 0
 
 
 # mlx 3430

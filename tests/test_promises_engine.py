@@ -33,8 +33,8 @@ from tiny_llm.token_output import Choice
 import tiny_llm_kernels
 from promises import (
     ALIKE,
-    CROWD,
     LONG,
+    MIXED_REQUESTS,
     SQUEEZED,
     SWAPPED,
     SWAPPED_OFTEN,
@@ -173,12 +173,12 @@ def test_the_embedded_model_gives_the_same_answers_in_any_batch(embedded: Model)
 
     @settings(max_examples=examples(4))
     @given(scenarios(most_requests=4, longest_prompt=40, most_tokens=6))
-    @example(CROWD)
+    @example(MIXED_REQUESTS)
     @example(ALIKE)
     @example(SQUEEZED)
     @example(SWAPPED)
     @example(LONG)
-    @example(replace(CROWD, block_size=5, max_tokens=6, threads=3, spare_blocks=0))
+    @example(replace(MIXED_REQUESTS, block_size=5, max_tokens=6, threads=3, spare_blocks=0))
     def every_completion_equals_the_one_alone(scenario: Scenario) -> None:
         happened.update(check_scenario(embedded, scenario))
 

@@ -149,7 +149,7 @@ def _next_commands(repo: Repo, syllabus: Syllabus, unit: Unit) -> Iterator[tuple
         yield f"compare {unit.id}", "measure it against the reference"
     yield f"diff {unit.id}", "see how the reference does it"
     for lab in labs_of(repo, unit.day):
-        yield f"lab {lab}", "an experiment: predicted beside measured"
+        yield f"lab {lab}", "an experiment: predict a number, then measure it"
     if isinstance(unit, Part) and not unit.later:
         passing = result(repo, unit.day) is Result.PASSING
         yield (
