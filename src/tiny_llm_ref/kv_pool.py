@@ -64,7 +64,7 @@ class KVPool:
         self._values[layer] = values
 
     def evaluate(self, *outputs: mx.array) -> None:
-        """Evaluate `outputs` together with every pending write, so that no unevaluated reader remains."""
+        """Evaluate `outputs` together with every pending write, so that no unevaluated read remains."""
         mx.eval(*outputs, *self._keys, *self._values)
 
     def start(self, *outputs: mx.array) -> None:

@@ -44,7 +44,7 @@ class PagedKVCache:
 
         tables: by sequence id, for instance `{s.seq_id: s.table for s in manager.running}`. Nothing is
         copied: writing and freeing through this view changes the engine's pool and tables. Raises ValueError
-        if pool, allocator and tables do not belong together, IndexError for a layer that the pool lacks.
+        if pool, allocator and tables do not belong together, and IndexError for a layer that the pool lacks.
         """
         _check_same_pool(pool, allocator, tables)
         cache = cls.__new__(cls)
