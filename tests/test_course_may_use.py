@@ -285,7 +285,10 @@ def test_a_list_with_a_helper_or_without_a_needed_name_is_reported(
         ("1.3.2", ["linear.LinearLike.__call__", "rope.rope"]),
         ("1.3.3", ["kv_context.KVContext.attend", "kv_context.KVContext.positions"]),
         ("1.6.1", ["tiny_llm_checkpoints.model_config.ModelConfig.attention_scale"]),
-        ("3.2.14", ["batch_manager.longest", "queues.RequestQueues.add", "sequence.completion_ids"]),
+        (
+            "3.2.14",
+            ["batch_manager.max_sequence_length", "queues.RequestQueues.add", "sequence.completion_ids"],
+        ),
         ("3.2.15", ["kv_pool.KVPool.resize", "policies.PrefixPolicy.num_idle"]),
         (
             "3.2.16",
