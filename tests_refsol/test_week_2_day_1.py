@@ -40,7 +40,7 @@ def test_task_1_without_generated_tokens_only_the_prompt_is_computed() -> None:
 def test_task_1_the_formula_counts_one_pass_more_than_generate_runs() -> None:
     """Oracle: the tokens that `generate` of day 1.6 feeds to a model.
 
-    To generate 2 tokens after 3 it runs passes over 3 and 4 tokens. The course text's formula adds the pass
+    To generate 2 tokens after 3 it runs passes over 3 and 4 tokens. The formula adds the pass
     over all 5, from which no token is chosen.
     """
     model = CountingModel(Successor(tiny_config()))

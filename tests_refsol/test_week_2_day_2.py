@@ -261,7 +261,7 @@ def test_task_3_the_waste_does_not_depend_on_the_memory() -> None:
 def test_task_3_forty_gib_hold_640_caches_of_4096_tokens() -> None:
     """Oracle: by hand: 32 heads of 128 in bfloat16 are 16 KiB a token and layer; 256 of 4,096 tokens used.
 
-    This is the course text's example: 640 caches of 64 MiB fit, and 94% of their bytes are unused.
+    640 caches of 64 MiB fit, and 94% of their bytes are unused.
     """
     token_bytes = 2 * 32 * 128 * 2
     found = reserve([256] * 640, 4096, token_bytes, 40 * 2**30)

@@ -1,6 +1,6 @@
 """Day 3.3: slot mappings, and a cache of named sequences on top of pages.
 
-When it passes, you have the slot of every token as one number, for whole batches at once, and the lab's
+When it passes, you have the slot of every token as one number, for whole batches at once, and
 PagedKVCache as a view of pool, allocator and tables: it grows without losing tokens, never writes to a block
 that another sequence holds, and reads exactly the requested tokens.
 """
@@ -334,7 +334,7 @@ def test_task_2_the_slot_mapping_finds_the_tokens_of_a_batch() -> None:
 
 
 def test_task_2_the_slot_mapping_is_int32_with_one_slot_per_token() -> None:
-    """Oracle: the docstring, for the lab's batch of 30 tokens and for an empty one."""
+    """Oracle: the docstring, for a batch of 30 tokens and for an empty one."""
     cache = make_cache(100, 16)
     cache.allocate("A", 30)
     for batch, total in (([("A", 30)], 30), ([], 0)):

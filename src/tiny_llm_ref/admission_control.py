@@ -1,4 +1,4 @@
-"""Limit how many requests may wait. Too many are rejected at once, in the thread that submits them.
+"""Limits how many requests may wait. Those beyond the limit are rejected at once, in the submitting thread.
 
 This module sees nothing of the engine except the occupancy that it publishes after each task and step.
 """
@@ -38,13 +38,13 @@ class AdmissionControl:
         self._lock = Lock()
 
     def num_waiting(self) -> int:
-        """The number of waiting requests, less the free slots; below 0: so many more could start at once.
+        """The number of waiting requests, less the free slots; -2 means that two more could start at once.
 
-        Waiting are the requests that wait in the engine (`num_waiting`), and those that were admitted here
-        but that the engine has not seen yet (`_num_admitted` less `num_seen`). Free slots are `max_num_seqs`
-        less the running sequences, at least 0. While `is_crowded` there are no free slots: the pool has no
-        blocks for more sequences, or waiting requests will take the slots. Read `self.occupancy` only once,
-        because the engine's thread may replace it between two reads.
+        The waiting requests are those that wait in the engine (`num_waiting`), and those that were admitted
+        here but that the engine has not seen yet (`_num_admitted` less `num_seen`). Free slots are
+        `max_num_seqs` less the running sequences, at least 0. While `is_crowded` there are no free slots: the
+        pool has no blocks for more sequences, or waiting requests will take the slots. Read `self.occupancy`
+        only once, because the engine's thread may replace it between two reads.
 
         >>> control = AdmissionControl(limit=4, max_num_seqs=2)
         >>> control.num_waiting()
@@ -74,7 +74,7 @@ class AdmissionControl:
             self._num_admitted += num_requests
 
     def check(self, num_requests: int) -> None:
-        """Raise `QueueFullError`, with the numbers, if so many requests cannot be admitted now."""
+        """Raise `QueueFullError`, with the numbers, if `num_requests` requests cannot be admitted now."""
         waiting = self.num_waiting()
         if self._limit is not None and waiting + num_requests > self._limit:
             raise QueueFullError(

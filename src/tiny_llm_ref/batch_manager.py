@@ -87,7 +87,7 @@ class BatchManager(Protocol):
         """From now on, start only this request's waiting sequences; None: those of all requests again."""
 
     def recover(self) -> list[str]:
-        """After a step that raised, let all running sequences wait again.
+        """After a step that raised, put all running sequences back into the queue.
 
         Returns the ids of the requests that the step was to compute.
         """

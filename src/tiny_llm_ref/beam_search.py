@@ -1,9 +1,9 @@
-"""Beam search: continues a prompt with the best few hypotheses at once, which share pages where they agree.
+"""Beam search: follows the best few continuations of a prompt at once, which share pages where they agree.
 
-`BeamSearchPageManager` shares the pages: reference counting over block tables. `BeamSearch` chooses the
-hypotheses: arithmetic over log-probabilities. Knows nothing of models, arrays or text. Source: the
-PagedAttention paper, section 4.4; the rules are those of transformers' beam search with
-`early_stopping="never"`.
+A continuation is called a hypothesis, and one that is still being extended is a beam. `BeamSearchPageManager`
+shares the pages: reference counting over block tables. `BeamSearch` chooses the hypotheses: arithmetic over
+log-probabilities. Knows nothing of models, arrays or text. Source: the PagedAttention paper, section 4.4; the
+rules are those of transformers' beam search with `early_stopping="never"`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -120,8 +120,8 @@ class BeamSearchParams:
 
     beam_width: the most beams at once, and the most that are returned. max_tokens: longest output.
     ignore_eos: continue after end-of-sequence tokens. length_penalty: from -10 to 10. A hypothesis's score is
-    the sum of its tokens' log-probabilities divided by num_tokens ** length_penalty; above 0 prefers longer
-    texts. cache_salt, priority: as in `SamplingParams`.
+    the sum of its tokens' log-probabilities divided by num_tokens ** length_penalty; a penalty above 0
+    favours longer texts. cache_salt, priority: as in `SamplingParams`.
 
     Raises `SamplingParamsError` for an invalid value.
     """

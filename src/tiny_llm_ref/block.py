@@ -17,7 +17,9 @@ from .norm import rms_norm
 
 @dataclass(frozen=True, eq=False)
 class TransformerBlock:
-    """A pre-norm residual block; its parts are named as in the checkpoint.
+    """A pre-norm residual block: each part reads a normalized copy of the stream, and its output is added.
+
+    The parts are named as in the checkpoint.
 
     input_layernorm, post_attention_layernorm: [E], the weights of the norms before attention and before the
         MLP. The second is named by its place, which is after attention and so before the MLP.

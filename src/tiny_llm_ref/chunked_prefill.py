@@ -1,7 +1,9 @@
 """Divides a step's budget of tokens among the sequences: decodes first, then prompts.
 
-A long prompt is computed in chunks, so that it does not delay the sequences that are generating tokens. Plain
-counts; knows nothing of arrays or memory. Source: Agrawal et al., "Sarathi-Serve" (OSDI 2024).
+A step is one forward pass over tokens of several sequences; its budget is the most tokens that it computes. A
+decode is a sequence that generates: its prompt is computed, and it computes its newest token to get the next.
+A long prompt is computed in chunks (chunked prefill), so that it does not delay the decodes. This module only
+counts tokens, and knows nothing of arrays or memory. Source: Agrawal et al., "Sarathi-Serve" (OSDI 2024).
 """
 
 from collections.abc import Sequence as Seq
@@ -72,10 +74,10 @@ def first_token_steps(prompt_lens: Seq[int], budget: int) -> list[int]:
 def plan_chunks(running: Seq[S], budget: int) -> Plan[S]:
     """Plan the next step of the running sequences: a `Plan` with a chunk for each that may compute tokens.
 
-    `tokens_wanted(sequence)` returns how many tokens a sequence could compute now, and `share_budget` how
-    many it may. If it may compute n > 0 tokens, its chunk is `Scheduled(sequence, start, start + n)`, where
-    start is its `num_computed`. The chunks are in the order of `running`. Changes no sequence: the chunks are
-    computed later.
+    `tokens_wanted(sequence)` returns how many tokens a sequence could compute now, and `share_budget` returns
+    how many tokens each sequence may compute. If it may compute n > 0 tokens, its chunk is
+    `Scheduled(sequence, start, start + n)`, where start is its `num_computed`. The chunks are in the order of
+    `running`. Changes no sequence: the chunks are computed later.
 
     >>> from tiny_llm.sampling_params import SamplingParams
     >>> from tiny_llm.sequence import Sequence

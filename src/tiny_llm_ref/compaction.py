@@ -51,8 +51,8 @@ def moves_to_front(allocator: BlockAllocator) -> dict[int, int]:
 def compact_pages(allocator: BlockAllocator, active_tables: Iterable[BlockHolder]) -> list[BlockCopy]:
     """Give the blocks in use the ids 0 .. n - 1, and return the copies that the pool must make now.
 
-    active_tables: everything that holds a block, which is all block tables and the prefix cache; may be a
-    generator. Make the moves of `moves_to_front` in the allocator (`relocate`) and in every holder
+    active_tables: everything that holds a block, which is all block tables and the prefix cache (day 3.4); it
+    may be a generator. Make the moves of `moves_to_front` in the allocator (`relocate`) and in every holder
     (`rename_blocks`). Return one copy for each block that moved, of the whole block: `length` is the holders'
     `block_size`. Without holders nothing is in use, and the result is [].
 

@@ -81,8 +81,9 @@ class DenseBatchManager(QueueViews[Sequence]):
     `_queues` has all sequences that have not ended, waiting and running (`RequestQueues`). `_free` lists the
     numbers of the free slots; `_slot_of` maps each running sequence's id to the number of its slot.
 
-    Invariant: every slot is free or belongs to exactly one running sequence. No sequence is ever preempted,
-    because a slot has memory for the longest sequence.
+    Invariant: every slot is free or belongs to exactly one running sequence. No sequence is ever preempted
+    (stopped before its end to free its memory for others), because a slot has memory for the longest
+    sequence.
     """
 
     num_preemptions = 0
@@ -115,8 +116,9 @@ class DenseBatchManager(QueueViews[Sequence]):
         A request for n completions (`params.n`; params None means `SamplingParams()`) is queued as one
         `Sequence`, its leader. Its seq_id is the first of `completion_ids`, num_forks is n - 1, prompt is a
         tuple, and max_len is the result of `max_sequence_length` for a context of `max_seq_len` tokens and
-        `max_slots` sequences at once. The other completions are forked when the prompt is computed.
-        Until then the queues find the leader under all n ids; `RequestQueues.add` does this.
+        `max_slots` sequences at once. The other completions are forked when the prompt is computed: each
+        becomes a sequence with a copy of the leader's caches. Until then the queues find the leader under all
+        n ids; `RequestQueues.add` does this.
 
         Raises ValueError for an empty prompt and `RequestTooLargeError` for a request that can never run
         (`max_sequence_length` raises both), `DuplicateRequestError` for an id in use
@@ -209,8 +211,8 @@ class DenseBatchManager(QueueViews[Sequence]):
            plan has no chunks, the result is `StepLogits(None, {})`.
         3. `compute` the plan.
         4. `plan.conclude(logits, self._fork)` records in each sequence that its chunk is computed, and
-           returns the result. It calls `_fork` with each sequence that is ready for its next token: that is
-           when a leader whose prompt is complete is forked.
+           returns the result. It calls `_fork` with each sequence that is ready for its next token. This call
+           forks a leader whose prompt is complete.
 
         >>> manager = DenseBatchManager(max_slots=2, max_seq_len=32, max_batched_tokens=4)
         >>> manager.add_request([1] * 6, "a")
@@ -255,7 +257,7 @@ class DenseBatchManager(QueueViews[Sequence]):
             self.finish(seq_id)
 
     def recover(self) -> list[str]:
-        """After a step that raised, let all running sequences wait, without slots.
+        """After a step that raised, put all running sequences back into the queue, without slots.
 
         Returns the ids of their requests.
         """

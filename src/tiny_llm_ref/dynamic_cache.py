@@ -2,7 +2,7 @@
 
 A sequence wastes only the unfilled part of its last block. But if its blocks must be adjacent, free memory
 can still be useless: `alloc_contiguous` fails if enough blocks are free but scattered (external
-fragmentation). `alloc_blocks`, which takes any blocks, does not.
+fragmentation). `alloc_blocks`, which takes any blocks, does not fail then.
 """
 
 from collections.abc import Sequence
@@ -123,9 +123,9 @@ class DynamicKVCache:
     def allocate_for_prompt(self, prompt_len: int) -> None:
         """Take blocks for a prompt of `prompt_len` tokens, and append them to the blocks held already.
 
-        Takes ceil(prompt_len / block_size) new blocks, even if blocks held already are empty or not full.
-        They need not be adjacent. Stores no token: `current_len` stays. Raises `OutOfBlocksError`, and takes
-        none, if too few are free.
+        Takes ceil(prompt_len / block_size) new blocks, even if the cache already holds blocks that are empty
+        or not full. The new blocks need not be adjacent. Stores no token: `current_len` does not change.
+        Raises `OutOfBlocksError`, and takes none, if too few are free.
 
         >>> cache = DynamicKVCache(GlobalAllocator(9, block_size=4, num_heads=1, head_dim=2), "a")
         >>> cache.allocate_for_prompt(9)

@@ -54,7 +54,7 @@ class Engine:
     owner of the engine, because the thread ends when the engine is garbage-collected. max_model_len: the
     longest prompt + output in tokens, so that a longer prompt is rejected before it is tokenized; None: the
     core rejects it. chat_prompts: makes the prompts of `chat`; None: there is no chat template. defaults: the
-    parameters of requests that bring none; None: `SamplingParams()`.
+    parameters of requests that have none; None: `SamplingParams()`.
 
     Calls that wait for the engine raise `WrongThreadError` in the engine's own thread, and
     `ForkedProcessError` in a forked process.
@@ -150,9 +150,9 @@ class Engine:
     def submit(self, requests: Seq[Request], deliver: Listener) -> Future[None]:
         """Queue requests, all of them or none; returns at once a future that is done when they are queued.
 
-        deliver: the listener, a callback. The engine's thread calls it at most once an iteration, with a list
-        of everything that the iteration produced for these requests: events, or an error that ended one of
-        them. It must return quickly. If it raises, its requests are cancelled.
+        deliver: the listener, a callback. The engine's thread calls it at most once per iteration, with a
+        list of everything that the iteration produced for these requests: events, or an error that ended one
+        of them. It must return quickly. If it raises, its requests are cancelled.
 
         First check, in the calling thread and in this order, so that a rejected request never counts as
         waiting:
@@ -244,7 +244,7 @@ class Engine:
         `aclose`, an exception, or the cancellation of its task. Then post `_loop.forget` to the inbox (not
         `self.forget`, which waits): it cancels the request before the next step. Await nothing after that.
         Cancelling the wait does not cancel the posted `_loop.add`; it still runs, and `forget` runs after it.
-        Post nothing for a request that has ended, that is, once its event with a `usage` has arrived, also if
+        Post nothing for a request that has ended, that is, once its event with a `usage` has arrived, even if
         the client leaves at that event. A `forget` for a request that was rejected or has failed is harmless.
 
         Nothing happens until the first event is requested. That first request raises `WrongThreadError` in
@@ -418,7 +418,7 @@ class Engine:
         return tokens
 
     def _chat_params(self, params: SamplingParams | None, num_prompt_tokens: int) -> SamplingParams:
-        """The parameters of a chat answer to a prompt of so many tokens; None: the engine's defaults."""
+        """The parameters of a chat answer to a prompt of that many tokens; None: the engine's defaults."""
         if params is None:
             return self._fitted(self._defaults.for_chat(), num_prompt_tokens)
         return _checked(params, SamplingParams).for_chat()
@@ -501,7 +501,7 @@ def _start(inbox: Inbox, loop: EngineLoop, make_core: Callable[[], EngineCore]) 
 
 @contextmanager
 def _stack_of(nbytes: int) -> Iterator[None]:
-    """Give threads that start in this block a stack of so many bytes."""
+    """Give threads that start in this block a stack of `nbytes` bytes."""
     usual = threading.stack_size(nbytes)
     try:
         yield

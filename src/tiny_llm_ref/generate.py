@@ -1,7 +1,8 @@
 """Greedy generation in its simplest form: recompute the whole sequence for every new token.
 
-The cost grows with the square of the length, because each new token recomputes all tokens before it. The KV
-cache (`kv_cache`) gives the same tokens without that cost.
+"Greedy" means that the most likely token is always chosen. The cost grows with the square of the length,
+because each new token recomputes all tokens before it. The KV cache (`kv_cache`) gives the same tokens
+without that cost.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -43,8 +44,8 @@ def generate(
     Yields at most `max_tokens` new tokens, none for 0. A token of `eos_token_ids` ends the generation and is
     yielded as the last token; one in the prompt has no effect. The model is called once for each token that
     is yielded, when that token is requested, so a caller that stops early does not pay for more. The caller's
-    `tokens` are not changed. Raises ValueError for an empty prompt when the first token is requested, also
-    for a `max_tokens` of 0.
+    `tokens` are not changed. Raises ValueError for an empty prompt when the first token is requested, even if
+    `max_tokens` is 0.
 
     >>> from tiny_llm.loader import load_model
     >>> loaded = load_model(None)  # the embedded model

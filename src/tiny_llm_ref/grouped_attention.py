@@ -44,7 +44,8 @@ class NoCacheContext:
     """The context of a forward pass over whole sequences: attends to this pass's keys, and stores none.
 
     length: tokens in each sequence, at positions 0 to length - 1. scale: the factor of the attention scores.
-    logit_rows: the tokens that need logits, [R] int32; None, the initial value, means all.
+    logit_rows: the tokens that need logits, [R] int32; None, the initial value, means all. A token's logits
+    are the model's scores for the token after it (day 1.5).
     """
 
     def __init__(self, length: int, scale: float) -> None:

@@ -14,11 +14,11 @@ from .model import Model
 
 
 def attention_without_cache(prompt_len: int, gen_len: int) -> int:
-    """Count the keys computed per head and layer if every pass recomputes all of them; values: as many.
+    """Count the keys computed per head and layer if every pass recomputes all of them.
 
-    The formula is the course text's. It counts one pass over the prompt, and for each generated token
-    s = 1 .. gen_len one pass over prompt_len + s tokens, which computes all their keys again. With
-    gen_len = 0, only the prompt's pass remains.
+    As many values are computed. The formula counts one pass over the prompt, and for
+    each generated token s = 1 .. gen_len one pass over prompt_len + s tokens, which computes all their keys
+    again. With gen_len = 0, only the prompt's pass remains.
 
     The formula counts one pass more than the loop of day 1.6 runs. To generate 2 tokens after 3, the loop
     runs passes over 3 and 4 tokens; the formula also counts the pass over 5, which would choose a third
@@ -43,7 +43,7 @@ def attention_with_cache(prompt_len: int, gen_len: int) -> int:
 
 
 class CachedContext:
-    """The context of consecutive forward passes over one sequence; each sees the tokens of all before it.
+    """The context of consecutive forward passes over one sequence; each pass sees all earlier passes' tokens.
 
     Before each pass, call `begin_pass`; then run the model with this context. The model calls `attend` once
     for each layer. scale: the factor of the attention scores (`ModelConfig.attention_scale`).
@@ -107,8 +107,8 @@ def generate_with_cache(
     takes the lowest id, as `mx.argmax` does.
 
     Yields each token as soon as it is chosen, at most `max_tokens` of them (0: none). Stops after the first
-    generated token that is in `eos_token_ids`; that token is yielded too. Such a token in the prompt stops
-    nothing.
+    generated token that is in `eos_token_ids`; that token is yielded too. Such a token in the prompt has no
+    effect.
 
     Raises ValueError for an empty prompt when the first token is requested, before it runs the model.
 

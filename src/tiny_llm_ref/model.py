@@ -53,6 +53,7 @@ class Model:
     def __call__(self, tokens: mx.array, context: KVContext) -> mx.array:
         """Compute the logits of next tokens: token ids [B, L] int32 -> [B, R, vocab_size].
 
+        Logits are scores, one for each token of the vocabulary; the most likely next token has the highest.
         Turn the tokens into vectors, pass these through every layer with the context, then through the last
         norm (with `config.rms_norm_eps`) and `lm_head`.
 

@@ -22,12 +22,12 @@ class NaiveKVCache:
     """Memory for `max_seq_len` tokens of one layer, allocated at once: two arrays [Hkv, max_seq_len, D].
 
     Heads come first, then tokens, as in q, k and v. Attention reads the tokens of one head after another, so
-    every cache of this course has this order, and nothing is transposed. (The course text's sketches put
-    tokens first.)
+    every cache of this course has this order, and nothing is transposed. (Many other engines put tokens
+    first.)
 
     num_heads: heads of keys and values (Hkv). k_cache: the keys, [Hkv, max_seq_len, D]. v_cache: the values,
-    likewise. current_len: the number of stored tokens; they come first in both arrays, and the numbers after
-    them have no meaning.
+    [Hkv, max_seq_len, D]. current_len: the number of stored tokens; they come first in both arrays, and the
+    numbers after them have no meaning.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ def reserve(lengths: Sequence[int], max_seq_len: int, token_bytes: int, memory: 
     bytes for all caches; only whole caches count. `max_seq_len` and `token_bytes` are at least 1; do not
     check this.
 
-    A sequence is refused if it is longer than `max_seq_len`; one of just that length fits. `wasted` counts
+    A sequence is refused if it is longer than `max_seq_len`; one of exactly that length fits. `wasted` counts
     one cache for each other sequence, whether or not all of these caches fit into the memory at once. It is
     0.0 if every sequence is refused, or if there are none.
 

@@ -93,7 +93,7 @@ class PageScheduler:
         self._current_plan, self._running_before = Plan(), []
 
     def undo(self) -> list[str]:
-        """After a step that failed, let all running sequences wait again.
+        """After a step that failed, put all running sequences back into the queue.
 
         Copies to the host that the step planned count as lost. Returns the ids of the requests that the step
         was to compute.

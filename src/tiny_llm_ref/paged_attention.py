@@ -1,9 +1,9 @@
 """Pages for keys and values: how many holders each block has, and which blocks a sequence's tokens are in.
 
 A block has places for the keys and values of `block_size` tokens; this module knows only its id. A holder is
-a block table or the prefix cache. Plain bookkeeping over ints, no arrays. Knows nothing of the tokens, of the
-pool's arrays, or of the prefix cache. Source: Kwon et al., "Efficient Memory Management for Large Language
-Model Serving with PagedAttention" (SOSP 2023).
+a block table or the prefix cache (day 3.4). Plain bookkeeping over ints, no arrays. Knows nothing of the
+tokens, of the pool's arrays, or of the prefix cache. Source: Kwon et al., "Efficient Memory Management for
+Large Language Model Serving with PagedAttention" (SOSP 2023).
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ from .errors import DoubleFreeError, OutOfBlocksError, UnknownBlockError
 
 
 class BlockCopy(NamedTuple):
-    """A copy to make: the first `length` tokens of block `src` to `dst`, before either is written to."""
+    """A copy to make: the first `length` tokens of block `src` to `dst`, before new tokens go to either."""
 
     src: int
     dst: int
@@ -76,7 +76,7 @@ class BlockAllocator:
         self._ref_counts[block] = self._num_holders(block) + 1
 
     def free(self, block: int) -> None:
-        """Count one holder less; when the last holder frees the block, it can be allocated again.
+        """Count one holder fewer; when the last holder frees the block, it can be allocated again.
 
         Raises, and changes nothing: `DoubleFreeError` if the block is free already (it would be in the queue
         twice, and two callers would get it), `UnknownBlockError` if it is not in this pool.
@@ -246,7 +246,7 @@ class BlockTable:
         self.num_tokens += length
 
     def fork(self) -> "BlockTable":
-        """Return a second table with the same blocks and tokens; each block counts one more holder.
+        """Return a second table with the same blocks and tokens; it is one more holder of each block.
 
         No block is allocated or copied. Afterwards the two tables are independent: tokens appended to one do
         not appear in the other (`append_tokens` copies the block to which both would write). The second table

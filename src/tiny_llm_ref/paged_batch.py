@@ -31,15 +31,17 @@ class PagedBatchManager(QueueViews[PagedSequence]):
     """Runs many requests at once over one pool of pages.
 
     max_pages: the most blocks in the pool. page_size: tokens in a block. max_batch_size: the most sequences
-    that run at once; each completion counts. model: None does only the bookkeeping, and computes nothing.
-    max_batched_tokens: the most tokens in one step. max_model_len: the longest prompt + output in tokens, at
-    most the model's context. groups: the layers that share a block table; None: derived from the model's
-    windows. min_pages: blocks in the pool at the start. The pool doubles when blocks are short, up to
-    max_pages, and halves when less than a quarter is in use. None: it always has max_pages blocks.
+    that run at once; each completion counts. model: if None, the manager does only the bookkeeping, and
+    computes nothing. max_batched_tokens: the most tokens in one step. max_model_len: the longest prompt +
+    output in tokens, at most the model's context. groups: the layers that share a block table; None: derived
+    from the model's windows. min_pages: blocks in the pool at the start. The pool doubles when blocks are
+    short, up to max_pages, and halves when less than a quarter is in use. None: it always has max_pages
+    blocks.
 
     Its parts do most of the work:
     - `_queues`: the waiting and running sequences, by id.
-    - `_scheduler`: plans a step (admission, pages, preemption) over the queues and `allocator`.
+    - `_scheduler`: plans a step (admission; pages; preemption, which stops a running sequence to free its
+      blocks) over the queues and `allocator`.
     - `_layout`: how a sequence's tokens are laid out in pages. Until day 3.5 a sequence has one block table.
       If layers differ in their windows (day 3.5), it has one for each group of layers, and `_layout` makes
       them.
@@ -276,7 +278,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
             self.finish(seq_id)
 
     def recover(self) -> list[str]:
-        """After a step that raised, let all running sequences wait again.
+        """After a step that raised, put all running sequences back into the queue.
 
         Committed tokens stay. If the pool's arrays cannot be evaluated any more, they are replaced, and all
         keys and values are dropped. Returns the ids of the requests that the step was to compute.

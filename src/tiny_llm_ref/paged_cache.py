@@ -1,8 +1,8 @@
 """A cache of named sequences: a view of a pool, an allocator and block tables.
 
-`PagedKVCache(...)` makes its own pool of one layer, as the lab's cache does; `PagedKVCache.of(...)` is a view
-of the parts of a running engine. In both cases a sequence's tokens are in the blocks of its table, and tables
-may share blocks. Knows nothing of attention, models or scheduling.
+`PagedKVCache(...)` makes its own pool of one layer, enough to try it by itself; `PagedKVCache.of(...)` is a
+view of the parts of a running engine. In both cases a sequence's tokens are in the blocks of its table, and
+tables may share blocks. Knows nothing of attention, models or scheduling.
 """
 
 from typing import Self
@@ -44,7 +44,7 @@ class PagedKVCache:
 
         tables: by sequence id, for instance `{s.seq_id: s.table for s in manager.running}`. Nothing is
         copied: writing and freeing through this view changes the engine's pool and tables. Raises ValueError
-        if pool, allocator and tables do not belong together, IndexError for a layer that the pool lacks.
+        if pool, allocator and tables do not belong together, and IndexError for a layer that the pool lacks.
         """
         _check_same_pool(pool, allocator, tables)
         cache = cls.__new__(cls)

@@ -1,8 +1,8 @@
 """Attention over pages: one step's tokens, packed in one row, each attending to its own sequence's blocks.
 
-A packed step holds prefill chunks and decodes one after the other, [1, T], without padding. It writes this
-step's keys and values to the pool first, then reads everything from the pool, in the pool's type. So the
-result has the same bits whether an earlier token was computed in this step or in a step before.
+A packed step holds chunks of prompts (prefill) and decodes one after the other, [1, T], without padding. It
+writes this step's keys and values to the pool first, then reads everything from the pool, in the pool's type.
+So the result has the same bits whether an earlier token was computed in this step or in a step before.
 """
 
 from collections.abc import Sequence as Seq
@@ -94,7 +94,8 @@ def pack_batch(spans: Seq[Span]) -> PackedBatch:
 class Attended(NamedTuple):
     """The result of `write_and_attend`.
 
-    out: the output [1, H, T, D]. keys: the pool's array of keys after the write. values: that of values.
+    out: the output [1, H, T, D]. keys: the pool's array of keys after the write. values: the pool's array of
+    values after the write.
     """
 
     out: mx.array

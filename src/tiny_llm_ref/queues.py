@@ -82,7 +82,7 @@ class RequestQueues(Generic[S]):
             )
 
     def add(self, leader: S) -> None:
-        """Queue a request's leader, and register the ids of all its completions."""
+        """Queue a request's leader, which computes its prompt, and register all completions' ids."""
         number, self._num_arrived = self._num_arrived, self._num_arrived + 1
         leader.rank = (self._priority_key(number, leader.params.priority), number, 0)
         self._wait(leader)

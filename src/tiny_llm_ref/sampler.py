@@ -43,8 +43,8 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
     Go from the likeliest token to the unlikeliest: a token stays if the probabilities before it sum to less
     than p. So the likeliest token always stays. Tokens as likely as the last one that stays also stay. A
     token of probability 0 never stays, even at p = 1: its logit is -inf, or so low that the probability is 0
-    in float32. At p = 1 all other tokens stay, except that in float32 the sum can reach 1 early: tokens of
-    about 1e-7 and less may then be removed.
+    in float32. At p = 1 all other tokens stay, except that in float32 the sum can reach 1 early: tokens with
+    a probability of about 1e-7 or less may then be removed.
 
     >>> keep_top_p(mx.log(mx.array([0.5, 0.125, 0.25, 0.125])), 0.625).tolist()  # 0.5 < 0.625 <= 0.5 + 0.25
     [-0.6931471824645996, -inf, -1.3862943649291992, -inf]
@@ -81,8 +81,8 @@ def draw(logits: mx.array, seed: int, index: int) -> mx.array:
     Invert the cumulative distribution. Compute the cumulative sums of the probabilities in the order of the
     ids. The token is the first whose cumulative sum is at least (1 - u) * total, where
     u = uniform(seed, index) and total is the last cumulative sum. Multiply by total because in float32 it may
-    be below 1: with a u near 0, no cumulative sum might reach 1 - u. Use 1 - u because u can be 0 but not 1:
-    1 - u is never 0, so a token of probability 0 is never drawn, not even the first.
+    be below 1: without that, no cumulative sum may reach a 1 - u that is near 1. Use 1 - u because u can be 0
+    but not 1: 1 - u is never 0, so a token of probability 0 is never drawn, not even the first.
 
     The only randomness is u: the same seed and index give the same token, whatever is drawn in between.
 
@@ -192,7 +192,9 @@ def penalize_output(logits: mx.array, outputs: Iterable[int], frequency: float, 
 
 
 def log_probabilities(logits: mx.array) -> mx.array:
-    """Return log(softmax(logits)), [V] -> [V]; `logprobs` report it for the logits before any change.
+    """Return log(softmax(logits)), [V] -> [V].
+
+    The request parameter `logprobs` asks for these values, for the logits before any change.
 
     Compute a difference, logit - max - log(sum of e^(logit - max)): for a token 200 below the best one, the
     softmax itself would be 0, and its log -inf. A logit of -inf gives -inf.

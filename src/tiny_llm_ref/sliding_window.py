@@ -1,8 +1,8 @@
 """Sliding windows over pages: a query sees the last W tokens, and pages that no query can see are freed.
 
 Blocks before the window are neither read nor held, so in these layers a sequence of any length needs only the
-memory and the traffic of one window. W is the checkpoint's `sliding_window`; it includes the query's own
-token. Sources: Beltagy et al., "Longformer" (2020); Jiang et al., "Mistral 7B" (2023).
+memory of one window, and a query reads only one window. W is the checkpoint's `sliding_window`; it includes
+the query's own token. Sources: Beltagy et al., "Longformer" (2020); Jiang et al., "Mistral 7B" (2023).
 """
 
 from collections.abc import Sequence as Seq
@@ -90,10 +90,10 @@ class WindowedTable(BlockTable):
     def skip_to(self, position: int) -> list[int]:
         """Free every block and continue, empty, at `position`. Return the released blocks in order.
 
-        For a prefix hit so far ahead that the window sees none of the table's tokens. Raises ValueError, and
-        changes nothing, if `position` is not a multiple of the block size, or is before the end of the
-        table's tokens, start + num_tokens (the end itself is allowed). The given `release` frees the blocks,
-        empties the list `blocks`, and sets `start` to 0.
+        This is for a prefix hit that ends so far ahead that the window sees none of the table's tokens.
+        Raises ValueError, and changes nothing, if `position` is not a multiple of the block size, or is
+        before the end of the table's tokens, start + num_tokens (the end itself is allowed). The given
+        `release` frees the blocks, empties the list `blocks`, and sets `start` to 0.
 
         >>> table = WindowedTable(BlockAllocator(8), 4)
         >>> copies = table.append_tokens(6)
@@ -129,7 +129,7 @@ class WindowedTable(BlockTable):
         return super().slots(start - self.start, stop - self.start)
 
     def fork(self) -> "WindowedTable":
-        """Return a second table with the same start, blocks and tokens; each block counts one more holder."""
+        """Return a second table with the same start, blocks and tokens, one more holder of each block."""
         child = WindowedTable(self.allocator, self.block_size)
         child.blocks, child.num_tokens, child.start = list(self.blocks), self.num_tokens, self.start
         for shared in child.blocks:

@@ -18,7 +18,7 @@ def flat_slots(tables: Seq[BlockTable], lengths: Seq[int]) -> mx.array:
 
     Token i of a table is in block `blocks[i // block_size]` at offset `i % block_size`; its slot is
     block * block_size + offset. A length may be less than the number of tokens in its table. Compute whole
-    blocks with MLX, not one token at a time in Python: a step of long sequences has a hundred thousand
+    blocks with MLX, not one token at a time in Python: the sequences of one step may have a hundred thousand
     tokens.
 
     No tables, or only lengths of 0, give an empty int32 array [0]. In MLX `mx.array([])` is float32 unless

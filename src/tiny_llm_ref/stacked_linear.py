@@ -42,8 +42,8 @@ def stack(parts: Sequence[LinearLike]) -> LinearLike:
     4. Otherwise: a `StackedLinear`, which leaves every part unchanged.
 
     Evaluate joined weights and biases with `mx.eval` before you return them; `stack_packed` has done so. MLX
-    is lazy: otherwise the first forward pass would join the matrices of all layers at once, and the weights
-    would be in memory twice.
+    is lazy: an operation only records its work, and `mx.eval` does it. Without the `mx.eval`, the first
+    forward pass would join the matrices of all layers at once, and the weights would be in memory twice.
 
     >>> both = stack([Linear(mx.array([[1.0], [2.0]])), Linear(mx.array([[30.0]]))])
     >>> both(mx.array([[1.0], [2.0]])).tolist()

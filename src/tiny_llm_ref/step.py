@@ -49,7 +49,7 @@ class StepLogits(Mapping[str, mx.array]):
 
 
 class Scheduled(NamedTuple, Generic[S]):
-    """A chunk: the positions start .. stop - 1 of a sequence to compute, and the copies to make first."""
+    """A chunk to compute: the positions start .. stop - 1 of a sequence, and the copies to make first."""
 
     sequence: S
     start: int

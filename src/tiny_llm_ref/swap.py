@@ -1,8 +1,8 @@
 """Preemption by swap: copies a sequence's computed blocks to the host, and back when it runs again.
 
-Copying replaces recomputing. Full host blocks are found by their content, so blocks that several sequences
-share are on the host once. Plain bookkeeping over ints: this module plans the copies, and the pools make
-them. Source: section 4.5 of the PagedAttention paper.
+The host is a second pool of blocks, in host memory. Copying replaces recomputing. Full host blocks are found
+by their content, so blocks that several sequences share are on the host once. Plain bookkeeping over ints:
+this module plans the copies, and the pools make them. Source: section 4.5 of the PagedAttention paper.
 """
 
 from collections.abc import Mapping
@@ -133,7 +133,7 @@ class SwapSpace:
         return copies
 
     def blocks_to_swap_in(self, sequence: PagedSequence) -> int:
-        """Return how many blocks of the pool `swap_in` would take for a swapped sequence, without `at_hand`.
+        """Return how many blocks of the pool `swap_in(sequence)` would take, called without `at_hand`.
 
         The sequence may have found its first tokens in the prefix cache again. They count as computed
         (`num_computed`, a multiple of the block size), and their blocks need no copy. Sum over all tables the
@@ -230,10 +230,10 @@ class SwapSpace:
         return None if held is None or not held.is_block(stream, place) else held.block
 
     def _take(self, sequence: PagedSequence, index: int, place: int) -> int:
-        """Allocate a host block for a block of a sequence; if that is full, `_find` finds it from now on.
+        """Allocate a host block for a block of a sequence; `_find` finds it from now on if it is full.
 
-        A host block must be free. If its hash is in `_held` already, the entry stays, and the new block is
-        not found.
+        A host block must be free. The exception: if the block's hash is in `_held` already, that entry stays,
+        and `_find` does not find the new block.
         """
         host_block = self.allocator.allocate()
         if (place + 1) * self.block_size <= sequence.num_computed:

@@ -1,4 +1,4 @@
-"""Day 3.4, tasks 12 and 13: the lab's cache, in which the caller names shared prefixes."""
+"""Day 3.4, tasks 12 and 13: the cache of named sequences, in which the caller names shared prefixes."""
 
 from collections import Counter
 from collections.abc import Sequence

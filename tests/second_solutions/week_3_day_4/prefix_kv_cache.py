@@ -1,4 +1,4 @@
-"""The lab's cache with shared prefixes: sequences that name the same prefix share its blocks.
+"""The cache of named sequences, with shared prefixes: sequences that name the same prefix share its blocks.
 
 Here the caller says which prefixes are equal; `PrefixCache` finds them by content. A prefix is stored as a
 sequence that never grows. Its table holds one reference to each of its blocks, so the prefix outlives the
