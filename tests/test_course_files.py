@@ -85,10 +85,12 @@ def test_start_and_a_passing_day_name_the_days_labs(repo: Repo, capfd: pytest.Ca
     (repo.root / "labs").mkdir()
     for name, docstring in (("sums", "1.1: What a sum costs."), ("other", "1.2: Something else.")):
         (repo.root / "labs" / f"lab_{name}.py").write_text(f'"""{docstring}"""\n', "utf-8")
-    syllabus = syllabus_of(repo) assert views.tasks(repo, syllabus.day("1.1")).splitlines()[-1] == "lab:
-    pdm run lab sums" write(repo, "adding", ADDING) assert run_day(repo, syllabus, syllabus.day("1.1"), []) ==
-    0 assert "  pdm run lab sums       an experiment: predict a number, then measure it\n" in
-    capfd.readouterr().out
+    syllabus = syllabus_of(repo)
+    assert views.tasks(repo, syllabus.day("1.1")).splitlines()[-1] == "lab:     pdm run lab sums"
+    write(repo, "adding", ADDING)
+    assert run_day(repo, syllabus, syllabus.day("1.1"), []) == 0
+    shown = capfd.readouterr().out
+    assert "  pdm run lab sums       an experiment: predict a number, then measure it\n" in shown
 
 
 def test_reset_and_restore_are_commands(tmp_path: Path) -> None:

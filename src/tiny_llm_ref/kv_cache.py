@@ -16,9 +16,9 @@ from .model import Model
 def attention_without_cache(prompt_len: int, gen_len: int) -> int:
     """Count the keys computed per head and layer if every pass recomputes all of them.
 
-    As many values are computed. The formula counts one pass over the prompt, and for
-    each generated token s = 1 .. gen_len one pass over prompt_len + s tokens, which computes all their keys
-    again. With gen_len = 0, only the prompt's pass remains.
+    As many values are computed. The formula counts one pass over the prompt, and for each generated token
+    s = 1 .. gen_len one pass over prompt_len + s tokens, which computes all their keys again. With
+    gen_len = 0, only the prompt's pass remains.
 
     The formula counts one pass more than the loop of day 1.6 runs. To generate 2 tokens after 3, the loop
     runs passes over 3 and 4 tokens; the formula also counts the pass over 5, which would choose a third
