@@ -85,7 +85,7 @@ def test_a_question_longer_than_the_context_is_refused_with_the_figures(
     assert ended.code == 1
     assert ended.out == ""
     advice = "shorten it, or raise --num-blocks (the model's own limit is 8,192 tokens)"
-    assert f"must fit into 40: {advice}" in ended.err
+    assert f"must fit into 40 tokens: {advice}" in ended.err
     assert "/reset" not in ended.err
     assert ended.err.count("\n") == 1
 
@@ -499,7 +499,7 @@ def test_a_question_too_long_for_the_context_is_refused_and_the_conversation_goe
     monkeypatch.setattr(llm, "max_model_len", 80)
     conversation = talk(llm, "Name a colour.", "word " * 90, "Another.")
     shown = capsys.readouterr().err
-    assert "must fit into 80: shorten it, or raise --num-blocks" in shown
+    assert "must fit into 80 tokens: shorten it, or raise --num-blocks" in shown
     assert questions(conversation) == ["Name a colour.", "Another."]
 
 

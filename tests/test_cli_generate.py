@@ -93,8 +93,8 @@ def test_lines_of_jsonl_have_their_own_parameters(cli: Run, tmp_path: Path) -> N
     [
         ("{", "not JSON"),
         ("[]", "not a JSON object"),
-        ("{}", 'not a JSON object with either a "prompt" or "messages"'),
-        ('{"prompt": "a", "messages": []}', 'either a "prompt" or "messages"'),
+        ("{}", 'has neither "prompt" nor "messages"'),
+        ('{"prompt": "a", "messages": []}', 'has both "prompt" and "messages"'),
         ('{"messages": "hi"}', '"messages" must be a list of objects'),
         ('{"messages": []}', '"messages" must be a list of objects'),
         ('{"prompt": ""}', "not empty"),
@@ -216,9 +216,9 @@ def test_every_sampling_parameter_reaches_the_engine(cli: Run, llm: LLM) -> None
     [
         ("--logit-bias", "a=1", "'a=1' is not ID=BIAS"),
         ("--logit-bias", "5=101", "--logit-bias[5] must be from -100 to 100, not 101.0"),
-        ("--logit-bias", "99999999=1", "--logit-bias must be in the vocabulary (0 to 49151), not 99999999"),
-        ("--stop-token-id", "49152", "--stop-token-id must be in the vocabulary (0 to 49151), not 49152"),
-        ("--min-tokens", "500", "--min-tokens must be from 0 to --max-tokens, 128, not 500"),
+        ("--logit-bias", "99999999=1", "--logit-bias: token id 99999999 is outside the vocabulary (0 to"),
+        ("--stop-token-id", "49152", "--stop-token-id: token id 49152 is outside the vocabulary"),
+        ("--min-tokens", "500", "--min-tokens must be from 0 to --max-tokens (128), not 500"),
         ("--presence-penalty", "3", "--presence-penalty must be from -2 to 2, not 3"),
         ("--prompt-logprobs", "1", "add --json"),
     ],

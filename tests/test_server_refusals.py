@@ -50,7 +50,8 @@ __all__ = ["client", "llm", "served"]
             CHAT,
             {"messages": FRANCE, "response_format": {"type": "json_object"}},
             "response_format",
-            "^response_format of type json_object is not supported, only text: answers are not constrained$",
+            "^response_format json_object is not supported; the only format is text, which is not "
+            "constrained$",
         ),
         (CHAT, {"messages": FRANCE, "response_format": {"type": "x"}}, "response_format.type", "'text'"),
         (CHAT, {"messages": FRANCE, "max_tokens": 9000}, "max_tokens", "exceed the context of 8192"),
@@ -71,7 +72,7 @@ __all__ = ["client", "llm", "served"]
         (COMPLETE, {"prompt": ["x"] * 65}, "prompt", "at most 64 prompts"),
         (COMPLETE, {"prompt": ["x"] * 40, "n": 4}, "n", "at most 128 sequences .*, not 160"),
         (COMPLETE, {"prompt": "x", "stop_token_ids": [999999]}, "stop_token_ids", "not 999999"),
-        (COMPLETE, {"prompt": "x", "logit_bias": {"9" * 5000: 1}}, "logit_bias", "a mapping from token ids"),
+        (COMPLETE, {"prompt": "x", "logit_bias": {"9" * 5000: 1}}, "logit_bias", "keys must be token ids"),
         (
             COMPLETE,
             {"prompt": "x", "max_tokens": 0},
@@ -79,7 +80,7 @@ __all__ = ["client", "llm", "served"]
             "^max_tokens: must be at least 1, or 0 with echo",
         ),
         (COMPLETE, {"prompt": "x", "logprobs": 21}, "logprobs", "less than or equal to 20"),
-        (COMPLETE, {"prompt": "x", "min_tokens": 17}, "min_tokens", "from 0 to max_tokens, 16, not 17"),
+        (COMPLETE, {"prompt": "x", "min_tokens": 17}, "min_tokens", "from 0 to max_tokens (16), not 17"),
         ("/tokenize", {}, "prompt", "send either prompt or messages"),
         ("/detokenize", {"tokens": [-1]}, "tokens.0", "greater than or equal to 0"),
         ("/detokenize", {"tokens": [2**31 - 1]}, "tokens", "outside the vocabulary"),

@@ -30,7 +30,7 @@ def on_test(
     ] = None,
     isolated: Annotated[
         bool,
-        typer.Option("--isolated", help="Use only this day's modules of yours; the rest is the reference's."),
+        typer.Option("--isolated", help="Use only your modules of this day; all others are the reference's."),
     ] = False,
     watched: Annotated[
         bool, typer.Option("--watch", help="Run again after every save; a save stops the current run.")
@@ -38,8 +38,10 @@ def on_test(
     time_limit: Annotated[
         float, typer.Option(min=0, help="Limit for one test, in seconds; 0 for no limit.")
     ] = TIME_LIMIT,
-    week: Annotated[int | None, typer.Option(help="With --day, the same as DAY.")] = None,
-    day_number: Annotated[int | None, typer.Option("--day", help="With --week.")] = None,
+    week: Annotated[int | None, typer.Option(help="The week. With --day, the same as DAY.")] = None,
+    day_number: Annotated[
+        int | None, typer.Option("--day", help="The day of the week. With --week, the same as DAY.")
+    ] = None,
 ) -> int:
     """Run a day's tests on your code.
 
