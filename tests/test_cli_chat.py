@@ -413,7 +413,7 @@ def test_save_does_not_overwrite_other_files(
     file.write_text("precious", encoding="utf-8")
     talk(llm, f"/save {file}", f"/save {tmp_path / 'missing' / 'chat.json'}")
     shown = capsys.readouterr().err
-    assert "notes.txt exists already; choose another name" in shown
+    assert "notes.txt already exists; choose another name" in shown
     assert "No such file or directory" in shown
     assert file.read_text(encoding="utf-8") == "precious"
 
