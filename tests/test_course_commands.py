@@ -125,6 +125,7 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
         (["start", "7.7"], "there is no day 7.7"),
         (["test", "1.1"], "not started: pdm run start 1.1"),
         (["test", "--week", "1"], "--week and --day go together"),
+        (["test", "1.1", "--time-limit", "-1"], "--time-limit must be at least 0, not -1"),
         (["hint", "1.1.9"], "there is no exercise '1.1.9': day 1.1 has 1.1.1 to 1.1.3"),
         (["diff", "1.1"], "not started"),
         (["reset", "1.1"], "nothing to reset"),

@@ -177,7 +177,7 @@ def test_errors_of_the_hub_are_one_line(machine: Machine, hub: Hub) -> None:
     assert "no owner/other on the hub" in machine.error("owner/other")
     assert "owner/tiny on the hub does not have this file" in machine.error("owner/tiny/other.gguf")
     offline = machine.error("owner/new", HF_HUB_OFFLINE="1")
-    assert "owner/new is not in the hub's cache" in offline
+    assert "owner/new is not in the local cache" in offline
     unreachable = machine.error("owner/new", HF_ENDPOINT="http://127.0.0.1:9")
     assert "owner/new" in unreachable
     hub.gated = True

@@ -77,6 +77,8 @@ def on_test(
     own, arguments = _own_options().parse_known_args(arguments)
     isolated, watched = isolated or own.isolated, watched or own.watch
     time_limit = own.time_limit if own.time_limit is not None else time_limit
+    if time_limit < 0:
+        raise CourseError(f"--time-limit must be at least 0, not {time_limit:g}")
     if week is not None or day_number is not None:
         if week is None or day_number is None:
             raise CourseError("--week and --day go together: pdm run test --week 1 --day 1")
