@@ -1,4 +1,4 @@
-"""Does block bookkeeping cost more in a larger pool? It must not: every operation is O(1).
+"""Does block bookkeeping cost more in a larger pool? It should not: every operation is O(1).
 
 Nanoseconds per block for the operations of `BlockAllocator` and `BlockTable`, in pools of a thousand to a
 million blocks. Each round takes a thousand blocks, other ones each time. In a new pool their ids are

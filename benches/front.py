@@ -24,14 +24,14 @@ OF_TINY_LLM = {
 INTRODUCTION = """\
 Usage: pdm run bench NAME [OPTIONS]
 
-  Measure something about the engine on this machine, and compare it with what
-  is expected.
+  Measure one property of the engine on this machine, and compare the result
+  with the expected one.
 
   pdm run bench latency
   pdm run bench pool_size --json
 
-  NAME --help explains a benchmark. --json prints its figures as JSON, with a
-  description of the machine.
+  `pdm run bench NAME --help` explains a benchmark. --json prints its figures
+  as JSON, with a description of the machine.
 
 Benchmarks:
 """

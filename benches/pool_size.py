@@ -1,7 +1,7 @@
-"""Does a step take longer with a larger KV pool? It must not: writing a token writes only that token's bytes.
+"""Does a step take longer with a larger KV pool? It should not: writing a token writes only its bytes.
 
 One sequence decodes on the embedded model, with pools of a thousand to a hundred thousand blocks of one
-token. If a step copied the pool, the largest would move gigabytes in each step.
+token. If a step copied the pool, the largest pool would move gigabytes in each step.
 """
 
 from functools import partial

@@ -2,10 +2,12 @@
 
 The same requests arrive at once at the embedded model, in pools from "all fit" down to little more than the
 longest request needs, in three modes of preemption: none (an admitted request has blocks for its whole life),
-recompute and swap. The prefix cache is off, and host memory is large enough for all. Predicted: by counting
-blocks, how many requests start at once; from the preempted requests and their tokens, how many tokens are
-computed again or blocks copied out; from a line fitted to the first run's steps (time per step and time per
-token), the speed of the other runs. That line does not include copies to the host and back.
+recompute and swap. The prefix cache is off, and host memory is large enough for all.
+
+Three numbers are predicted. How many requests start at once follows from counting blocks. How many tokens are
+computed again, or blocks copied out, follows from the preempted requests and their tokens. The speed of the
+other runs follows from a line fitted to the first run's steps (time per step and time per token), which does
+not include copies to the host and back.
 
 \b
 pdm run lab pressure
@@ -35,7 +37,7 @@ BUDGET = 512  # tokens per step
 
 def measure(
     progress: Progress,
-    users: Annotated[int, typer.Option(min=2, help="Requests, all at once.")] = 16,
+    users: Annotated[int, typer.Option(min=2, help="Number of requests, which arrive at once.")] = 16,
     prompt_len: Annotated[int, typer.Option(min=8, max=2000, help="Tokens of the longest prompt.")] = 64,
     output_len: Annotated[int, typer.Option(min=4, max=2000, help="Tokens of the longest answer.")] = 96,
     seed: Annotated[int, typer.Option(help="Seed of the lengths and tokens.")] = 0,

@@ -1,4 +1,4 @@
-"""3.3: Where a token is stored, as one slot number, and what computing all slots of a batch at once saves.
+"""3.3: How one slot number says where a token is stored, and what computing a batch's slots at once saves.
 
 Computes the slot of one token, which is sometimes given as 2,050, and looks it up in arrays. Then gathers the
 keys and values of a batch whose sequences grew alternately, so that their blocks are scattered: token by

@@ -36,7 +36,9 @@ def measure(
     gen_len: Annotated[int, typer.Option(min=1, help="Tokens generated in the counted example.")] = 100,
     longest: Annotated[
         int,
-        typer.Option(min=SHORTEST, help=f"Longest timed text: {SHORTEST} tokens, 32, 64, ... up to this."),
+        typer.Option(
+            min=SHORTEST, help=f"Tokens of the longest timed text; the others have {SHORTEST}, 32, 64, ..."
+        ),
     ] = 256,
     repetitions: Annotated[int, typer.Option(min=1, help="Tokens timed at each length.")] = 1,
 ) -> Result:

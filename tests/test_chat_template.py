@@ -93,13 +93,13 @@ def test_rendering_does_not_change_the_messages() -> None:
         ("Hi", "messages: must be a list of messages, not str"),
         ({"role": "user", "content": "x"}, "messages: must be a list of messages, not dict"),
         ([*USER, "Hi"], r"messages\[1\]: must be an object, not str"),
-        ([{"content": "x"}], r"messages\[0\].role: required"),
-        ([{"role": "user"}], r"messages\[0\].content: a message of role 'user' needs text"),
+        ([{"content": "x"}], r"messages\[0\].role: is required"),
+        ([{"role": "user"}], r"messages\[0\].content: a message with role 'user' needs text"),
         (
             [*USER, {"role": "user", "content": None}],
-            r"messages\[1\].content: a message of role 'user' needs",
+            r"messages\[1\].content: a message with role 'user' needs",
         ),
-        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\].text: required"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\].text: is required"),
         ([{"role": 1, "content": "x"}], r"messages\[0\].role: must be a string, not int"),
     ],
 )

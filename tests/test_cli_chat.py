@@ -87,7 +87,7 @@ def test_a_question_longer_than_the_context_is_rejected_with_the_limit_and_advic
     assert done.code == 1
     assert done.out == ""
     advice = "shorten it, or raise --num-blocks (the model's own limit is 8,192 tokens)"
-    assert f"must fit into 40: {advice}" in done.err
+    assert f"must fit into 40 tokens: {advice}" in done.err
     assert "/reset" not in done.err
     assert done.err.count("\n") == 1
 
@@ -417,7 +417,7 @@ def test_save_does_not_overwrite_other_files(
     file.write_text("precious", encoding="utf-8")
     talk(llm, f"/save {file}", f"/save {tmp_path / 'missing' / 'chat.json'}")
     shown = capsys.readouterr().err
-    assert "notes.txt exists already; choose another name" in shown
+    assert "notes.txt already exists; choose another name" in shown
     assert "No such file or directory" in shown
     assert file.read_text(encoding="utf-8") == "precious"
 
@@ -503,7 +503,7 @@ def test_a_question_too_long_for_the_context_is_rejected_and_the_conversation_co
     monkeypatch.setattr(llm, "max_model_len", 80)
     conversation = talk(llm, "Name a colour.", "word " * 90, "Another.")
     shown = capsys.readouterr().err
-    assert "must fit into 80: shorten it, or raise --num-blocks" in shown
+    assert "must fit into 80 tokens: shorten it, or raise --num-blocks" in shown
     assert questions(conversation) == ["Name a colour.", "Another."]
 
 

@@ -62,7 +62,7 @@ def test_help_has_plain_placeholders_ranges_and_defaults(command: str, plain_cli
 def test_help_describes_the_default_seed_of_each_command(plain_cli: Run) -> None:
     chat, generate = (" ".join(plain_cli(name, "--help").out.split()) for name in ("chat", "generate"))
     assert "[default: a new seed each time]" in chat
-    assert re.search(r"--seed N [^-]*\[default: the place of each prompt", generate), generate
+    assert re.search(r"--seed N [^-]*\[default: the position of each prompt", generate), generate
 
 
 def test_help_imports_neither_mlx_nor_the_engine() -> None:
@@ -174,7 +174,7 @@ def test_sizes_are_parsed_with_decimal_and_binary_units(text: str, size: int) ->
         ),
         (["chat", "hi", "--max-model-len", "9000"], 2, ["--max-model-len", "9000", "8192"]),
         (["chat", "hi", "--num-blocks", "2", "-c", "400"], 2, ["raise --num-blocks or --kv-cache-memory"]),
-        (["chat", "hi", "--swap-space", "1G"], 2, ["--swap-space (1 GiB) is for --preemption-mode swap"]),
+        (["chat", "hi", "--swap-space", "1G"], 2, ["--swap-space (1 GiB) needs --preemption-mode swap"]),
         (["chat", "hi", "--threads", "0"], 2, ["--threads must be a whole number from 1 to 1024, not 0"]),
         (["serve", "--port", "abc"], 2, ["--port must be a whole number from 0 to 65535, not 'abc'"]),
         (["chat", "hi", "--temperature"], 2, ["--temperature needs a value"]),

@@ -106,7 +106,7 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
     assert failing.returncode == 1
     assert "wait for 1.1.1 softmax: pdm run hint 1.1.1" in failing.stdout
     tried = run(["try", "1.1"], tmp_path).stderr
-    assert re.search(r"attention\.py, line \d+: 1\.1\.2 causal_mask: ", tried), tried
+    assert re.search(r"attention\.py, line \d+: still blank: 1\.1\.2 causal_mask: ", tried), tried
     assert run(["skip", "1.1"], tmp_path).returncode == 0
     passing = run(["test", "--week", "1", "--day", "1"], tmp_path)
     assert passing.returncode == 0, passing.stdout
@@ -125,6 +125,7 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
         (["start", "7.7"], "there is no day 7.7"),
         (["test", "1.1"], "not started: pdm run start 1.1"),
         (["test", "--week", "1"], "--week and --day go together"),
+        (["test", "1.1", "--time-limit", "-1"], "--time-limit must be at least 0, not -1"),
         (["hint", "1.1.9"], "there is no exercise '1.1.9': day 1.1 has 1.1.1 to 1.1.3"),
         (["diff", "1.1"], "not started"),
         (["reset", "1.1"], "nothing to reset"),

@@ -60,7 +60,7 @@ def test_an_exercise_or_a_file_selects_the_smallest_unit_that_contains_it(
         ("1.2B", "day 1.2 has no part 'B': it has 1.2a to 1.2c"),
         ("1.2ab", "day 1.2 has no part 'ab': it has 1.2a to 1.2c"),
         ("1.1a", "day 1.1 has no part 'a': it has no parts"),
-        ("7.7a", "there is no day 7.7: `pdm run map` lists all"),
+        ("7.7a", "there is no day 7.7: `pdm run map` lists all days"),
         ("1.3a", "day 1.3 has no part 'a': it has no parts"),
     ],
 )
@@ -214,8 +214,8 @@ def test_again_keeps_a_copy_and_blanks_only_the_part(course: Repo) -> None:
     again = "back to the reference: doubling.py, 1.2.2 in counting.py"
     assert after_reset(part(course, "b"), aside) == again
     assert [moved_aside(course, file) for file in aside] == [
-        "copied to src/tiny_llm/counting.py.1.bak; counting.py keeps your work of other parts",
-        "moved to src/tiny_llm/doubling.py.1.bak",
+        "copied counting.py to src/tiny_llm/counting.py.1.bak; counting.py keeps your work of other parts",
+        "moved doubling.py to src/tiny_llm/doubling.py.1.bak",
     ]
     start(course, part(course, "b"))
     assert states(course) == [State.WRITTEN, State.BLANK, State.BLANK, State.BLANK]
@@ -263,7 +263,7 @@ def test_a_day_without_parts_keeps_what_was_skipped(course: Repo) -> None:
     day = syllabus_of(course).day("1.1")
     start(course, day)
     skip(course, day, day.exercises)
-    with pytest.raises(CourseError, match="started already"):
+    with pytest.raises(CourseError, match="has already been started"):
         start(course, day)
 
 
@@ -294,7 +294,7 @@ def test_a_day_lists_its_parts_and_a_part_only_its_own_exercises(course: Repo) -
 def test_a_blank_part_is_listed_again(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     assert start_report(course, part(course, "a"), start(course, part(course, "a"))) == [
-        "started already; all of it is still blank"
+        "already started; all of it is still blank"
     ]
 
 
@@ -305,7 +305,7 @@ def test_a_partly_written_part_is_listed_with_states(course: Repo) -> None:
     done = start(course, part(course, "b"))
     assert own(course) == solution
     assert start_report(course, part(course, "b"), done) == [
-        "part 1.2b is started already: nothing was changed"
+        "part 1.2b has already been started: nothing was changed"
     ]
     shown = tasks(course, part(course, "b"))
     assert "1.2.2  counting.py  Counter.leap(steps): written\n" in shown
@@ -336,7 +336,9 @@ def test_the_diff_of_a_part_leaves_out_other_parts(course: Repo) -> None:
         difference(course, part(course, "b"), anyway=True)
     start(course, syllabus_of(course).day("1.2"))
     write(course, "counting", solved(own(course), "Counter.leap", LEAP))
-    with pytest.raises(CourseError, match=r"part 1\.2b: not tested; run `pdm run test 1\.2b` first"):
+    with pytest.raises(
+        CourseError, match=r"part 1\.2b must pass its tests first \(not tested\): run `pdm run test 1\.2b`"
+    ):
         difference(course, part(course, "b"), anyway=False)
     shown = difference(course, part(course, "b"), anyway=True)
     assert "-        self.value += steps" in shown

@@ -36,8 +36,8 @@ def test_a_part_from_start_to_restore(tmp_path: Path) -> None:
     row = next(row for row in json.loads(run(["progress", "--json"], tmp_path).stdout) if row["day"] == "3.2")
     assert [part["done"] for part in row["parts"]] == [False, True, False, False, False]
     assert "page_block.py" in run(["diff", "3.2b"], tmp_path).stdout
-    assert run(["start", "3.2b", "--again"], tmp_path).stdout.startswith("moved to ")
-    assert "moved to " in run(["reset", "3.2b"], tmp_path).stdout
+    assert run(["start", "3.2b", "--again"], tmp_path).stdout.startswith("moved page_block.py to ")
+    assert "moved page_block.py to " in run(["reset", "3.2b"], tmp_path).stdout
     assert "restored: " in run(["restore", "3.2b"], tmp_path).stdout
 
 
@@ -48,11 +48,11 @@ def test_a_part_from_start_to_restore(tmp_path: Path) -> None:
             ([command, "3.2z"], "day 3.2 has no part 'z': it has 3.2a to 3.2e\n")
             for command in ("start", "test", "try", "hint", "diff", "compare", "skip", "reset", "restore")
         ),
-        (["test", "3.2b"], "not started: pdm run start 3.2b (writes page_block.py)\n"),
+        (["test", "3.2b"], "part 3.2b is not started: pdm run start 3.2b (writes page_block.py)\n"),
         (["reset", "3.2b"], "part 3.2b is not started: there is nothing to reset\n"),
         (["restore", "3.2b"], "part 3.2b has no files that were moved aside\n"),
-        (["skip", "3.2b"], "not started: pdm run start 3.2b\n"),
-        (["compare", "3.2b"], "not started: pdm run start 3.2b\n"),
+        (["skip", "3.2b"], "part 3.2b is not started: pdm run start 3.2b\n"),
+        (["compare", "3.2b"], "part 3.2b is not started: pdm run start 3.2b\n"),
         (["start", "3.2b", "--cpp"], "part 3.2b has no kernel in C++\n"),
     ],
 )

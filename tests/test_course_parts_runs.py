@@ -133,7 +133,9 @@ def test_a_part_that_is_not_started_says_how_to_start_it(course: Repo) -> None:
     syllabus = syllabus_of(course)
     replace(course.syllabus, "exercises = [2, 3]", "exercises = [2]")
     replace(course.syllabus, "exercises = [4]", "exercises = [3, 4]")
-    with pytest.raises(CourseError, match=r"^not started: pdm run start 1\.2a \(writes counting\.py\)$"):
+    with pytest.raises(
+        CourseError, match=r"^part 1\.2a is not started: pdm run start 1\.2a \(writes counting\.py\)$"
+    ):
         run_day(course, syllabus, part(course, "a"), [])
     start(course, part(course, "a"))
     with pytest.raises(CourseError, match=r"only a part of day 1\.2 is started: `pdm run test 1\.2a` and"):

@@ -247,7 +247,7 @@ def test_leaving_engine_chat_early_cancels_the_request(llm: LLM) -> None:
 NOT_CONVERSATIONS: list[tuple[Any, dict[str, Any], str]] = [
     (None, {}, "messages: must be a list of messages"),
     ("hi", {}, "messages: must be a list of messages, not str"),
-    ([], {}, "messages: must hold at least one message"),
+    ([], {}, "messages: must contain at least one message"),
     ([{"role": "user", "content": 3}], {}, r"messages\[0\].content: .* not int"),
     ([{"role": "user", "content": [{"type": "image_url"}]}], {}, r"messages\[0\].content\[0\].type"),
     (MESSAGES, {"add_generation_prompt": "x"}, "add_generation_prompt must be True or False, not 'x'"),

@@ -184,7 +184,7 @@ def test_temperatures_that_are_zero_or_nearly_zero_are_greedy() -> None:
         ("stop_token_ids", [1] * 129, "stop_token_ids must have at most 128 token ids, not 129"),
         ("logit_bias", dict.fromkeys(range(1025), 1), "logit_bias must have at most 1024 tokens, not 1025"),
         ("logit_bias", {5: 1, "5": 2}, "logit_bias must be a mapping that has each token once, not '5'"),
-        ("logit_bias", {"\u0665": 1}, "logit_bias must be a mapping from token ids, not '\u0665'"),
+        ("logit_bias", {"\u0665": 1}, "logit_bias keys must be token ids, not '\u0665'"),
         ("logit_bias", {True: 1}, "logit_bias must be a whole number, not True"),
         ("logit_bias", {5: float("nan")}, "logit_bias[5] must be from -100 to 100, not nan"),
         ("logit_bias", {10**9000: 1}, "logit_bias must be at most 2147483647, not a number of 29898 bits"),

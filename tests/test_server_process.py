@@ -357,7 +357,7 @@ def test_a_host_that_this_machine_does_not_have_is_refused_in_one_line(host: str
         (["--demo", "--preemption-mode", "recompute"], "leave --preemption-mode out"),
         (["--demo", "--no-live"], "leave --live out"),
         (["--api-key", " sesame"], "must not start or end with white space"),
-        (["--isolate-keys"], "--isolate-keys is for a server that has --api-key"),
+        (["--isolate-keys"], "--isolate-keys needs --api-key"),
         (["--num-blocks", "0"], "--num-blocks must be at least 1, not 0"),
         (["--kv-cache-dtype", "int8"], "not 'int8'"),
         (["--keep-alive", "0"], "--keep-alive must be more than 0 seconds, not 0"),

@@ -400,7 +400,7 @@ def test_without_swapping_there_is_no_swap_space(mode: str) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"swap_space": 8192}, r"swap_space \(8 KiB\) is for preemption_mode='swap'"),
+        ({"swap_space": 8192}, r"swap_space \(8 KiB\) needs preemption_mode='swap'"),
         ({"swap_space": 8192, "preemption_mode": "none"}, "swap_space"),
         ({"swap_space": 0, "preemption_mode": "swap"}, "swap_space must be at least 1, not 0"),
         ({"preemption_mode": "swapping"}, "preemption_mode must be one of recompute, swap, none"),

@@ -66,7 +66,7 @@ def read_messages(messages: Any, *, roles: Collection[str] | None = None) -> lis
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise MessageError("messages", f"must be a list of messages, not {_kind(messages)}")
     if not messages:
-        raise MessageError("messages", "must hold at least one message")
+        raise MessageError("messages", "must contain at least one message")
     return [_read(message, f"messages[{place}]", roles) for place, message in enumerate(messages)]
 
 
@@ -89,7 +89,7 @@ def _read(message: Any, field: str, roles: Collection[str] | None) -> ChatMessag
         raise MessageError(field, f"must be an object, not {_kind(message)}")
     role = _text(message.get("role"), f"{field}.role") if "role" in message else None
     if not role:
-        raise MessageError(f"{field}.role", "required")
+        raise MessageError(f"{field}.role", "is required")
     if roles is not None and role not in roles:
         raise MessageError(f"{field}.role", f"must be one of {', '.join(roles)}, not {role[:40]!r}")
     fields = dict(_fields(message, field))
@@ -97,7 +97,7 @@ def _read(message: Any, field: str, roles: Collection[str] | None) -> ChatMessag
     if not parts and role == "assistant" and isinstance(message.get("refusal"), str):
         parts = (message["refusal"],)  # the model's answer, in another field
     if not parts and role not in _MAY_BE_EMPTY:
-        raise MessageError(f"{field}.content", f"a message of role {role[:40]!r} needs text")
+        raise MessageError(f"{field}.content", f"a message with role {role[:40]!r} needs text")
     return ChatMessage(role, parts, fields)
 
 
@@ -141,7 +141,7 @@ def _part(part: Any, field: str) -> str:
         raise MessageError(field, f"must be a text part, not {_kind(part)}")
     kind = part.get("type")
     if kind is None:
-        raise MessageError(f"{field}.type", "required")
+        raise MessageError(f"{field}.type", "is required")
     if not isinstance(kind, str) or kind not in TEXT_PARTS:
         known = ", ".join(TEXT_PARTS)
         raise MessageError(
@@ -160,7 +160,7 @@ def _is_empty(value: Any) -> bool:
 
 def _text(value: Any, field: str) -> str:
     if value is None:
-        raise MessageError(field, "required")
+        raise MessageError(field, "is required")
     if not isinstance(value, str):
         raise MessageError(field, f"must be a string, not {_kind(value)}")
     _check_value(value, field)

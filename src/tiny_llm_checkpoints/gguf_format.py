@@ -126,8 +126,8 @@ class _Cursor:
         """Raise ValueError unless `count` bytes are left."""
         if count > self.size - self.position:
             raise ValueError(
-                f"truncated or corrupted: {what} at byte {self.position} need {count} bytes or more, "
-                f"{self.size - self.position} are left of {self.size}"
+                f"truncated or corrupted: for {what} at byte {self.position}, at least {count} bytes are "
+                f"expected, but only {self.size - self.position} of the file's {self.size} bytes are left"
             )
 
     def take(self, count: int, what: str) -> bytes:

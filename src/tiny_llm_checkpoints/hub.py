@@ -103,9 +103,9 @@ def _reason(error: Exception, repo: str) -> str:
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} requires you to accept its terms: do so on its page on the hub, and set HF_TOKEN"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"no such file or folder here, and the hub has no {repo}; if it is private, set HF_TOKEN"
+        return f"no such file or folder here, and no {repo} on the hub; if it is private, set HF_TOKEN"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        return f"no such file or folder here, {repo} is not in the hub's cache, and the hub is not reachable"
+        return f"no such file or folder here; {repo} is not in the local cache, and the hub cannot be reached"
     if isinstance(error, errors.EntryNotFoundError):
         return f"{repo} on the hub does not have this file"
     return f"cannot be downloaded from the hub: {' '.join(str(error).split()) or type(error).__name__}"

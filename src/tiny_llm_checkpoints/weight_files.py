@@ -37,7 +37,7 @@ def weight_files(folder: Path) -> list[Path]:
     if found:
         raise ModelFileError(f"{folder}: {found[0]} is not a checkpoint; expected {SINGLE} or {INDEX}")
     raise ModelFileError(
-        f"{folder}: no .safetensors file, expected {SINGLE}, the only supported weight format"
+        f"{folder}: no {SINGLE}; in a folder, .safetensors is the only supported weight format"
     )
 
 

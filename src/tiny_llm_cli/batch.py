@@ -56,7 +56,7 @@ def _request(line: Line, known: set[Any]) -> BatchRequest:
 def _problem(found: Mapping[str, Any], known: set[Any]) -> str | None:
     custom_id, body = found.get("custom_id"), found.get("body")
     if not isinstance(custom_id, str):
-        return '"custom_id" must be a text'
+        return '"custom_id" must be a string'
     if custom_id in known:
         return f"custom_id {custom_id!r} is used twice"
     if found.get("method", "POST") != "POST":

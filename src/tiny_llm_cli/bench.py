@@ -45,7 +45,9 @@ def latency(
     ] = 32,
     output_tokens: Annotated[int, typer.Option(min=2, help="Answer length when decode is measured.")] = 128,
     repetitions: Annotated[int, typer.Option(min=1, help="Measured runs; the result is their median.")] = 5,
-    warmups: Annotated[int, typer.Option(min=0, help="Runs before them, which do not count.")] = 1,
+    warmups: Annotated[
+        int, typer.Option(min=0, help="Runs before the measured ones, which do not count.")
+    ] = 1,
     seed: _Seed = 0,
     engine: EngineOptions,
 ) -> None:
@@ -88,9 +90,9 @@ def throughput(
     tiny-llm bench throughput
     tiny-llm bench throughput --shared-prefix 256 --json
 
-    The figures have the names of `vllm bench serve`: ttft is the time to the first token, tpot the time per
-    output token after it, itl the time between two tokens, e2el the time to the last token. A new request
-    arrives when another one ends. Prompts are random tokens, the same for the same --seed.
+    The figures have the same names as in `vllm bench serve`: ttft is the time to the first token, tpot the
+    time per output token after it, itl the time between two tokens, e2el the time to the last token. A new
+    request arrives when another one ends. Prompts are random tokens, the same for the same --seed.
     """
     from .bench_tables import as_throughput_table
     from .bench_throughput import ThroughputRun, measure_throughput
@@ -109,7 +111,7 @@ def throughput(
 def _only_random(name: str) -> str:
     if name != "random":
         raise typer.BadParameter(
-            f"{name!r} is not available: prompts are random", param_hint="--dataset-name"
+            f"{name!r} is not available: the only data set is random", param_hint="--dataset-name"
         )
     return name
 
@@ -125,9 +127,9 @@ def serve(
         str | None,
         typer.Option(help="The server, with or without /v1.", metavar="URL", show_default="http://HOST:PORT"),
     ] = None,
-    host: Annotated[str, typer.Option(help="The server's host, without --base-url.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="The server's host, if there is no --base-url.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=1, max=65535, help="The server's port, without --base-url.")
+        int, typer.Option(min=1, max=65535, help="The server's port, if there is no --base-url.")
     ] = 8000,
     endpoint: Annotated[
         str | None,
@@ -166,12 +168,12 @@ def serve(
         typer.Option(min=1, help="Requests that run at the same time.", show_default="no limit"),
     ] = None,
     request_rate: Annotated[
-        float, typer.Option(help="Requests sent in a second, at random moments; inf sends all at once.")
+        float, typer.Option(help="Requests per second, sent at random times; inf sends all at once.")
     ] = math.inf,
     random_input_len: Annotated[int, typer.Option(min=1, help="Length of a prompt, in tokens.")] = 96,
     random_output_len: Annotated[int, typer.Option(min=1, help="Length of an answer, in tokens.")] = 64,
     random_range_ratio: Annotated[
-        float, typer.Option(min=0, max=1, help="Vary both lengths by up to this share of them.")
+        float, typer.Option(min=0, max=1, help="Vary both lengths by up to this fraction of them.")
     ] = 0.0,
     random_prefix_len: Annotated[
         int, typer.Option(min=0, help="Tokens in front of every prompt, the same for all.")
@@ -185,7 +187,7 @@ def serve(
     ] = True,
     seed: _Seed = 0,
 ) -> None:
-    """Measure a running server: this one or another with OpenAI's API.
+    """Measure a running server that has OpenAI's API.
 
     \b
     tiny-llm bench serve
@@ -198,15 +200,15 @@ def serve(
     random English words of about one token each, to which the server adds its template. The same --seed
     sends the same requests.
 
-    The options are a subset of those of `vllm bench serve`, with smaller defaults. This command does not
-    support other data sets, --tokenizer, sampling, --burstiness, --ramp-up-strategy, --num-warmups,
-    --percentile-metrics, --goodput, --label and --save-result. --json has the keys that vLLM saves, with
+    The command has a subset of the options of `vllm bench serve`, with smaller defaults. It does not have
+    other data sets, --tokenizer, sampling, --burstiness, --ramp-up-strategy, --num-warmups,
+    --percentile-metrics, --goodput, --label and --save-result. --json has the keys that vLLM saves, but with
     error_counts (how often each error occurred) instead of a list of errors. output_tokens_are says how
     output tokens were counted: by the server (usage), or as streamed chunks with text (chunks) if the server
     does not count them.
     """
     if not request_rate > 0:
-        raise typer.BadParameter(f"{request_rate} is not more than 0", param_hint="--request-rate")
+        raise typer.BadParameter(f"must be above 0, not {request_rate}", param_hint="--request-rate")
     from .bench_serve import measure_server
     from .bench_tables import as_serve_table
     from .serve_load import ServeRun

@@ -37,8 +37,8 @@ def chat(
         bool,
         typer.Option(
             "--history/--no-history",
-            help="Keep what you type for the arrow keys of later conversations, in "
-            "~/.local/state/tiny-llm/chat_history (or under $XDG_STATE_HOME), which only you can read.",
+            help="Save what you type, so that the arrow keys bring it back in later conversations. The file, "
+            "~/.local/state/tiny-llm/chat_history (or under $XDG_STATE_HOME), is readable only by you.",
             envvar="TINY_LLM_CHAT_HISTORY",
         ),
     ] = True,
@@ -55,9 +55,9 @@ def chat(
     tiny-llm chat --system "You answer in one sentence."  say how to answer
 
     Only the answer goes to standard output. In a conversation, /help lists the commands: they set the system
-    message, show the speed, save the messages and more. A text of several lines is pasted, or typed between
-    triple quotes. Ctrl-C stops an answer, Ctrl-D leaves. A conversation that outgrows the context goes on
-    without its oldest questions and answers.
+    message, show the speed, save the messages and more. To enter several lines, paste them or type
+    them between triple quotes. Ctrl-C stops an answer, Ctrl-D leaves. When a conversation outgrows the
+    context, its oldest questions and answers are dropped.
     """
     _check_text(prompt, "PROMPT")
     _check_text(system, "--system")
@@ -100,7 +100,7 @@ def _read_question() -> str:
     """All of standard input, which is the question."""
     text = read_stdin().rstrip("\n")
     if not text.strip():
-        raise typer.BadParameter("no prompt is given, and standard input is empty", param_hint="PROMPT")
+        raise typer.BadParameter("no prompt was given, and standard input is empty", param_hint="PROMPT")
     return text
 
 

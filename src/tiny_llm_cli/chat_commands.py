@@ -12,12 +12,12 @@ from .saved_chat import read_messages, write_messages
 
 _COMMAND = re.compile(r"/([A-Za-z]+|\?)(?=\s|$)")  # not /etc/hosts
 _KEYS = '''
-"""        start a text of several lines; another """ ends it
-\\          at the end of a line: the text goes on in the next line (Alt-Enter does the same)
+"""        start a message of several lines; another """ ends it
+\\          at the end of a line continues the message on the next line (so does Alt-Enter)
 Ctrl-C     stop the answer; its text so far is kept
 Ctrl-D     leave
 
-A pasted text of several lines is one question. To ask something that starts like a command, put a space
+Several lines pasted at once are one question. To ask something that starts like a command, put a space
 before it. What you type during an answer is kept for the next question, but not sent.'''
 
 
@@ -58,10 +58,10 @@ class ChatCommands:
         self._commands = (
             _Command(("/system",), "[TEXT]", 'show or set the system message; "" removes it', self._system),
             _Command(("/stats",), "", "speed, tokens and context of the last answer", self._stats),
-            _Command(("/retry", "/regen"), "", "replace the last answer by a new one", self._retry),
+            _Command(("/retry", "/regen"), "", "replace the last answer with a new one", self._retry),
             _Command(("/reset", "/clear"), "", "forget everything except the system message", self._reset),
             _Command(("/save",), "FILE", "write the messages to a JSON file", self._save),
-            _Command(("/load",), "FILE", "go on with the messages of such a file", self._load),
+            _Command(("/load",), "FILE", "continue from the messages in such a file", self._load),
             _Command(("/help", "/?"), "", "show this", self._help),
             _Command(("/exit", "/quit", "/bye"), "", "leave", self._exit),
         )
@@ -105,7 +105,7 @@ class ChatCommands:
     def _save(self, name: str) -> Outcome:
         path = Path(name).expanduser()
         if path.exists() and path.absolute() not in self._own_files:
-            return Outcome(f"{name} exists already; choose another name")
+            return Outcome(f"{name} already exists; choose another name")
         write_messages(path, self._conversation.model_name, self._conversation.messages)
         self._own_files.add(path.absolute())
         return Outcome(f"(saved {_counted(len(self._conversation.messages), 'message')} to {name})")

@@ -192,7 +192,7 @@ class Conversation:
         if len(tokens) >= self.context:
             raise ValueError(
                 f"the prompt has {len(tokens):,} tokens, but prompt and answer together must fit into "
-                f"{self.context:,}: shorten it, or {self._how_to_extend()}"
+                f"{self.context:,} tokens: shorten it, or {self._how_to_extend()}"
             )
 
     def _how_to_extend(self) -> str:

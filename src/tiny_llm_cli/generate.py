@@ -28,7 +28,7 @@ _SAMPLING = "Sampling"
     shown={
         "max_tokens": "the model's recommendation, or 128",
         "temperature": "the model's recommendation, or 0 (1 if --n is above 1)",
-        "seed": "the place of each prompt in the list, so the same command gives the same text",
+        "seed": "the position of each prompt in the list, so the same command gives the same text",
     }
 )
 def generate(
@@ -45,7 +45,7 @@ def generate(
         typer.Option(
             "--file",
             "-f",
-            help="Read prompts from a file, or from standard input (-): one a line, as text or as JSON. "
+            help="Read prompts from a file, or from standard input (-): one per line, as text or JSON. "
             "Repeat the option for several files.",
             metavar="FILE",
         ),
@@ -78,7 +78,9 @@ def generate(
         ),
     ] = True,
     sampling: SamplingOptions,
-    n: Annotated[int, typer.Option(help="Completions of each prompt.", rich_help_panel=_SAMPLING)] = 1,
+    n: Annotated[
+        int, typer.Option(help="The number of completions of each prompt.", rich_help_panel=_SAMPLING)
+    ] = 1,
     ignore_eos: Annotated[
         bool,
         typer.Option(
@@ -88,14 +90,14 @@ def generate(
     logprobs: Annotated[
         int | None,
         typer.Option(
-            help="With --json: the log-probabilities of each token and of this many most likely tokens.",
+            help="With --json, print the log-probabilities of each token and of the N most likely tokens.",
             rich_help_panel=_SAMPLING,
         ),
     ] = None,
     prompt_logprobs: Annotated[
         int | None,
         typer.Option(
-            help="With --json: the same for each token of the prompt except the first.",
+            help="With --json, print the same for each token of the prompt except the first.",
             rich_help_panel=_SAMPLING,
         ),
     ] = None,
@@ -130,9 +132,9 @@ def generate(
     tiny-llm generate --chat --json "Name a color." "Name a fruit." > answers.jsonl
     echo '{"id": 7, "messages": [{"role": "user", "content": "Hi"}]}' | tiny-llm generate --json
 
-    A line of JSON has "prompt" (a text or token ids) or "messages" (a conversation), and may have an "id",
+    A line of JSON has "prompt" (text or token ids) or "messages" (a conversation), and may have an "id",
     which comes back with the result, and sampling parameters ("temperature", "max_tokens", ...), which
-    override the options. A file's lines are JSON if it is named .jsonl or if its first line is such an
+    override the options. A file's lines are JSON if its name ends in .jsonl or if its first line is such an
     object. Every prompt is checked before any runs; an error names the file and the line.
 
     OpenAI's batch files ("custom_id", "url" and "body" on each line) are answered as `tiny-llm serve` would,

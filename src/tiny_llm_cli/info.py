@@ -23,8 +23,8 @@ def info(
     tiny-llm info
     tiny-llm info --kv-cache-memory 64MiB --json
 
-    Memory is the peak of this process: after the model was loaded, and after it served one full step. If the
-    model cannot be loaded, the machine is shown all the same.
+    The memory figures are this process's peak after loading the model, and its peak after one full step. If
+    the model cannot be loaded, the machine is shown anyway.
     """
     from . import facts
 

@@ -37,7 +37,9 @@ def parsed(line: Line) -> dict[str, Any]:
     """The JSON object of a line. Raises ValueError for anything else."""
     try:
         found = json.loads(line.text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
         raise ValueError(f"not JSON ({error})") from error
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")

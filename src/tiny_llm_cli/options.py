@@ -27,8 +27,8 @@ def parse_bytes(text: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
     if match is None or match[2] not in _UNITS:
         raise typer.BadParameter(
-            f"{text!r} is not a size: write for example 512MiB, 1.5GiB or 2GB "
-            "(units: KiB, MiB, GiB and TiB of 1024; KB, MB, GB and TB of 1000; none: bytes)"
+            f"{text!r} is not a size such as 512MiB, 1.5GiB or 2GB (KiB, MiB, GiB and TiB are powers of "
+            "1024; KB, MB, GB and TB are powers of 1000; a number without a unit is in bytes)"
         )
     return int(float(match[1]) * _UNITS[match[2]])
 
@@ -44,7 +44,7 @@ def parse_bias(text: str) -> Bias:
     """`42=-100` -> `Bias(42, -100.0)`."""
     match = re.fullmatch(r"(\d+)=([+-]?\d+(?:\.\d+)?)", text.strip())
     if match is None:
-        raise typer.BadParameter(f"{text!r} is not ID=BIAS: write for example 42=-100")
+        raise typer.BadParameter(f"{text!r} is not ID=BIAS, for example 42=-100")
     return Bias(int(match[1]), float(match[2]))
 
 
@@ -85,13 +85,13 @@ class EngineOptions:
         ),
     ] = None
     max_num_seqs: Annotated[
-        int, typer.Option(help="Sequences that run at the same time.", rich_help_panel=_ENGINE)
+        int, typer.Option(help="The most sequences that run at the same time.", rich_help_panel=_ENGINE)
     ] = 64
     generation_config: Annotated[
         str,
         typer.Option(
-            help="Where recommended sampling parameters come from: the model (auto), nowhere (vllm), or the "
-            "generation_config.json in a folder.",
+            help="Which recommended sampling parameters to use: those of the model (auto), none (vllm), or "
+            "those of the generation_config.json in a folder.",
             metavar="auto|vllm|FOLDER",
             rich_help_panel=_ENGINE,
         ),
@@ -115,7 +115,7 @@ class EngineOptions:
     kv_cache_dtype: Annotated[
         str,
         typer.Option(
-            help="The type that keys and values are stored in.",
+            help="The data type of stored keys and values.",
             metavar="float32|float16|bfloat16",
             rich_help_panel=_TUNING,
         ),
@@ -123,7 +123,8 @@ class EngineOptions:
     dtype: Annotated[
         str,
         typer.Option(
-            help="The type of computation; auto is float32. Weights keep the type of their file.",
+            help="The data type of computation; auto is float32. Weights keep the type that they have in "
+            "their file.",
             metavar="auto|float32",
             rich_help_panel=_TUNING,
         ),
@@ -131,14 +132,14 @@ class EngineOptions:
     max_num_batched_tokens: Annotated[
         int,
         typer.Option(
-            help="Tokens computed in one step, prompt chunks and decoded tokens together.",
+            help="The most tokens computed in one step, counting prompt chunks and decoded tokens.",
             rich_help_panel=_TUNING,
         ),
     ] = 512
     max_num_waiting: Annotated[
         int | None,
         typer.Option(
-            help="Requests that may wait in the queue; further ones are rejected.",
+            help="The most requests that wait in the queue; further ones are rejected.",
             show_default="no limit",
             rich_help_panel=_TUNING,
         ),
@@ -183,8 +184,8 @@ class EngineOptions:
     batching: Annotated[
         str,
         typer.Option(
-            help="How keys and values are stored: in KV blocks (paged), or as the baseline in one contiguous "
-            "cache of --max-model-len tokens for each sequence (dense).",
+            help="How keys and values are stored: in KV blocks (paged), or in one contiguous cache of "
+            "--max-model-len tokens for each sequence (dense), which is a baseline for comparisons.",
             metavar="paged|dense",
             rich_help_panel=_TUNING,
         ),
@@ -192,8 +193,8 @@ class EngineOptions:
     chat_template_content_format: Annotated[
         str,
         typer.Option(
-            help="How the chat template takes the content of a message: as a string, as a list of parts "
-            "(openai), or as the template itself shows (auto).",
+            help="The form in which the chat template gets the content of a message: a string, a list of "
+            "parts (openai), or the form that the template expects (auto).",
             metavar="auto|string|openai",
             rich_help_panel=_TUNING,
         ),
@@ -243,8 +244,8 @@ class SamplingOptions:
     top_p: Annotated[
         float | None,
         typer.Option(
-            help="Sample from the most likely tokens that have this probability together.",
-            show_default="the model's recommendation, or 1: all",
+            help="Sample only from the most likely tokens whose probabilities add up to this.",
+            show_default="the model's recommendation, or 1 (all tokens)",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
@@ -252,7 +253,7 @@ class SamplingOptions:
         int | None,
         typer.Option(
             help="Sample from this many of the most likely tokens.",
-            show_default="the model's recommendation, or 0: all",
+            show_default="the model's recommendation, or 0 (all tokens)",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
@@ -260,32 +261,33 @@ class SamplingOptions:
         float | None,
         typer.Option(
             help="Never sample a token whose probability is below this share of the most likely token's.",
-            show_default="the model's recommendation, or 0: off",
+            show_default="the model's recommendation, or 0 (off)",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
     repetition_penalty: Annotated[
         float | None,
         typer.Option(
-            help="Make tokens of the prompt and of the answer less likely: above 1; 1.1 is mild.",
-            show_default="the model's recommendation, or 1: off",
+            help="Above 1, make tokens that are in the prompt or the answer less likely; 1.1 is mild.",
+            show_default="the model's recommendation, or 1 (off)",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
     presence_penalty: Annotated[
         float | None,
         typer.Option(
-            help="Make tokens that the answer has used less likely: above 0, up to 2. Below 0, down to -2: "
-            "more likely.",
-            show_default="the model's recommendation, or 0: off",
+            help="Above 0 (up to 2), make tokens that are already in the answer less likely; below 0 (down "
+            "to -2), more likely.",
+            show_default="the model's recommendation, or 0 (off)",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
     frequency_penalty: Annotated[
         float | None,
         typer.Option(
-            help="The same in proportion to how often each token was used; -2 to 2.",
-            show_default="the model's recommendation, or 0: off",
+            help="Like --presence-penalty, but in proportion to how often each token has been used; from "
+            "-2 to 2.",
+            show_default="the model's recommendation, or 0 (off)",
             rich_help_panel=_SAMPLING,
         ),
     ] = None
@@ -296,8 +298,8 @@ class SamplingOptions:
     logit_bias: Annotated[
         list[Bias] | None,
         typer.Option(
-            help="Add a number from -100 (never) to 100 (always) to the score of a token: 42=-100. Repeat "
-            "the option for several.",
+            help="Add a number from -100 (never) to 100 (always) to the score of a token, for example "
+            "42=-100. Repeat the option for several.",
             metavar="ID=BIAS",
             parser=parse_bias,
             rich_help_panel=_SAMPLING,

@@ -34,7 +34,7 @@ class PromptRequest:
         if self.messages is not None:
             return self
         if not isinstance(self.prompt, str):
-            raise ValueError(f"{self.place}: --chat needs a text, not token ids")
+            raise ValueError(f"{self.place}: --chat needs text, not token ids")
         return replace(self, messages=[{"role": "user", "content": self.prompt}])
 
     @property
@@ -72,13 +72,17 @@ def _from_json(line: Line, asked: AskedSampling) -> PromptRequest:
     """The prompt of a JSON line. Fields other than the prompt and its ids replace parameters of `asked`."""
     found = parsed(line)
     ids = {name: found.pop(name) for name in _IDS if name in found}
-    if ("prompt" in found) == ("messages" in found):
-        raise ValueError('not a JSON object with either a "prompt" or "messages"')
+    if "prompt" in found and "messages" in found:
+        raise ValueError('has both "prompt" and "messages", and must have only one of them')
+    if "prompt" not in found and "messages" not in found:
+        raise ValueError('has neither "prompt" nor "messages"')
     prompt, messages = found.pop("prompt", None), found.pop("messages", None)
     if messages is not None:
         _check_messages(messages)
     elif not prompt or not (isinstance(prompt, str) or _are_ids(prompt)):
-        raise ValueError(f'"prompt" must be a text or a list of token ids and not empty, not {prompt!r}')
+        raise ValueError(
+            f'"prompt" must be a non-empty string or a non-empty list of token ids, not {prompt!r}'
+        )
     known = [field.name for field in fields(SamplingParams)]
     for name in found:
         if name not in known:
@@ -92,8 +96,8 @@ def _check_messages(messages: Any) -> None:
     """Raise ValueError unless this is a list of objects; the chat template checks each message."""
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
         raise ValueError(
-            '"messages" must be a list of objects such as {"role": "user", "content": "Hello"}, '
-            f"not {str(messages)[:100]}"
+            '"messages" must be a non-empty list of objects such as {"role": "user", "content": "Hello"}, '
+            f"not {repr(messages)[:100]}"
         )
 
 

@@ -21,7 +21,7 @@ def read_messages(path: Path) -> list[dict[str, str]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file ({error})") from error
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
     messages = found.get("messages") if isinstance(found, dict) else found
     if not isinstance(messages, list):
         raise ValueError(f'{path} has no list of "messages"')
@@ -31,5 +31,5 @@ def read_messages(path: Path) -> list[dict[str, str]]:
 def _message(name: str, found: object) -> dict[str, str]:
     role, content = (found.get("role"), found.get("content")) if isinstance(found, dict) else (None, None)
     if role not in _ROLES or not isinstance(content, str):
-        raise ValueError(f'{name} needs a "role" ({", ".join(_ROLES)}) and a "content" that is a text')
+        raise ValueError(f'{name} needs a "role" ({", ".join(_ROLES)}) and a "content" that is a string')
     return {"role": role, "content": content}

@@ -81,7 +81,8 @@ class ServerOptions:
         typer.Option(
             "--allowed-host",
             help="Accept only requests for this host name (the Host header); may be repeated.",
-            show_default="any; on 127.0.0.1 without a key: 127.0.0.1 and localhost",
+            show_default="any host; if the server listens on 127.0.0.1 without a key, only 127.0.0.1 and "
+            "localhost",
             rich_help_panel=_ACCESS,
         ),
     ] = None
@@ -98,7 +99,9 @@ class ServerOptions:
     ] = 4 << 20
     body_timeout: Annotated[
         float,
-        typer.Option(help="Seconds that a client has to send a body; then 408.", rich_help_panel=_LIMITS),
+        typer.Option(
+            help="Seconds that a client has to send a body; after that, it gets 408.", rich_help_panel=_LIMITS
+        ),
     ] = 60.0
     body_memory_bytes: Annotated[
         int,
@@ -114,8 +117,8 @@ class ServerOptions:
     max_connections: Annotated[
         int,
         typer.Option(
-            help="Open connections at most. A new one replaces the connection that has been idle longest; if "
-            "all are busy, it gets 503.",
+            help="The most open connections. Beyond that, a new one replaces the connection that has been "
+            "idle longest; if all are busy, the new one gets 503.",
             rich_help_panel=_CONNECTIONS,
         ),
     ] = 1000
@@ -140,17 +143,17 @@ class ServerOptions:
         ),
     ] = 60.0
     max_n: Annotated[
-        int, typer.Option(help="Completions of one prompt (n) at most.", rich_help_panel=_LIMITS)
+        int, typer.Option(help="The most completions of one prompt (n).", rich_help_panel=_LIMITS)
     ] = 16
     max_stop: Annotated[
-        int, typer.Option(help="Stop strings in one request at most.", rich_help_panel=_LIMITS)
+        int, typer.Option(help="The most stop strings in one request.", rich_help_panel=_LIMITS)
     ] = 16
     max_prompts: Annotated[
-        int, typer.Option(help="Prompts in one request to /v1/completions at most.", rich_help_panel=_LIMITS)
+        int, typer.Option(help="The most prompts in one request to /v1/completions.", rich_help_panel=_LIMITS)
     ] = 64
     max_sequences: Annotated[
         int,
-        typer.Option(help="Prompts times n in one request at most.", rich_help_panel=_LIMITS),
+        typer.Option(help="The most sequences in one request: its prompts times n.", rich_help_panel=_LIMITS),
     ] = 128
     scheduling_policy: Annotated[
         str,
@@ -164,7 +167,7 @@ class ServerOptions:
     request_timeout: Annotated[
         float,
         typer.Option(
-            help="Abort a request that has waited and run for this many seconds; 0: no limit.",
+            help="Abort a request that has waited and run for this many seconds; 0 means no limit.",
             rich_help_panel=_LIMITS,
         ),
     ] = 600.0
@@ -179,8 +182,8 @@ class ServerOptions:
         Any,
         typer.Option(
             help="Sampling parameters for the fields that a request leaves out, as JSON: "
-            '\'{"temperature": 0.2, "top_p": 0.9}\'. They replace those of the model; known are temperature, '
-            "top_p, top_k, min_p, repetition_penalty and max_new_tokens.",
+            '\'{"temperature": 0.2, "top_p": 0.9}\'. They replace those of the model. The accepted '
+            "parameters are temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens.",
             metavar="JSON",
             parser=parse_object,
             show_default="the model's own",
@@ -190,7 +193,7 @@ class ServerOptions:
     live: Annotated[
         bool,
         typer.Option(
-            help="Serve the page at /, which chats and shows the KV pool, and its event stream /live.",
+            help="Serve the page at /, with a chat and a view of the KV pool, and its event stream /live.",
             rich_help_panel=_LOGGING,
         ),
     ] = True
@@ -231,7 +234,8 @@ def serve(
     seed: Annotated[
         int,
         typer.Option(
-            help="Seed for requests that set none: the n-th request gets the same seed after each start.",
+            help="Determines the seeds of requests that set none: after every start, the n-th request gets "
+            "the same seed.",
             rich_help_panel=_DEFAULTS,
         ),
     ] = 0,

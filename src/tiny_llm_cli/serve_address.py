@@ -18,8 +18,9 @@ class Address(NamedTuple):
 def address_of(backend: Backend, base_url: str | None, host: str, port: int, endpoint: str | None) -> Address:
     """The address. base_url, with or without /v1, overrides host and port.
 
-    Raises `BadParameter` for an endpoint of another backend.
+    Raises `BadParameter` for an endpoint of another backend, or a URL without http:// or https://.
     """
+    _check_url(base_url)
     server = (base_url or f"http://{f'[{host}]' if ':' in host else host}:{port}").rstrip("/")
     path = "/" + (endpoint or _default(backend)).strip("/")
     _check(backend, path)
@@ -27,6 +28,13 @@ def address_of(backend: Backend, base_url: str | None, host: str, port: int, end
         server = server.removesuffix("/v1").rstrip("/")
         path = path if path.startswith("/v1/") else f"/v1{path}"
     return Address(server, path)
+
+
+def _check_url(base_url: str | None) -> None:
+    if base_url and not base_url.startswith(("http://", "https://")):
+        raise typer.BadParameter(
+            f"must start with http:// or https://, not {base_url!r}", param_hint="--base-url"
+        )
 
 
 def _default(backend: Backend) -> str:

@@ -59,7 +59,7 @@ def compare(repo: Repo, unit: Unit) -> Comparison:
     if day.no_compare is not None:
         raise CourseError(f"day {day.id} has no comparison: {day.no_compare}")
     if missing_modules(repo, unit) and not (unit.kernels and libraries(repo)):
-        raise CourseError(f"not started: pdm run start {unit.id}")
+        raise CourseError(f"{unit.named} is not started: pdm run start {unit.id}")
     own = own_sources(repo, [module for module in own_modules(repo) if module in day.modules])
     with (
         overlay_of(repo, own, kernels=bool(day.kernels)) as mine,

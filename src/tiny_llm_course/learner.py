@@ -19,7 +19,8 @@ def learners_errors(repo: Repo) -> Iterator[None]:
         found = mistake(error, repo.overlay)
         if found is None:
             raise
-        raise CourseError(f"{repo.shown(found.file)}, line {found.line}: {found.what}") from error
+        state = "still blank: " if found.is_blank else ""
+        raise CourseError(f"{repo.shown(found.file)}, line {found.line}: {state}{found.what}") from error
 
 
 @contextmanager

@@ -21,6 +21,7 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
+    from typer._click.exceptions import NoArgsIsHelpError
     from typer.exceptions import TyperException
 
     from .app import command
@@ -28,6 +29,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         code = command().main(list(arguments), prog_name="pdm run", standalone_mode=False)
         return code if isinstance(code, int) else 0
+    except NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr, flush=True)
+        return error.exit_code
     except TyperException as error:
         message = error.format_message()
         if message.startswith("Missing argument"):

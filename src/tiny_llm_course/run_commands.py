@@ -30,7 +30,7 @@ def on_test(
     ] = None,
     isolated: Annotated[
         bool,
-        typer.Option("--isolated", help="Of your modules, use only this day's; the rest is the reference's."),
+        typer.Option("--isolated", help="Use only your modules of this day; all others are the reference's."),
     ] = False,
     watched: Annotated[
         bool, typer.Option("--watch", help="Run again after every save; a save stops the current run.")
@@ -38,8 +38,10 @@ def on_test(
     time_limit: Annotated[
         float, typer.Option(min=0, help="Limit for one test, in seconds; 0 for no limit.")
     ] = TIME_LIMIT,
-    week: Annotated[int | None, typer.Option(help="With --day, the same as DAY.")] = None,
-    day_number: Annotated[int | None, typer.Option("--day", help="With --week.")] = None,
+    week: Annotated[int | None, typer.Option(help="The week. With --day, the same as DAY.")] = None,
+    day_number: Annotated[
+        int | None, typer.Option("--day", help="The day of the week. With --week, the same as DAY.")
+    ] = None,
 ) -> int:
     """Run a day's tests on your code.
 
@@ -75,6 +77,8 @@ def on_test(
     own, arguments = _own_options().parse_known_args(arguments)
     isolated, watched = isolated or own.isolated, watched or own.watch
     time_limit = own.time_limit if own.time_limit is not None else time_limit
+    if time_limit < 0:
+        raise CourseError(f"--time-limit must be at least 0, not {time_limit:g}")
     if week is not None or day_number is not None:
         if week is None or day_number is None:
             raise CourseError("--week and --day go together: pdm run test --week 1 --day 1")

@@ -84,7 +84,7 @@ def on_compare(
     day: ADay,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare the speed, memory and results of your code.
+    """Compare your speed, memory and results with the reference's.
 
     \b
     pdm run compare 2.4

@@ -77,7 +77,8 @@ def start(repo: Repo, unit: Unit) -> StartResult:
     given = [exercise for exercise in unit.exercises if unit.day.parts and _is_reference_code(repo, exercise)]
     if not new and not given and not isinstance(unit, Part):
         raise CourseError(
-            f"{unit.named} is started already ({', '.join(f'{module}.py' for module in unit.modules)}): "
+            f"{unit.named} has already been started "
+            f"({', '.join(f'{module}.py' for module in unit.modules)}): "
             f"`pdm run start {unit.id} --again` moves your files aside and starts over"
         )
     for file in new:

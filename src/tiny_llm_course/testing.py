@@ -40,7 +40,9 @@ def run_started(
     """Test every day and part that was started; returns the highest exit code."""
     units = started_units(repo, syllabus)
     if not units:
-        raise CourseError("no day is started: `pdm run start 1.1` starts the first, `pdm run map` lists all")
+        raise CourseError(
+            "no day is started: `pdm run start 1.1` starts the first, `pdm run map` lists all days"
+        )
     return max(run_day(repo, syllabus, unit, arguments, time_limit=time_limit) for unit in units)
 
 
@@ -106,7 +108,7 @@ def _refuse_not_started(repo: Repo, unit: Unit) -> None:
         raise CourseError(
             f"only a part of {unit.named} is started: {parts}, or `pdm run start {unit.id}` (writes {files})"
         )
-    raise CourseError(f"not started: pdm run start {unit.id} (writes {files})")
+    raise CourseError(f"{unit.named} is not started: pdm run start {unit.id} (writes {files})")
 
 
 def _print_blanks(repo: Repo, unit: Unit) -> None:

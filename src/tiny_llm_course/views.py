@@ -34,9 +34,9 @@ def start_report(repo: Repo, unit: Unit, done: StartResult) -> list[str]:
     """The lines that report a start: files written, exercises blanked or kept, and new editor links."""
     if done.changed_nothing:
         return [
-            "started already; all of it is still blank"
+            "already started; all of it is still blank"
             if is_untouched(repo, unit)
-            else f"{unit.named} is started already: nothing was changed"
+            else f"{unit.named} has already been started: nothing was changed"
         ]
     lines = [f"wrote {repo.shown(file)}" for file in done.files]
     lines += [f"blanked in {repo.shown(repo.overlay / e.module)}.py: {e.id} {e.name}" for e in done.blanked]
@@ -57,8 +57,8 @@ def moved_aside(repo: Repo, file: Path) -> str:
     """The line about a file that was moved aside, or copied because it contains work of other parts."""
     name = _name_before(file)
     if file.with_name(name).exists():
-        return f"copied to {repo.shown(file)}; {name} keeps your work of other parts"
-    return f"moved to {repo.shown(file)}"
+        return f"copied {name} to {repo.shown(file)}; {name} keeps your work of other parts"
+    return f"moved {name} to {repo.shown(file)}"
 
 
 def after_reset(unit: Unit, moved: list[Path]) -> str:
@@ -216,10 +216,13 @@ def difference(repo: Repo, unit: Unit, *, anyway: bool) -> str:
     modules = [module for module in unit.modules if (repo.overlay / f"{module}.py").exists()]
     kernels = [kernel for kernel in unit.kernels if (repo.overlay / kernel.file).exists()]
     if not modules and not kernels:
-        raise CourseError(f"not started: pdm run start {unit.id}")
+        raise CourseError(f"{unit.named} is not started: pdm run start {unit.id}")
     found = result(repo, unit)
     if not anyway and found is not Result.PASSING:
-        raise CourseError(f"{unit.named}: {found.value}; run `pdm run test {unit.id}` first, or add --anyway")
+        raise CourseError(
+            f"{unit.named} must pass its tests first ({found.value}): run `pdm run test {unit.id}`, or add "
+            f"--anyway"
+        )
     pairs = [_of_unit(repo, unit, module) for module in modules]
     pairs += [(_text(repo.overlay / k.file), _text(sources(repo) / k.file)) for k in kernels]
     names = [f"{module}.py" for module in modules] + [kernel.file for kernel in kernels]

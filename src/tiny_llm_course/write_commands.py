@@ -32,15 +32,15 @@ def on_start(
     reference's code. You can start with any day, because the reference's modules run until you write your
     own. Your work is never overwritten.
 
-    A long day has parts, each about an evening. If you start one part, the exercises of the other parts keep
-    your code, or contain the reference's code if you have not written them.
+    A long day has parts, each about an evening's work. If you start one part, the exercises of the other
+    parts keep your code, or contain the reference's code if you have not written them.
 
     \b
     pdm run start 3.2             # all parts
     pdm run start 3.2b            # one part
     pdm run start 3.2b --again    # blank only this part; your old files are kept as *.bak
 
-    If the part is started already, the command changes nothing and lists which exercises are written.
+    If the part has already been started, the command changes nothing and lists which exercises are written.
 
     The command also creates links NAME.pyi for your editor. They point to the reference's files, so
     go-to-definition shows the reference's code, including solutions of later days.
@@ -95,7 +95,7 @@ def _skip_kernel(repo: Repo, kernel: Kernel) -> None:
     moved = set_aside_kernel(repo, kernel)
     if not moved:
         raise CourseError(
-            f"not started: the reference's {kernel.file} runs (to write yours: "
+            f"{kernel.file} is not started: the reference's runs (to write yours: "
             f"pdm run start {kernel.day_id} --cpp)"
         )
     print(f"moved your file to {repo.shown(moved[0])}; the reference's {kernel.file} runs now")
@@ -103,7 +103,7 @@ def _skip_kernel(repo: Repo, kernel: Kernel) -> None:
 
 def _refuse_unstarted(repo: Repo, unit: Unit, exercises: tuple[Exercise, ...]) -> None:
     if not any((repo.overlay / f"{exercise.module}.py").exists() for exercise in exercises):
-        raise CourseError(f"not started: pdm run start {unit.id}")
+        raise CourseError(f"{unit.named} is not started: pdm run start {unit.id}")
 
 
 def on_reset(day: ADay) -> None:

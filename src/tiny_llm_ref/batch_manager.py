@@ -122,7 +122,7 @@ def max_sequence_length(
     empty prompt, and `RequestTooLargeError` for a request that can never run within these limits.
     """
     if not tokens:
-        raise ValueError(f"request {request_id!r} has no tokens: there is nothing to continue")
+        raise ValueError(f"the prompt of request {request_id!r} has no tokens: there is nothing to continue")
     max_outputs = context - len(tokens) if params.max_tokens is None else params.max_tokens
     if len(tokens) + max_outputs > context or len(tokens) >= context:
         raise RequestTooLargeError(

@@ -456,7 +456,9 @@ class Engine:
         last = self._vocab_size - 1
         for token in tokens:
             if token > last:
-                raise SamplingParamsError(f"{name} must be in the vocabulary (0 to {last}), not {token}")
+                raise SamplingParamsError(
+                    f"{name} has token id {token}, which is outside the vocabulary (0 to {last})"
+                )
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt. Raises for ids outside the vocabulary and for too many tokens."""

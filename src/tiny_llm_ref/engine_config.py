@@ -108,7 +108,7 @@ class EngineConfig:
         for name in _COUNTS:
             self._check_number(name, least=1)
         self._check_number("seed", least=0)
-        self._check_number("activation_bits", least=min(ACTIVATION_BITS))
+        self._check_number("activation_bits", least=1)
         for name in _NAMES:
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a string, not {shown(getattr(self, name))}")
@@ -122,7 +122,7 @@ class EngineConfig:
             )
         self._check_min_num_blocks()
         if self.swap_space is not None and self.preemption_mode != "swap":
-            raise ConfigError(f"swap_space ({shown_bytes(self.swap_space)}) is for preemption_mode='swap'")
+            raise ConfigError(f"swap_space ({shown_bytes(self.swap_space)}) needs preemption_mode='swap'")
         _one_of("dtype", self.dtype, COMPUTE_DTYPES)
         _one_of("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _one_of("activation_bits", self.activation_bits, ACTIVATION_BITS)

@@ -306,7 +306,7 @@ class EngineLoop:
         >>> loop = EngineLoop(Inbox(), AdmissionControl(None, 8))
         >>> loop.drain(timeout=30.0, drained=Future())
         >>> loop.refusal()
-        EngineStoppingError('the engine is draining: it takes no more requests')
+        EngineStoppingError('the engine is shutting down and accepts no more requests')
         """
         self.refusal = self.refusal or draining_error
         self._drained.append(drained)

@@ -159,7 +159,7 @@ def fail(future: Future[Any], error: BaseException) -> None:
 
 def draining_error() -> TinyLLMError:
     """The error for a request that arrives while the engine drains."""
-    return EngineStoppingError("the engine is draining: it takes no more requests")
+    return EngineStoppingError("the engine is shutting down and accepts no more requests")
 
 
 def stopped_error() -> TinyLLMError:

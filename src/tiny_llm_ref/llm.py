@@ -363,7 +363,8 @@ def _one_for_each(
         raise ValueError(f"sampling_params must be SamplingParams, or a list of them, not {shown(params)}")
     if len(params) != num_prompts:
         raise ValueError(
-            f"{len(params)} sampling_params for {num_prompts} prompts: give one, or one for each"
+            f"{len(params)} sampling_params for {num_prompts} prompts: pass one for all prompts, "
+            "or a list with one for each"
         )
     for place, one in enumerate(params):
         if not isinstance(one, SamplingParams):

@@ -124,7 +124,7 @@ class SamplingParams:
         for name, checked in self._checked().items():
             object.__setattr__(self, name, checked)
         if self.max_tokens is not None:
-            limit = f"from 0 to max_tokens, {self.max_tokens}"
+            limit = f"from 0 to max_tokens ({self.max_tokens})"
             check(self.min_tokens <= self.max_tokens, "min_tokens", limit, self.min_tokens)
 
     def _checked(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _stop(given: object) -> str | tuple[str, ...] | None:
         refuse("stop", "a string or a list of strings", given)
     texts = listed("stop", given if several else (given,), "strings", MAX_STOPS)
     found = tuple(text(f"stop[{i}]", one, MAX_STOP_CHARACTERS) for i, one in enumerate(texts))
-    check(all(found), "stop", "non-empty strings", given)
+    check(all(found), "stop", "a non-empty string or a list of such strings", given)
     return found if several else found[0]
 
 
@@ -220,6 +220,6 @@ def _token_of_key(key: object) -> int:
     """The token id of a key, which is an integer or a string of digits."""
     if isinstance(key, str):
         is_number = key.isascii() and key.isdecimal() and len(key) <= MAX_DIGITS
-        check(is_number, "logit_bias", "a mapping from token ids", key)
+        check(is_number, "logit_bias keys", "token ids", key)
         key = int(key)
     return whole_number("logit_bias", key, 0)

@@ -112,7 +112,7 @@ def _where(body: bytes, message: str) -> str:
         return message
     reason, line, column = found[1], int(found[2]), int(found[3])
     if reason.startswith("EOF"):
-        return f"it ends after {len(body)} bytes: {reason}"
+        return f"{reason}: the body has only {len(body)} byte{'' if len(body) == 1 else 's'}"
     if (bad := _first_bad_byte(body)) is not None:
         return f"byte 0x{body[bad]:02x} at byte {bad} is not UTF-8"
     start = sum(len(one) + 1 for one in body.split(b"\n", line - 1)[: line - 1])

@@ -90,10 +90,10 @@ class ServerConfig:
             raise ConfigError(f"scheduling_policy must be fcfs or priority, not {self.scheduling_policy!r}")
         checked_overrides(self.override_generation_config)
         if not all(self.api_keys):
-            raise ConfigError("an api key must not be empty")
+            raise ConfigError("an API key must not be empty")
         if any(key != key.strip() for key in self.api_keys):
             raise ConfigError(
-                "an api key must not start or end with white space: HTTP headers cannot carry it"
+                "an API key must not start or end with white space: HTTP headers cannot carry it"
             )
         if self.isolate_keys and not self.api_keys:
-            raise ConfigError("isolate_keys is for a server that has api_keys")
+            raise ConfigError("isolate_keys needs api_keys")

@@ -44,7 +44,8 @@ def _checked_prompts(value: Any) -> Any:
     for place, item in enumerate(value):
         if type(item) is not first or first not in (str, int, list):
             raise ValueError(
-                f"[{place}] is {type(item).__name__}: the list must have only strings or only token ids"
+                f"[{place}] is of type {type(item).__name__}, but the list must have only strings or only "
+                "token ids"
             )
         if first is list:
             _check_ids(item, f"[{place}]")
@@ -292,7 +293,7 @@ class CompletionRequest(Generation):
     @model_validator(mode="after")
     def _check_best_of(self) -> "CompletionRequest":
         if self.best_of is not None and self.best_of != self.n:
-            raise ValueError(f"best_of: must equal n, which is {self.n}, not {self.best_of}")
+            raise ValueError(f"best_of: must equal n ({self.n}), not {self.best_of}")
         return self
 
     @model_validator(mode="after")
@@ -306,7 +307,7 @@ def _checked_format(value: Any) -> Any:
     """Refuse OpenAI's other formats with the code of an unsupported field."""
     kind = value.get("type") if isinstance(value, dict) else None
     if kind in ("json_object", "json_schema"):
-        message = "response_format of type {kind} is not supported, only text: answers are not constrained"
+        message = "response_format {kind} is not supported; the only format is text, which is not constrained"
         raise PydanticCustomError("unsupported_field", message, {"kind": kind})
     return value
 

@@ -155,17 +155,17 @@ class Service:
         limits, stops = self.config, [body.stop] if isinstance(body.stop, str) else body.stop or []
         for name, count, limit in (("n", body.n, limits.max_n), ("stop", len(stops), limits.max_stop)):
             if count > limit:
-                raise refused(f"{name}: at most {limit} (--max-{name}), not {count}", name)
+                raise refused(f"{name}: must be at most {limit} (--max-{name}), not {count}", name)
         self._check_sequences(num_prompts, body.n)
 
     def _check_sequences(self, num_prompts: int, n: int) -> None:
         """Raise `ApiError` for a request so large that later ones would wait too long for it."""
         if num_prompts > (limit := self.max_prompts):
-            raise refused(f"prompt: at most {limit} prompts in one request, not {num_prompts}", "prompt")
+            raise refused(f"prompt: a request may have at most {limit} prompts, not {num_prompts}", "prompt")
         if (count := num_prompts * n) > (limit := self.config.max_sequences):
             product = f"{num_prompts} prompts times n {n}"
             message = (
-                f"n: at most {limit} sequences in one request (--max-sequences), not {count} ({product})"
+                f"n: a request may have at most {limit} sequences (--max-sequences), not {count} ({product})"
             )
             raise refused(message, "n")
 
