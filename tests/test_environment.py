@@ -177,7 +177,12 @@ def test_an_engine_that_cannot_start_its_thread_reports_the_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("generate", "Hi", "--max-tokens", "2"), ("info",), ("serve", "--port", "0")]
+    "arguments",
+    [
+        ("generate", "Hi", "--max-tokens", "2"),
+        pytest.param(("info",), marks=pytest.mark.deep),
+        pytest.param(("serve", "--port", "0"), marks=pytest.mark.deep),
+    ],
 )
 @pytest.mark.parametrize(
     ("memory", "purpose"), [(200 * MIB, "the model /"), (700 * MIB, "keys and values: needs 537 MB")]
