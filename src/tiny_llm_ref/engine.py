@@ -50,11 +50,12 @@ EXIT_SECONDS = 30.0  # how long the exit of the program, or a finalizer, waits f
 class Engine:
     """Serves requests from any number of threads and event loops in one batch.
 
-    make_core: makes the core, in the engine's thread; its errors are raised here. It must not refer to the
-    owner of the engine: the thread ends when the engine is garbage-collected, and the reference could prevent
-    that. max_model_len: the longest prompt + output in tokens, so that a longer prompt is rejected before it
-    is tokenized; None: the core rejects it. chat_prompts: makes the prompts of `chat`; None: there is no chat
-    template. defaults: the parameters of requests that have none; None: `SamplingParams()`.
+    make_core: a function that makes the core; it runs in the engine's thread, and its errors are raised here.
+    It must not refer to the owner of the engine: the thread ends when the engine is garbage-collected, and
+    the reference could prevent that. max_model_len: the longest prompt + output in tokens, so that a longer
+    prompt is rejected before it is tokenized; None: the core rejects it. chat_prompts: makes the prompts of
+    `chat`; None: there is no chat template. defaults: the parameters of requests that have none; None:
+    `SamplingParams()`.
 
     Calls that wait for the engine raise `WrongThreadError` in the engine's own thread, and
     `ForkedProcessError` in a forked process.
