@@ -50,11 +50,12 @@ EXIT_SECONDS = 30.0  # how long the exit of the program, or a finalizer, waits f
 class Engine:
     """Serves requests from any number of threads and event loops in one batch.
 
-    make_core: makes the core, in the engine's thread; its errors are raised here. It must not refer to the
-    owner of the engine, because the thread ends when the engine is garbage-collected. max_model_len: the
-    longest prompt + output in tokens, so that a longer prompt is rejected before it is tokenized; None: the
-    core rejects it. chat_prompts: makes the prompts of `chat`; None: there is no chat template. defaults: the
-    parameters of requests that have none; None: `SamplingParams()`.
+    make_core: a function that makes the core; it runs in the engine's thread, and its errors are raised here.
+    It must not refer to the owner of the engine: the thread ends when the engine is garbage-collected, and
+    the reference could prevent that. max_model_len: the longest prompt + output in tokens, so that a longer
+    prompt is rejected before it is tokenized; None: the core rejects it. chat_prompts: makes the prompts of
+    `chat`; None: there is no chat template. defaults: the parameters of requests that have none; None:
+    `SamplingParams()`.
 
     Calls that wait for the engine raise `WrongThreadError` in the engine's own thread, and
     `ForkedProcessError` in a forked process.
@@ -247,9 +248,10 @@ class Engine:
         Post nothing for a request that has ended, that is, once its event with a `usage` has arrived, even if
         the client leaves at that event. A `forget` for a request that was rejected or has failed is harmless.
 
-        Nothing happens until the first event is requested. That first request raises `WrongThreadError` in
-        the engine's own thread (`refuse_to_wait("Engine.generate")`), and what `request` and `submit` raise.
-        Later ones raise `RequestFailedError` if the whole request has failed, and `EngineDeadError`.
+        Nothing happens until the caller awaits the first event. That raises `WrongThreadError` in the
+        engine's own thread (`refuse_to_wait("Engine.generate")`), and what `request` and `submit` raise.
+        Awaiting a later event raises `RequestFailedError` if the whole request has failed, or
+        `EngineDeadError`.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())

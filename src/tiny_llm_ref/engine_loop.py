@@ -55,8 +55,8 @@ class ActiveRequest(NamedTuple):
 class EngineLoop:
     """Serves requests in its own thread. Other threads may only read `stats`, `step_times` and `refusal`.
 
-    active: the requests that have not ended and have a listener, by request id. refusal: makes the error that
-    every new request gets; None: the engine takes new requests.
+    active: the requests that have not ended and have a listener, by request id. refusal: a function
+    that makes the error for a new request; None while the engine takes new requests.
     """
 
     def __init__(self, inbox: Inbox, admission: AdmissionControl) -> None:

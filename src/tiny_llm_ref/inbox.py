@@ -60,7 +60,7 @@ class Task(NamedTuple, Generic[T]):
 class Inbox:
     """A queue of tasks: any thread posts, one thread runs them.
 
-    refusal: makes the error that every task gets once the inbox is closed; None: it is open.
+    refusal: a function that makes the error for a task once the inbox is closed; None while it is open.
     """
 
     def __init__(self) -> None:

@@ -113,10 +113,10 @@ def in_order_of_arrival(number: int, priority: int) -> int:
 class Policies:
     """One object for each decision; frozen, so that a manager's behaviour never changes while it runs.
 
-    preemption: the preemption policy. prefix: makes the prefix policy, from the manager's allocator and block
-    size. swap_blocks: blocks in host memory for preempted sequences; if they do not fit, they are recomputed.
-    priority_key: makes a request's priority key, from its arrival number and its priority; the lowest key is
-    served first.
+    preemption: the preemption policy. prefix: a function or class that makes the prefix policy from the
+    manager's allocator and block size. swap_blocks: blocks in host memory for preempted sequences; if they do
+    not fit, they are recomputed. priority_key: a function that makes a request's priority key from its
+    arrival number and its priority; the lowest key is served first.
     """
 
     preemption: PreemptionPolicy = field(default_factory=NoPreemption)
