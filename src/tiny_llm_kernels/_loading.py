@@ -85,8 +85,8 @@ def _built_for(extension: Path) -> str | None:
 def _loaded(spec: ModuleSpec) -> ModuleType:
     """Load the extension and run a kernel, which fails if it and MLX disagree about the array type.
 
-    It is loaded once, even if a setting was rejected and the package is imported again: it cannot register its
-    types twice.
+    It is loaded once, even if a setting was rejected and the package is imported again: it cannot register
+    its types twice.
     """
     if EXTENSION in sys.modules:
         return sys.modules[EXTENSION]
