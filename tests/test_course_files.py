@@ -89,7 +89,10 @@ def test_start_and_a_passing_day_name_the_days_labs(repo: Repo, capfd: pytest.Ca
     assert views.tasks(repo, syllabus.day("1.1")).splitlines()[-1] == "lab:     pdm run lab sums"
     write(repo, "adding", ADDING)
     assert run_day(repo, syllabus, syllabus.day("1.1"), []) == 0
-    assert "  pdm run lab sums       an experiment: predict a number, then measure it\n" in capfd.readouterr().out
+    assert (
+        "  pdm run lab sums       an experiment: predict a number, then measure it\n"
+        in capfd.readouterr().out
+    )
 
 
 def test_reset_and_restore_are_commands(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Limit how many requests may wait. Too many are rejected at once, in the thread that submits them.
+"""Limit how many requests may wait. Further ones are rejected immediately, in the thread that submits them.
 
 This module sees nothing of the engine except the occupancy that it publishes after each task and step.
 """
@@ -38,7 +38,7 @@ class AdmissionControl:
         self._lock = Lock()
 
     def num_waiting(self) -> int:
-        """The number of waiting requests, less the free slots; below 0: so many more could start at once.
+        """The number of waiting requests, less the free slots; -n: n more could start immediately.
 
         Waiting are the requests that wait in the engine (`num_waiting`), and those that were admitted here
         but that the engine has not seen yet (`_num_admitted` less `num_seen`). Free slots are `max_num_seqs`
@@ -74,7 +74,7 @@ class AdmissionControl:
             self._num_admitted += num_requests
 
     def check(self, num_requests: int) -> None:
-        """Raise `QueueFullError`, with the numbers, if so many requests cannot be admitted now."""
+        """Raise `QueueFullError`, with the numbers, if this many requests cannot be admitted now."""
         waiting = self.num_waiting()
         if self._limit is not None and waiting + num_requests > self._limit:
             raise QueueFullError(

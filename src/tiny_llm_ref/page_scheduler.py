@@ -18,9 +18,9 @@ from .swap import SwapSpace
 class PageScheduler:
     """Plans steps over the queues and the allocator of a batch manager.
 
-    max_seqs: the most sequences that run at once; completions and beams that are still to be forked count.
-    max_tokens: the most tokens in one step. max_blocks: the size to which the pool may grow; the allocator
-    starts with at most that many blocks.
+    max_seqs: the maximum number of sequences that run at once; completions and beams that are still to be
+    forked count. max_tokens: the maximum number of tokens in one step. max_blocks: the size to which the pool
+    may grow; the allocator starts with at most that many blocks.
 
     Invariant: every admitted sequence has its reserved blocks available: free, cached but idle, or blocks by
     which the pool can still grow.
