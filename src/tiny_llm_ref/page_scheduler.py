@@ -251,8 +251,8 @@ class PageScheduler:
         """Release a running sequence's pages; it waits at the head of the queue.
 
         Its keys and values are swapped to the host if that has enough free blocks, or recomputed later. The
-        beams of a search are preempted together, because they can only advance together; they are recomputed,
-        their common tokens once.
+        beams of a search are preempted together, because they can only advance together; when they are
+        recomputed, their common tokens are computed once.
         """
         if not sequence.is_beam:
             self._swap_out(sequence, plan)
