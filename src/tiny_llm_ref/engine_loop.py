@@ -204,7 +204,7 @@ class EngineLoop:
         4. Call `_note_step` with a `StepTime`: the seconds in `core.step`, and the seconds from its end until
            now, by `time.perf_counter()`.
 
-        Do not catch what `core.step` raises: that is a fault of the engine, not of a request.
+        Do not catch errors of `core.step`: they are a fault of the engine, not of a request.
 
         >>> from unittest.mock import Mock
         >>> loop = EngineLoop(Inbox(), AdmissionControl(None, 8))

@@ -16,7 +16,7 @@ class PreemptionPolicy(Protocol):
     """Decides which sequence is preempted when blocks run out, and how many blocks admission reserves."""
 
     def reserved_tokens(self, sequence: PagedSequence) -> int:
-        """The number of tokens, from the first, that need blocks available when `sequence` is admitted."""
+        """How many of the sequence's tokens, from the first, need reserved blocks when it is admitted."""
 
     def choose_victim(self, candidates: Seq[PagedSequence]) -> PagedSequence | None:
         """The sequence to preempt, from `candidates` (oldest first, never empty); None: none of them."""
