@@ -130,11 +130,25 @@ def send_load(served: Served) -> list[httpx.Response]:
         return list(pool.map(lambda body: client.post("/v1/chat/completions", json=body), longer))
 
 
+KINDS = {
+    "allocated",
+    "shared",
+    "released",
+    "freed",
+    "cached",
+    "evicted",
+    "copied",
+    "swapped_out",
+    "swapped_in",
+}
+
+
 def test_a_client_knows_the_state_of_the_engine(served: Served, llm: LLM) -> None:
     """A client that connects before the load, and one that connects during it. All kinds of events occur."""
     with Watcher(served) as watcher:
         assert watcher.pool["num_blocks"] == watcher.pool["num_host_blocks"] == 40
         assert watcher.pool["block_size"] == 16
+        num_loads = 1
         with ThreadPoolExecutor(1) as sender:
             answers = sender.submit(send_load, served)
             until(lambda: llm.engine.stats.num_running > 3)
@@ -142,8 +156,11 @@ def test_a_client_knows_the_state_of_the_engine(served: Served, llm: LLM) -> Non
                 ids = {answer.json()["id"] for answer in answers.result(60)}
                 until(lambda: watcher.agrees_with(llm))
                 until(lambda: late.agrees_with(llm))
-    kinds = {"allocated", "shared", "released", "freed", "cached", "evicted", "copied"}
-    assert {*kinds, "swapped_out", "swapped_in"} <= set(watcher.received_kinds)
+        while not watcher.received_kinds.keys() >= KINDS and num_loads < 5:  # the order of events varies
+            send_load(served)
+            num_loads += 1
+            until(lambda: watcher.agrees_with(llm))
+    assert watcher.received_kinds.keys() >= KINDS
     assert not watcher.sequences
     received = {one["request"] for step in watcher.steps for one in step["sequences"]}
     assert ids <= received, "the ids are those that the clients of the requests get"
