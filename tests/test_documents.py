@@ -8,6 +8,7 @@ import fcntl
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -122,7 +123,7 @@ class Reader:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", PORT)) == 0:
                 pytest.skip(f"another program listens on port {PORT}")
-        self.server = subprocess.Popen(command.split(), cwd=self.folder, env=self.environment)
+        self.server = subprocess.Popen(shlex.split(command), cwd=self.folder, env=self.environment)
         end = time.monotonic() + SECONDS
         while not self.is_ready():
             assert self.server.poll() is None, f"{command} exited with {self.server.returncode}"
@@ -147,7 +148,7 @@ class Reader:
         """Start a conversation on a terminal and leave it with /exit."""
         terminal, other_end = pty.openpty()
         with subprocess.Popen(
-            command.split(),
+            shlex.split(command),
             cwd=self.folder,
             env=self.environment,
             stdin=other_end,
