@@ -21,6 +21,7 @@ import draw
 from catalog import Lab
 from report import Report, as_json_object, show
 from result import Result
+from tiny_llm_cli.command import Command
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.learner import learners_errors
 from tiny_llm_course.repo import Repo
@@ -91,7 +92,7 @@ def as_command(lab: Lab, measure: Callable[..., Result]) -> TyperCommand:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.command(help=lab.doc)(command)
+    app.command(help=lab.doc, cls=Command)(command)
     built = get_command(app)
     assert isinstance(built, TyperCommand)
     return built

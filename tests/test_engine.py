@@ -390,7 +390,7 @@ def test_requests_count_as_waiting_only_when_all_slots_are_taken() -> None:
     submit(1)
     held_core.wait()
     submit(3)  # three slots, and one request waits; none has been served yet
-    with pytest.raises(QueueFullError, match="1 requests wait and max_num_waiting is 1"):
+    with pytest.raises(QueueFullError, match="1 request waits and max_num_waiting is 1"):
         submit(1)
     held_core.allow_all_steps()
     engine.start_draining().result(SECONDS)
@@ -412,7 +412,7 @@ def test_requests_count_as_waiting_when_slots_are_free_but_pages_are_not() -> No
         held_core.wait()
     second.result(SECONDS)
     assert (engine.stats.num_running, engine.stats.num_waiting) == (1, 1)
-    with pytest.raises(QueueFullError, match="1 requests wait and max_num_waiting is 1"):
+    with pytest.raises(QueueFullError, match="1 request waits and max_num_waiting is 1"):
         engine.submit([engine.request([20], params)], print)
     held_core.allow_all_steps()
     engine.start_draining().result(SECONDS)

@@ -51,7 +51,7 @@ def step(manager: PagedBatchManager, token: int = 9) -> list[str]:
 @pytest.mark.parametrize(
     ("prompt", "params", "figures"),
     [
-        (32, outputs(1), "32 prompt tokens and 1 output tokens exceed the context of 32"),
+        (32, outputs(1), "32 prompt tokens and 1 output token exceed the context of 32"),
         (40, outputs(None), "40 prompt tokens .* exceed the context of 32"),
         (20, outputs(13), "20 prompt tokens and 13 output tokens exceed the context of 32"),
         (4, outputs(4, n=5), "n = 5 exceeds the 4 sequences"),

@@ -108,6 +108,8 @@ def _explained(error: TyperException, context: Any) -> str:
     param = getattr(error, "param", None)
     if param is not None and _is_number(param):
         return f"{_long_name(param) or param.opts[0]} must be {_wanted(param.type)}, not {_value(error)}"
+    if param is not None and param.type.name == "bool":
+        return f"{param.envvar} must be 1 (on) or 0 (off), not {_value(error)}"
     hint = getattr(error, "param_hint", None) or (None if param is None else _long_name(param))
     return f"{hint}: {error.message}" if hint and error.message else error.format_message()
 

@@ -16,6 +16,8 @@ from tiny_llm import (
     TinyLLMError,
 )
 
+from .invalid_fields import invalid
+
 LONGEST_MESSAGE = 1000  # characters; a message may quote the request
 LONGEST_PARAM = 200
 UNEXPECTED = "internal_error"  # the code of an error that no part of the server expects
@@ -172,7 +174,7 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "extra_forbidden":
         return refused(f"{field} is not supported", field, UNSUPPORTED)
     if first["type"] != "value_error":
-        return refused(f"{field}: {first['msg']}", field)
+        return refused(f"{field}: {invalid(first)}", field)
     message = str(first["ctx"]["error"])
     named, _, _ = message.partition(":")  # validators of several fields start their message with the name
     return refused(message, named) if field is None else refused(f"{field}: {message}", field)
