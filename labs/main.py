@@ -22,6 +22,7 @@ from catalog import Lab
 from report import Report, as_json_object, show
 from result import Result
 from tiny_llm_cli.command import Command
+from tiny_llm_cli.mistakes import explain
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.learner import learners_errors
 from tiny_llm_course.repo import Repo
@@ -64,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
         with learners_errors(Repo.here()):
             as_command(lab, lab.load()).main(options, prog_name=f"pdm run lab {name}", standalone_mode=False)
     except (TyperException, catalog.UnknownLabError) as error:
-        return _fail(error.format_message() if isinstance(error, TyperException) else str(error), USAGE)
+        return _fail(explain(error) if isinstance(error, TyperException) else str(error), USAGE)
     except Exception as error:
         if not _is_user_error(error):
             raise
