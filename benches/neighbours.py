@@ -75,7 +75,7 @@ def fields_at_their_limits() -> dict[str, dict[str, Any]]:
 
 
 def cases(completions: int, long: bool) -> list[Case]:
-    """Every field with one and with several completions; fields that read earlier tokens also after many."""
+    """Every field with one and several completions; fields that read earlier tokens also with many."""
     fields = fields_at_their_limits()
     made = [Case(name, value, completions=n) for name, value in fields.items() for n in (1, completions)]
     made += [Case("prompt_logprobs", {"prompt_logprobs": MAX_LOGPROBS}, 2000, in_prompt=True)]

@@ -23,7 +23,7 @@ BYTES = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 2
 
 
 def serve(manager: PagedBatchManager, watch: BlockWatch) -> Counter[Kind]:
-    """Run requests that share, fork, are preempted and swapped; returns how often each event came."""
+    """Run requests that share, fork, are preempted and swapped; returns how often each event occurred."""
     counts: Counter[Kind] = Counter()
     mirror = Mirror()
     for i in range(7):

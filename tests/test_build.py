@@ -145,7 +145,7 @@ def test_idle_threads_sleep() -> None:
     assert float(run(WORK + idle, TINY_LLM_NUM_THREADS="4").stdout) < 0.05
 
 
-def test_no_build_flag_depends_on_the_building_machine() -> None:
+def test_no_build_flag_depends_on_the_build_machine() -> None:
     text = "\n".join(
         line
         for line in (ROOT / "CMakeLists.txt").read_text().splitlines()

@@ -285,6 +285,7 @@ DYNAMIC: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("what", [name for name in DYNAMIC if "imported" not in name])
 def test_a_broken_rule_is_found_by_running(repo: Repo, what: str) -> None:
     change, message = DYNAMIC[what]

@@ -87,7 +87,7 @@ def test_modules_of_other_days_do_not_run(here: Repo) -> None:
     assert compare(here, day(here, "2.6")).differing == 0
 
 
-def test_a_blank_or_a_mistake_is_one_line_with_the_learners_file(here: Repo) -> None:
+def test_a_blank_or_a_mistake_is_reported_in_one_line_with_the_learners_file(here: Repo) -> None:
     one = day(here, "1.2")
     start(here, one)
     with pytest.raises(CourseError) as blank:

@@ -409,6 +409,7 @@ DYNAMIC: dict[str, tuple[Change, str]] = {
 }
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("what", DYNAMIC)
 def test_a_broken_rule_about_parts_is_found_by_running(course: Repo, what: str) -> None:
     change, message = DYNAMIC[what]

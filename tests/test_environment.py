@@ -103,7 +103,7 @@ def test_generation_works_on_a_small_stack() -> None:
 
 @compiled
 @pytest.mark.parametrize("value", ["100000", "1025", "0", "-1", "abc", "1e9", "\u0662", "9" * 5000])
-def test_an_invalid_number_of_threads_in_the_environment_is_one_line_of_error(value: str) -> None:
+def test_an_invalid_number_of_threads_in_the_environment_gives_a_one_line_error(value: str) -> None:
     code, stderr = command("info", TINY_LLM_NUM_THREADS=value)
     assert code == 1
     assert stderr.startswith(
@@ -177,12 +177,17 @@ def test_an_engine_that_cannot_start_its_thread_reports_the_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("generate", "Hi", "--max-tokens", "2"), ("info",), ("serve", "--port", "0")]
+    "arguments",
+    [
+        ("generate", "Hi", "--max-tokens", "2"),
+        pytest.param(("info",), marks=pytest.mark.deep),
+        pytest.param(("serve", "--port", "0"), marks=pytest.mark.deep),
+    ],
 )
 @pytest.mark.parametrize(
     ("memory", "purpose"), [(200 * MIB, "the model /"), (700 * MIB, "keys and values: needs 537 MB")]
 )
-def test_too_little_memory_is_one_line_with_the_purpose_and_the_limit(
+def test_too_little_memory_gives_a_one_line_error_with_the_purpose_and_the_limit(
     arguments: tuple[str, ...], memory: int, purpose: str
 ) -> None:
     code, stderr = command(*arguments, limit=limited(resource.RLIMIT_AS, memory))

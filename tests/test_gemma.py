@@ -90,10 +90,10 @@ def test_a_bfloat16_folder_gives_the_logits_of_the_same_numbers_in_float32(tmp_p
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("off_by", [-1, 1, None])
-def test_a_wrong_window_changes_the_logits_from_its_size_on(
+def test_a_wrong_window_changes_the_logits_at_positions_beyond_it(
     name: str, off_by: int | None, tmp_path: Path
 ) -> None:
-    """Oracle: the goldens; from the window's size on, position p sees a token too many or too few."""
+    """Oracle: the goldens; positions from the window's size on see one token too many or too few."""
     model = build(
         read_checkpoint(
             write_folder(tmp_path, WINDOWED_CONFIGS[name], random_weights(WINDOWED_CONFIGS[name]))
@@ -432,7 +432,7 @@ def check_answers(llm: LLM, names: Sequence[str]) -> list[int]:
 def test_all_goldens_are_right_on_pages_from_a_cold_and_from_a_warm_cache(serve: Serve) -> None:
     """Oracle: transformers' greedy continuations. Prompts up to 1,100 tokens in a batch, at most 512 a step.
 
-    The second time only the end of a block is left to compute, or what is too short to copy.
+    The second time, each prompt computes only the end of a block, or a part that is too short to copy.
     """
     llm, names = serve(max_num_batched_tokens=384, max_num_seqs=8), list(CONTINUATIONS)
     lengths = [len(CONTINUATIONS[name]["prompt_ids"]) for name in names]

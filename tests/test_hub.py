@@ -118,9 +118,9 @@ EXTRA = ("consolidated.safetensors", "adapter_model.safetensors", "other.safeten
 @pytest.mark.parametrize(
     ("names", "has_index"),
     [
-        (["model.safetensors"], False),
         (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], True),
-        (["weights.00.safetensors", "weights.01.safetensors"], False),
+        pytest.param(["model.safetensors"], False, marks=pytest.mark.deep),
+        pytest.param(["weights.00.safetensors", "weights.01.safetensors"], False, marks=pytest.mark.deep),
     ],
 )
 def test_only_the_files_of_the_checkpoint_are_downloaded(
@@ -144,6 +144,7 @@ def test_only_the_files_of_the_checkpoint_are_downloaded(
     assert machine.run("owner/tiny", HF_HUB_OFFLINE="1").stdout == done.stdout
 
 
+@pytest.mark.deep
 def test_all_parts_of_a_split_gguf_are_downloaded(machine: Machine, hub: Hub, tmp_path: Path) -> None:
     weights, hub.folder = random_weights(CONFIG), tmp_path / "repository"
     (hub.folder / "Q8_0").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Installing does not affect the overlay: imports follow `__path__`, also after a second install.
+"""Installing does not affect the overlay: imports follow `__path__`, even after a second install.
 
 Each test has a copy of the source tree and a new virtual environment. Nothing is compiled or downloaded: the
 build backend and MLX come from the running environment.

@@ -173,7 +173,9 @@ def test_an_unwritten_exercise_is_an_error_of_one_line_with_its_place(tmp_path: 
     command = [sys.executable, str(LABS / "main.py"), "naive"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [f"error: {tmp_path / 'naive_cache.py'}, line 2: {message}"]
+    assert done.stderr.splitlines() == [
+        f"error: {tmp_path / 'naive_cache.py'}, line 2: still blank: {message}"
+    ]
 
 
 # ---- the counts ----

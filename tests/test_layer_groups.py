@@ -1,4 +1,4 @@
-"""Layers in groups of one size, and the most blocks that a group's table can hold at once.
+"""Layers in groups of one size, and the maximum number of blocks in a group's table.
 
 Oracles: groups written by hand, invariants of any division, and tables that grow step by step.
 """

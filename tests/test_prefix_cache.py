@@ -428,7 +428,7 @@ def large_cache(num_in_use: int, num_idle: int) -> PrefixCache:
 
 @pytest.mark.parametrize("in_use", [True, False])
 def test_eviction_costs_the_same_however_many_blocks_are_cached(in_use: bool) -> None:
-    """A block is filled, cached, released and evicted, also while many others are in use."""
+    """A block is filled, cached, released and evicted, once while many others are in use."""
     costs = []
     for size in SIZES:
         cache = large_cache(size, 0) if in_use else large_cache(0, size)

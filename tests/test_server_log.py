@@ -70,7 +70,7 @@ def only_line(log: list[str]) -> str:
     return line
 
 
-def test_a_finished_request_is_one_line_with_its_id_tokens_times_and_reason(
+def test_a_finished_request_gets_one_line_with_its_id_tokens_times_and_reason(
     client: httpx.Client, log: list[str]
 ) -> None:
     body = {"prompt": "A prefix that fills more than one block of the pool, so that it is cached. " * 2}

@@ -588,7 +588,7 @@ def test_swap_space_is_counted_in_the_same_blocks() -> None:
 
 WINDOWS = (None, 12, 12)
 SIZE, CHUNK = 4, 8
-IN_REACH = 6  # the most blocks of 4 that a step of 8 tokens and the 11 before it span: 19 tokens
+IN_REACH = 6  # at most, for the 19 tokens of a step of 8 and the 11 before it, in blocks of 4
 
 
 def manager_of(

@@ -259,7 +259,7 @@ def test_a_prompt_without_space_for_output_is_rejected_with_its_length_and_the_l
     with pytest.raises(PromptTooLongError, match=message):
         TOKENIZER.encode(text, context=3)
     with pytest.raises(
-        PromptTooLongError, match=r"^1 prompt token and 1 output token exceed the context of 1$"
+        PromptTooLongError, match=r"^at least 1 prompt token and 1 output token exceed the context of 1$"
     ):
         TOKENIZER.encode("one", context=1)
 

@@ -1,6 +1,6 @@
 """Day 1.1: attention, written in plain MLX.
 
-When it passes, you have softmax, the causal mask and scaled dot-product attention: the plain version
+When these tests pass, you have softmax, the causal mask and scaled dot-product attention: the plain version
 that the tests of every faster one compare with.
 """
 

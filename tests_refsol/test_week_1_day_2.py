@@ -1,7 +1,7 @@
 """Day 1.2: rotary position embeddings (RoPE).
 
-When it passes, you have the frequencies of a head's pairs and the rotation that tells attention how far apart
-two tokens are, in Hugging Face's layout.
+When these tests pass, you have the frequencies of a head's pairs and the rotation that tells attention how
+far apart two tokens are, in Hugging Face's layout.
 """
 
 import mlx.core as mx

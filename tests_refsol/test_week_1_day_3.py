@@ -1,7 +1,7 @@
 """Day 1.3: the attention layer, with query heads in groups that share keys and values.
 
-When it passes, you have grouped-query attention, and the layer that projects, rotates, hands its heads to a
-context, and projects back.
+When these tests pass, you have grouped-query attention, and the layer that projects, rotates, hands its heads
+to a context, and projects back.
 """
 
 from dataclasses import dataclass, field, replace
@@ -86,7 +86,7 @@ def test_task_1_causal_attention_matches_mlx(length: int, total: int) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 2), (2, 4), (9, 4)])
-def test_task_1_query_heads_that_kv_heads_do_not_divide_are_rejected(heads: int, kv_heads: int) -> None:
+def test_task_1_query_heads_must_be_a_multiple_of_the_kv_heads(heads: int, kv_heads: int) -> None:
     """Oracle: the docstring: ValueError if H is not a multiple of Hkv."""
     q, k, v = (mx.array(x) for x in random_qkv(5, (1, heads, 2, 8), (1, kv_heads, 2, 8)))
     with pytest.raises(ValueError):
@@ -223,7 +223,7 @@ def test_task_2_queries_and_keys_are_rotated_by_the_given_positions_and_values_a
 def test_task_2_projected_heads_match_numpy(
     heads: int, kv_heads: int, size: int, width: int, positions: list[int]
 ) -> None:
-    """Oracle: NumPy in float64, one matrix after the other, also if H * D is not E."""
+    """Oracle: NumPy in float64, one matrix after the other, even if H * D is not E."""
     weights = random_weights(21, heads, kv_heads, size, width)
     x = np.random.default_rng(22).normal(size=(2, len(positions), width)).astype(np.float32)
     found = weights.layer().project(mx.array(x), mx.array(positions, mx.int32))
@@ -342,7 +342,7 @@ def test_task_3_the_context_gets_the_number_of_the_layer(layer: int) -> None:
 def test_task_3_the_whole_layer_matches_numpy(
     heads: int, kv_heads: int, size: int, width: int, batch: int, length: int
 ) -> None:
-    """Oracle: NumPy in float64, with rotation, also if H * D is not E."""
+    """Oracle: NumPy in float64, with rotation, even if H * D is not E."""
     weights = random_weights(9, heads, kv_heads, size, width)
     x = np.random.default_rng(10).normal(size=(batch, length, width)).astype(np.float32)
     out = run_layer(weights.layer(), x)

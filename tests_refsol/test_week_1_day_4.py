@@ -1,7 +1,7 @@
 """Day 1.4: RMSNorm, stacked matrices and the feed-forward network.
 
-When it passes, you have the norm in front of each half of a block, the gated network that is the second half,
-and one matrix that does the work of several.
+When these tests pass, you have the norm in front of each half of a block, the gated network that is the
+second half, and one matrix that does the work of several.
 """
 
 import mlx.core as mx
@@ -42,7 +42,7 @@ def test_task_1_each_value_is_multiplied_by_its_weight() -> None:
 
 
 def test_task_1_eps_is_added_under_the_root() -> None:
-    """Oracle: by hand: 25 and 11 is 36, whose root is 6. If it is added after the root, 5 + 11."""
+    """Oracle: by hand: sqrt(25 + 11) = 6. Common mistake: adding it after the root, 5 + 11."""
     out = rms_norm(mx.array([[1.0, 7.0]]), mx.ones(2), 11.0)
     np.testing.assert_allclose(np.array(out), [[1 / 6, 7 / 6]], rtol=1e-5)
 

@@ -1,6 +1,6 @@
 """Day 1.5: the block and the model.
 
-When it passes, you have a whole decoder: token ids in, logits out, its weights from a checkpoint. The
+When these tests pass, you have a whole decoder: token ids in, logits out, its weights from a checkpoint. The
 embedded model runs on it and predicts " Paris" after "The capital of France is".
 """
 
@@ -157,8 +157,8 @@ def fake_block(
 def test_task_1_each_half_gets_normalized_input_and_is_added_to_the_stream() -> None:
     """Oracle: by hand, with halves that return their input.
 
-    (1, 7) is normalized to (0.2, 1.4), times 10 is (2, 14), and the sum is (3, 21); that is normalized to
-    (0.2, 1.4) again, times 5 is (1, 7), and the sum is (4, 28).
+    The first half normalizes (1, 7) to (0.2, 1.4), multiplies it by 10 and adds (2, 14): (3, 21). The second
+    normalizes that to (0.2, 1.4) again, multiplies it by 5 and adds (1, 7): (4, 28).
     """
     block = fake_block(lambda x: x, lambda x: x, mx.full(2, 10.0), mx.full(2, 5.0))
     out = block(mx.array([[[1.0, 7.0]]]), NoCacheContext(1, 1.0))
@@ -180,7 +180,7 @@ def test_task_1_the_second_half_sees_what_the_first_one_added() -> None:
 
 
 def test_task_1_both_norms_use_the_eps_of_the_block() -> None:
-    """Oracle: by hand: with 11 under the root (1, 7) is divided by 6, and the second half outputs zeros."""
+    """Oracle: by hand: an eps of 11 divides (1, 7) by sqrt(25 + 11) = 6; the second half outputs zeros."""
     block = replace(fake_block(lambda x: x, mx.zeros_like, mx.full(2, 12.0), mx.ones(2)), eps=11.0)
     out = block(mx.array([[[1.0, 7.0]]]), NoCacheContext(1, 1.0))
     np.testing.assert_allclose(np.array(out), [[[3, 21]]], rtol=1e-5)
@@ -263,7 +263,7 @@ def run_model(model: Model, tokens: list[list[int]], rows: list[int] | None = No
 
 
 def test_task_2_a_model_without_layers_looks_up_normalizes_and_projects() -> None:
-    """Oracle: by hand: (1, 7) is (0.2, 1.4), weighted (2, 7); (7, 1) is (1.4, 0.2), weighted (14, 1).
+    """Oracle: by hand: (1, 7) is normalized to (0.2, 1.4), weighted (2, 7); (7, 1) gives (14, 1).
 
     Without the last norm the first logits are 1, 70 and 800.
     """
@@ -272,7 +272,7 @@ def test_task_2_a_model_without_layers_looks_up_normalizes_and_projects() -> Non
 
 
 def test_task_2_layers_run_in_order() -> None:
-    """Oracle: by hand: (1, 7), doubled and then plus (12, -12), is (14, 2), which is normalized as (7, 1) is.
+    """Oracle: by hand: (1, 7), doubled, plus (12, -12) is (14, 2), which is normalized to the same as (7, 1).
 
     In the other order the stream is (26, -10).
     """
@@ -302,7 +302,7 @@ def test_task_2_every_layer_gets_the_context_of_the_pass() -> None:
 
 
 def test_task_2_the_last_norm_uses_the_eps_of_the_config() -> None:
-    """Oracle: by hand: with 11 under the root (1, 7) is divided by 6, which makes (10/6, 35/6)."""
+    """Oracle: by hand: an eps of 11 divides (1, 7) by sqrt(25 + 11) = 6; the weights make it (10/6, 35/6)."""
     model = fake_model(())
     model = replace(model, config=replace(model.config, rms_norm_eps=11.0))
     np.testing.assert_allclose(run_model(model, [[0]]), [[[10 / 6, 350 / 6, 4500 / 6]]], rtol=1e-4)

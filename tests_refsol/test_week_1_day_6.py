@@ -1,6 +1,6 @@
 """Day 1.6: text from a model.
 
-When it passes, you have a loop that extends a prompt by the most likely token each time, and text that
+When these tests pass, you have a loop that extends a prompt by the most likely token each time, and text that
 it yields piece by piece, every character complete.
 """
 

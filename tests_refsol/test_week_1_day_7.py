@@ -1,7 +1,7 @@
 """Day 1.7: from logits to a token.
 
-When it passes, you have the filters, the penalties and the draw of a sampler whose tokens never depend on the
-other requests in a batch, and the log-probabilities that are reported with them.
+When these tests pass, you have the filters, the penalties and the draw of a sampler whose tokens never depend
+on the other requests in a batch, and the log-probabilities that are reported with them.
 """
 
 from collections.abc import Callable, Iterable
@@ -55,7 +55,7 @@ def test_task_1_the_two_largest_logits_are_kept() -> None:
 
 
 def test_task_1_top_k_of_one_keeps_only_the_largest_logit() -> None:
-    """Oracle: by hand, also if all logits are negative."""
+    """Oracle: by hand. It holds even if all logits are negative."""
     logits = mx.array([-5.0, -1.0, -2.0])
     check_kept(keep_top_k(logits, 1), logits, [1])
 
@@ -408,13 +408,13 @@ def test_task_5_the_temperature_is_applied_before_the_filters(options: dict[str,
 
 
 def test_task_5_top_p_is_applied_after_top_k() -> None:
-    """Oracle: by hand: of 0.4 and 0.3 the first has 0.57, which is enough. Without top-k it is 0.4."""
+    """Oracle: by hand: 0.4 of 0.4 + 0.3 is 0.57, which is enough. Without top-k it is 0.4."""
     params = SamplingParams(top_k=2, top_p=0.55)
     assert set(sampled(logits_of(0.4, 0.3, 0.2, 0.1), params, 300).tolist()) == {0}
 
 
 def test_task_5_top_p_is_applied_after_min_p() -> None:
-    """Oracle: by hand: of 0.4 and 0.3 the first has 0.57, which is enough. Without min-p it is 0.4."""
+    """Oracle: by hand: 0.4 of 0.4 + 0.3 is 0.57, which is enough. Without min-p it is 0.4."""
     params = SamplingParams(min_p=0.6, top_p=0.55)
     assert set(sampled(logits_of(0.4, 0.3, 0.2, 0.1), params, 300).tolist()) == {0}
 
@@ -487,7 +487,7 @@ def test_task_7_presence_counts_once_and_frequency_each_time() -> None:
 
 
 def test_task_7_presence_penalty_works_without_frequency_penalty() -> None:
-    """Oracle: by hand, also if a logit becomes negative."""
+    """Oracle: by hand. It holds even if a logit becomes negative."""
     out = penalize_output(mx.array([5.0, -1.0, 0.0, 2.0]), [0, 1, 2, 2, 2], 0.0, 1.5)
     np.testing.assert_allclose(np.array(out), [3.5, -2.5, -1.5, 2], rtol=1e-6)
 

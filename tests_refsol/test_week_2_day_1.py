@@ -1,7 +1,7 @@
 """Day 2.1: the quadratic cost of recomputing, and the KV cache that avoids it.
 
-When it passes, you have a forward pass over only the new tokens that still attends to all earlier ones, and a
-generation that gives the same tokens as recomputing everything, at a fraction of the work.
+When these tests pass, you have a forward pass over only the new tokens that still attends to all earlier
+ones, and a generation that gives the same tokens as recomputing everything, at a fraction of the work.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,8 +1,8 @@
 """Day 2.2: one contiguous cache per sequence, as long as the longest sequence that it may hold.
 
-When it passes, you have a cache that stores new tokens without moving old ones, a copy of it for a second
-completion of the same prompt, and the numbers that decide how long it should be: internal fragmentation
-against refused requests.
+When these tests pass, you have a cache that stores new tokens without moving old ones, a copy of it for a
+second completion of the same prompt, and the numbers that decide how long it should be: internal
+fragmentation against refused requests.
 """
 
 import mlx.core as mx

@@ -1,7 +1,7 @@
 """Day 2.4: weights in a few bits, with a scale and a bias for each group of values.
 
-When it passes, you can write and read MLX's quantized layout, bit by bit, and multiply with a matrix that
-takes a third of the bytes: 5 bits per value with 4-bit codes, groups of 32 and float16 scales.
+When these tests pass, you can write and read MLX's quantized layout, bit by bit, and multiply with a matrix
+that takes a third of the bytes: 5 bits per value with 4-bit codes, groups of 32 and float16 scales.
 """
 
 import mlx.core as mx
@@ -56,7 +56,7 @@ def test_task_1_the_first_number_is_in_the_lowest_bits() -> None:
 
 
 def test_task_1_a_number_of_3_bits_may_cross_two_words() -> None:
-    """Oracle: by hand: of the eleventh number, 6, two bits are in the first word and one in the second."""
+    """Oracle: by hand: two bits of the eleventh number (6) are in the first word, one is in the second."""
     got = pack_bits(mx.array([[0] * 10 + [6] + [0] * 20 + [7]], mx.uint32), 3)
     assert [hex(word) for word in got.tolist()[0]] == [hex(0b10 << 30), hex(0b1), hex(0b111 << 29)]
 

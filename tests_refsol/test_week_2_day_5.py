@@ -1,7 +1,8 @@
 """Day 2.5: FlashAttention: attention in tiles, with softmax in one pass over the keys.
 
-When it passes, you have attention that never stores a row of scores: for each query it carries a maximum, a
-sum and the weighted values from tile to tile, and its result equals plain attention up to rounding.
+When these tests pass, you have attention that never stores a row of scores: for each query it carries a
+maximum, a sum and the weighted values from tile to tile, and its result equals plain attention up to
+rounding.
 """
 
 import mlx.core as mx

@@ -1,7 +1,7 @@
 """Day 2.6: chunked prefill: sharing one step's token budget between the running sequences.
 
-When it passes, you have the rule that computes a long prompt in chunks together with the decodes of other
-sequences, a simulation of its effect on the time to each first token, and the plan of a step.
+When these tests pass, you have the rule that computes a long prompt in chunks together with the decodes of
+other sequences, a simulation of its effect on the time to each first token, and the plan of a step.
 """
 
 from itertools import pairwise
@@ -27,12 +27,12 @@ def test_task_1_a_prompt_that_is_too_long_gets_a_chunk() -> None:
 
 
 def test_task_1_decodes_are_served_before_prompts_that_came_earlier() -> None:
-    """Oracle: by hand: of 8 tokens 2 are for the decodes. Common mistake: serving in the given order."""
+    """Oracle: by hand: 2 of the 8 tokens are for the decodes. Common mistake: serving in the given order."""
     assert share_budget([100, 1, 1], 8) == [6, 1, 1]
 
 
 def test_task_1_grants_are_in_the_order_of_the_wants() -> None:
-    """Oracle: by hand: not in the order in which they are served."""
+    """Oracle: by hand: decodes are served first, but their grants stay in their places."""
     assert share_budget([100, 1, 30, 1], 64) == [62, 1, 0, 1]
     assert share_budget([1, 7, 0, 1, 2], 10) == [1, 7, 0, 1, 1]
 
@@ -43,7 +43,7 @@ def test_task_1_prompts_are_served_first_come_first_served() -> None:
 
 
 def test_task_1_a_short_prompt_does_not_overtake_a_long_one() -> None:
-    """Oracle: by hand: nothing is left. Common mistakes: a later prompt that fits, equal shares."""
+    """Oracle: by hand: nothing is left. Common mistakes: serving a later prompt that fits, equal shares."""
     assert share_budget([10, 2], 5) == [5, 0]
     assert share_budget([4, 10, 3], 8) == [4, 4, 0]
 
@@ -88,7 +88,7 @@ def test_task_1_negative_numbers_are_rejected(wants: list[int], budget: int) -> 
 
 
 def test_task_1_the_arguments_are_not_modified() -> None:
-    """Oracle: the docstring of the module: a pure function: equal arguments give equal results."""
+    """Oracle: the docstring. Equal arguments give equal results."""
     wants = [9, 1, 4]
     assert share_budget(wants, 6) == share_budget(wants, 6) == [5, 1, 0]
     assert wants == [9, 1, 4]
@@ -199,7 +199,7 @@ def test_task_2_a_budget_of_one_token_per_prompt_is_enough() -> None:
 
 
 def test_task_2_the_arguments_are_not_modified() -> None:
-    """Oracle: the docstring: a simulation: equal prompts give equal results."""
+    """Oracle: the docstring. Equal prompts give equal results."""
     prompt_lens = [5, 9, 2]
     assert first_token_steps(prompt_lens, 4) == first_token_steps(tuple(prompt_lens), 4)
     assert prompt_lens == [5, 9, 2]
@@ -231,7 +231,7 @@ def test_task_2_first_tokens_match_a_loop_that_hands_out_one_token_at_a_time() -
 def sequence(
     seq_id: str, prompt_len: int, num_computed: int = 0, outputs: int = 0, prompt_logprobs: int | None = None
 ) -> Sequence:
-    """A sequence with a prompt of this length, so many computed tokens and so many outputs."""
+    """A sequence with these numbers of prompt tokens, computed tokens and outputs."""
     return Sequence(
         seq_id=seq_id,
         request_id=seq_id,
@@ -261,7 +261,7 @@ def test_task_3_a_chunk_starts_where_the_last_one_ended() -> None:
 
 
 def test_task_3_a_decode_computes_its_last_output() -> None:
-    """Oracle: by hand: of 5 prompt tokens and 3 outputs the last one is not computed yet."""
+    """Oracle: by hand: the prompt has 5 tokens, and only the last of 3 outputs is not computed yet."""
     assert planned([sequence("a", 5, num_computed=7, outputs=3)], 8) == [("a", 7, 8)]
 
 

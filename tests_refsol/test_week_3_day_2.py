@@ -1,7 +1,8 @@
 """Day 3.2: attention over scattered pages, beams that share them, and a batch manager that runs on them.
 
-When it passes, you have the engine of this course: requests of all kinds share one pool of pages, a step is
-one packed pass, and no request's tokens depend on the rest of the batch. The tests are in `week_3_day_2/`.
+When these tests pass, you have the engine of this course: requests of all kinds share one pool of pages, a
+step is one packed pass, and no request's tokens depend on the rest of the batch. The tests are in
+`week_3_day_2/`.
 """
 
 from week_3_day_2.beams import *

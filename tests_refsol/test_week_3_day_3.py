@@ -1,6 +1,6 @@
 """Day 3.3: slot mappings, and a cache of named sequences on top of pages.
 
-When it passes, you have the slot of every token as one number, for whole batches at once, and
+When these tests pass, you have the slot of every token as one number, for whole batches at once, and
 PagedKVCache as a view of pool, allocator and tables: it grows without losing tokens, never writes to a block
 that another sequence holds, and reads exactly the requested tokens.
 """
@@ -111,7 +111,7 @@ def test_task_1_lengths_around_block_boundaries_are_mapped_exactly(length: int) 
 
 
 def test_task_1_slots_are_int32_even_if_there_are_none() -> None:
-    """Oracle: the docstring, also for an empty list, which MLX would make float32."""
+    """Oracle: the docstring, even for an empty list, which MLX would make float32."""
     for slots in (flat_slots([make_table(5)], [5]), flat_slots([make_table(5)], [0]), flat_slots([], [])):
         assert slots.dtype == mx.int32
     assert flat_slots([], []).shape == (0,)
@@ -448,7 +448,7 @@ class RecordingPool(KVPool):
 
 @pytest.mark.parametrize("position", [0, 3, 4, 5])
 def test_task_3_a_copy_covers_the_whole_block(position: int) -> None:
-    """Oracle: by hand: 4, also for the last block, which has 2 tokens. The pool copies whole blocks."""
+    """Oracle: by hand: 4, even for the last block, which has 2 tokens. The pool copies whole blocks."""
     pool, allocator = RecordingPool(4, 4, HEADS, D, dtype=mx.float32), BlockAllocator(4)
     cache = PagedKVCache.of(pool, allocator, {"a": BlockTable(allocator, 4)})
     shared = cache.allocate("a", 6)[position // 4]

@@ -87,7 +87,7 @@ class DecoderChain:
 
     def _through(self, tokens: list[str], first: int) -> str:
         for stage in self._stages[first:]:
-            if len(tokens) == 1:  # as nearly always
+            if len(tokens) == 1:  # the usual case
                 tokens = stage.push(tokens[0])
             else:
                 tokens = [made for token in tokens for made in stage.push(token)]

@@ -69,7 +69,7 @@ def of_folder(folder: Path) -> Recommendation:
 
 
 def of_gguf(file: Path, metadata: Mapping[str, Any]) -> Recommendation:
-    """What a GGUF file recommends, or if that is nothing, what `packaged_sampling` has for the file."""
+    """The recommendation of a GGUF file, or if it has none, that of `packaged_sampling` for the file."""
     recommended = Recommendation(file, metadata, _GGUF_FIELDS, "general.sampling")
     packaged = None if any(recommended) else packaged_sampling(file)
     if packaged is None:

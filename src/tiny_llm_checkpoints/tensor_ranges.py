@@ -1,4 +1,4 @@
-"""The byte ranges of tensors in a file, which must not overlap. Knows no file format."""
+"""The byte ranges of tensors in a file, which must not overlap. Knows nothing of file formats."""
 
 from collections.abc import Iterable
 from itertools import pairwise

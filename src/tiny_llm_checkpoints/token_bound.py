@@ -24,7 +24,7 @@ _CONTINUATION = range(0x80, 0xC0)  # UTF-8 continuation bytes; every character o
 class TokenBound(NamedTuple):
     """The bound for one tokenizer.
 
-    longest, longest_in_ascii: the most characters that one token stands for, in any text and in ASCII text.
+    longest, longest_in_ascii: the maximum number of characters per token, in any text and in ASCII text.
     dropped: characters that may have no token.
     """
 

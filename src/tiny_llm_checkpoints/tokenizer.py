@@ -93,7 +93,7 @@ class Tokenizer:
         """Token ids of one text, given as pieces: text, control token, text, control token and so on.
 
         Equal to `encode` of the joined pieces, unless a text spells a control token: that stays text, and no
-        other token changes. Raises what `encode` raises.
+        other token changes. Raises the errors of `encode`.
         """
         self.check_text("".join(pieces), context)
         ids = self._framed.encode(pieces, add_special_tokens=add_special_tokens)

@@ -14,7 +14,7 @@ import httpx2
 from .serve_load import Answer, ServeRun, put_load
 from .workload import Progress
 
-CLOSED = (httpx2.RemoteProtocolError, httpx2.NetworkError)  # what a connection raises that the server closed
+CLOSED = (httpx2.RemoteProtocolError, httpx2.NetworkError)  # errors of a connection that the server closed
 LONGEST_MESSAGE = 300  # characters of a server's message
 
 
@@ -113,7 +113,7 @@ async def _read(client: httpx2.AsyncClient, run: ServeRun, job: dict[str, Any], 
 
 
 def _num_sent(job: dict[str, Any]) -> int:
-    """The number of tokens of a prompt; of a chat the number of words, which is about the same."""
+    """The number of tokens of a prompt; for a chat the number of words, which is about the same."""
     return len(job["prompt"] if "prompt" in job else job["messages"][0]["content"].split())
 
 

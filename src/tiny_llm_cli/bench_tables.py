@@ -1,4 +1,4 @@
-"""The figures of the benchmarks for people, each with its unit; the names are those of the JSON."""
+"""Tables of the benchmarks' figures, each with its unit; the names are the same as in the JSON."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -60,7 +60,7 @@ def _is_counted(result: Mapping[str, Any]) -> bool:
 
 
 def _title(result: Mapping[str, Any]) -> list[str]:
-    """Two lines: the server and the load, then the rest of what the figures depend on."""
+    """Two lines: the server and the load, then the other conditions of the run."""
     run, end = result["run"], "ignored" if result["run"]["ignore_eos"] else "stops answers"
     tokens_in, tokens_out = (
         _span(lengths(run[f"random_{which}_len"], run["random_range_ratio"])) for which in ("input", "output")

@@ -1,7 +1,7 @@
 """How a command shows its options: in groups, with plain placeholders, ranges and defaults.
 
-Also where an error of the engine's configuration becomes an error of the command line, which names the
-options as the user types them.
+This module also turns an error of the engine's configuration into an error of the command line that names
+the options as the user types them.
 """
 
 import re

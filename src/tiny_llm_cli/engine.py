@@ -1,4 +1,4 @@
-"""From options to an engine and to sampling parameters: where the commands meet `tiny_llm`."""
+"""Turns the options of a command into an engine and sampling parameters of `tiny_llm`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace

@@ -1,4 +1,4 @@
-"""`tiny-llm info`: what would run here, and on what."""
+"""`tiny-llm info`: shows versions, hardware, the model and its memory."""
 
 import json
 from typing import Annotated

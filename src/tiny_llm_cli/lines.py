@@ -12,7 +12,7 @@ _KEYS = {"prompt", "messages", "body"}  # every JSON object that is a request ha
 
 
 class Line(NamedTuple):
-    """A line that is not empty. place: `prompts.txt:3`; is_json: the line is to be read as JSON."""
+    """A line that is not empty. place: `prompts.txt:3`; is_json: the line must be read as JSON."""
 
     place: str
     text: str

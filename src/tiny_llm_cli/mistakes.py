@@ -115,7 +115,7 @@ def _explained(error: TyperException, context: Any) -> str:
 
 
 def _after_the_command(name: str, context: Any) -> str | None:
-    """What to say of an option that stands before the command it belongs to; None if no command has it."""
+    """The message for an option in front of the command that it belongs to; None if no command has it."""
     for command, found in getattr(context.command, "commands", {}).items():
         if any(name in param.opts for param in found.params):
             return f"{name} goes after the command: `{context.command_path} {command} {name} ...`"
@@ -175,5 +175,5 @@ def _wanted(kind: Any) -> str:
 
 
 def _value(error: TyperException) -> str:
-    """The value that a message is about, which it starts with: `'abc' is not a valid int`."""
+    """The value at the start of an error's message, such as `'abc' is not a valid int`."""
     return error.message.partition(" is not ")[0]

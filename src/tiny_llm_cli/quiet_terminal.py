@@ -1,4 +1,4 @@
-"""A terminal that does not echo: what is typed during an answer waits unseen, and is not mixed into it."""
+"""A terminal without echo: text typed during an answer is not shown in it, and is read afterwards."""
 
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""Imports of the standard library: starters leave out those that only solutions use, `skip` adds them again.
+"""Imports of the standard library: starters omit those that only solutions use, and `skip` adds them again.
 
 Such an import would reveal how an exercise is solved, and a linter reports it in a solution that does not
 use it. Imports of the project's modules stay, because the learner may use them.

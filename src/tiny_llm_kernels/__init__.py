@@ -229,7 +229,7 @@ def write_and_attend(
     depends on the window, not on the positions before it.
     -> (out [1, H, T, D], key_pool, value_pool), out stored as [1, T, H, D].
 
-    All writes are done before the first read, and every token reads the stored values, also for its own K and
+    All writes are done before the first read, and every token reads the stored values, even for its own K and
     V. The returned pools share *the same memory* with the arguments, which must not be used again: every
     reference to them sees the writes. A write costs the tokens' bytes, not the pools'.
 

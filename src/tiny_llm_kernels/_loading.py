@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import reprlib
+import sys
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -45,11 +46,12 @@ def load(wanted: str, threads: str | None) -> ModuleType:
         raise ValueError(f"TINY_LLM_KERNELS must be auto, off, portable, avx2 or avx512, got {wanted!r}")
     if wanted == "off":
         raise UnavailableError("switched off by TINY_LLM_KERNELS=off")
+    num_threads = None if threads is None else _number_of_threads(threads)
     module = _loaded(_spec())
     if wanted != "auto":
         module.select_instruction_set(wanted)
-    if threads is not None:
-        module.set_num_threads(_number_of_threads(threads))
+    if num_threads is not None:
+        module.set_num_threads(num_threads)
     return module
 
 
@@ -81,12 +83,19 @@ def _built_for(extension: Path) -> str | None:
 
 
 def _loaded(spec: ModuleSpec) -> ModuleType:
-    """Load the extension and run a kernel, which fails if it and MLX disagree about the array type."""
+    """Load the extension and run a kernel, which fails if it and MLX disagree about the array type.
+
+    It is loaded once, even if a setting was rejected and the package is imported again: it cannot register
+    its types twice.
+    """
+    if EXTENSION in sys.modules:
+        return sys.modules[EXTENSION]
     try:
         module = importlib.util.module_from_spec(spec)
         assert spec.loader is not None  # because it has an origin
         spec.loader.exec_module(module)
         module.swiglu(mx.array(0.0)[None], mx.array(0.0)[None])
+        sys.modules[EXTENSION] = module
     except (ImportError, TypeError) as error:
         raise UnavailableError(f"built, but cannot be loaded: {str(error).splitlines()[0]}") from error
     return module

@@ -1,4 +1,4 @@
-"""Limits how many requests may wait. Those beyond the limit are rejected at once, in the submitting thread.
+"""Limit how many requests may wait. Further ones are rejected immediately, in the thread that submits them.
 
 This module sees nothing of the engine except the occupancy that it publishes after each task and step.
 """
@@ -74,7 +74,7 @@ class AdmissionControl:
             self._num_admitted += num_requests
 
     def check(self, num_requests: int) -> None:
-        """Raise `QueueFullError`, with the numbers, if `num_requests` requests cannot be admitted now."""
+        """Raise `QueueFullError`, with the numbers, if this many requests cannot be admitted now."""
         waiting = self.num_waiting()
         if self._limit is not None and waiting + num_requests > self._limit:
             waits = "1 request waits" if waiting == 1 else f"{max(0, waiting)} requests wait"

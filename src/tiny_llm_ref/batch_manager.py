@@ -54,7 +54,7 @@ class BatchManager(Protocol):
 
     @property
     def waiting(self) -> Seq[Sequence]:
-        """The waiting sequences, the next to run first."""
+        """The waiting sequences, in the order in which they will run."""
 
     @property
     def running(self) -> Seq[Sequence]:
@@ -118,10 +118,11 @@ class BatchManager(Protocol):
 def max_sequence_length(
     tokens: list[int], params: SamplingParams, request_id: str, context: int, max_seqs: int
 ) -> int:
-    """Return the most tokens that a sequence of this request may have, prompt and outputs.
+    """Return the maximum number of tokens of a sequence of this request, prompt and outputs.
 
-    context: the longest sequence, in tokens. max_seqs: the most sequences at once. Raises ValueError for an
-    empty prompt, and `RequestTooLargeError` for a request that can never run within these limits.
+    context: the longest sequence, in tokens. max_seqs: the maximum number of sequences at once. Raises
+    ValueError for an empty prompt, and `RequestTooLargeError` for a request that can never run within these
+    limits.
     """
     if not tokens:
         raise ValueError(f"the prompt of request {request_id!r} has no tokens: there is nothing to continue")

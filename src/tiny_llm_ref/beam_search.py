@@ -41,8 +41,9 @@ def fork_sequence(parent_table: BlockTable, beam_tables: Iterable[BlockTable]) -
 class BeamSearchPageManager:
     """The block tables of one search's active beams, by beam id.
 
-    beam_size: the most beams at once. page_size: tokens in a block. The search starts with beam 0, which is
-    empty. `_tables` has the table of each active beam. Ids are never reused: `_next_id` only grows.
+    beam_size: the maximum number of beams at once. page_size: tokens in a block. The search starts with beam
+    0, which is empty. `_tables` has the table of each active beam. Ids are never reused: `_next_id` only
+    grows.
     """
 
     def __init__(self, beam_size: int, page_allocator: BlockAllocator, page_size: int = 16) -> None:
@@ -118,10 +119,10 @@ class BeamSearchPageManager:
 class BeamSearchParams:
     """The parameters of one beam search; names and defaults are vLLM's.
 
-    beam_width: the most beams at once, and the most that are returned. max_tokens: longest output.
-    ignore_eos: continue after end-of-sequence tokens. length_penalty: from -10 to 10. A hypothesis's score is
-    the sum of its tokens' log-probabilities divided by num_tokens ** length_penalty; a penalty above 0
-    favours longer texts. cache_salt, priority: as in `SamplingParams`.
+    beam_width: the maximum number of beams, both during the search and in its result. max_tokens: longest
+    output. ignore_eos: continue after end-of-sequence tokens. length_penalty: from -10 to 10. A hypothesis's
+    score is the sum of its tokens' log-probabilities divided by num_tokens ** length_penalty; above 0 prefers
+    longer texts. cache_salt, priority: as in `SamplingParams`.
 
     Raises `SamplingParamsError` for an invalid value.
     """

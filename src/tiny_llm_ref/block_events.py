@@ -39,7 +39,7 @@ class BlockEvent(NamedTuple):
 
 
 class TableView(NamedTuple):
-    """A block table: its blocks, which start with the sequence's block number `first`."""
+    """A block table: its blocks, and the position of the first of them in the sequence, in blocks."""
 
     first: int
     blocks: tuple[int, ...]
@@ -125,7 +125,7 @@ class BlockWatch:
         return {sequence.seq_id: _view(sequence) for sequence in shown}
 
     def _copies(self, holders: dict[int, int]) -> list[BlockEvent]:
-        """Return the copies of the last step, or none if an earlier look has returned them."""
+        """Return the copies of the last step, or none if an earlier poll has returned them."""
         plan = self._manager.last_plan
         if plan is self._seen_plan:
             return []

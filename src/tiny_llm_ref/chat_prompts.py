@@ -33,7 +33,7 @@ class ChatOptions(NamedTuple):
 class ChatPrompts:
     """Encodes conversations for one model.
 
-    model_name: for error messages. template: None: the model has none. context: the longest prompt + output
+    model_name: for error messages. template: None if the model has none. context: the longest prompt + output
     in tokens; None: no limit.
     """
 

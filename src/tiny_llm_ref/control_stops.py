@@ -1,7 +1,7 @@
 """Stop strings that contain control tokens, such as "<|im_end|>", matched when the tokens are generated.
 
-The caller's text leaves control tokens out, so such a string cannot be found in it. Here the text between the
-control tokens and the tokens themselves are searched, in the order in which they are generated.
+The caller's text leaves control tokens out, so such a string cannot be found in it. This module searches the
+control tokens themselves and the text between them, in the order in which they are generated.
 """
 
 from collections import deque
@@ -88,7 +88,7 @@ class ControlStops:
 
 
 def control_patterns(texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, Sequence[Item]]:
-    """The patterns, by text, of the texts with control tokens, which are replaced by their ids."""
+    """Patterns of those texts that contain control tokens, by text; each token is replaced by its id."""
     patterns = {text: tokenizer.split_control_tokens(text) for text in texts}
     return {
         text: pattern for text, pattern in patterns.items() if any(isinstance(item, int) for item in pattern)

@@ -56,7 +56,7 @@ class AsyncListener:
 
 
 class Served(Protocol):
-    """A request, as `Gathering` needs it."""
+    """The part of a request that `Gathering` uses."""
 
     @property
     def request_id(self) -> str:

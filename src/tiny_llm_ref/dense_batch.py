@@ -76,7 +76,8 @@ class DenseContext:
 class DenseBatchManager(QueueViews[Sequence]):
     """Runs up to `max_slots` sequences at once, each in contiguous caches of `max_seq_len` tokens.
 
-    model: None schedules without computing anything. max_batched_tokens: the most tokens in one step.
+    model: if None, steps are scheduled, but nothing is computed. max_batched_tokens: the maximum number of
+    tokens in one step.
 
     `_queues` has all sequences that have not ended, waiting and running (`RequestQueues`). `_free` lists the
     numbers of the free slots; `_slot_of` maps each running sequence's id to the number of its slot.

@@ -54,7 +54,7 @@ class Engine:
     owner of the engine, because the thread ends when the engine is garbage-collected. max_model_len: the
     longest prompt + output in tokens, so that a longer prompt is rejected before it is tokenized; None: the
     core rejects it. chat_prompts: makes the prompts of `chat`; None: there is no chat template. defaults: the
-    parameters of requests that have none; None: `SamplingParams()`.
+    parameters of requests that have none of their own; None: `SamplingParams()`.
 
     Calls that wait for the engine raise `WrongThreadError` in the engine's own thread, and
     `ForkedProcessError` in a forked process.
@@ -92,8 +92,8 @@ class Engine:
     ) -> RequestState:
         """Make a request, which can be submitted once.
 
-        params: None: the engine's defaults. request_id: a string of 1 to 256 characters that no unfinished
-        request has; None: a new number.
+        params: the engine's defaults if None. request_id: a string of 1 to 256 characters that no unfinished
+        request has; a new number if None.
 
         Raises ValueError for an invalid prompt, params or id, and for token ids outside the vocabulary;
         `SamplingParamsError` names the field of `params` with such ids. Raises `RequestTooLargeError` if `n`
@@ -123,7 +123,7 @@ class Engine:
         """Make a request to answer a conversation, as `request` does; `ChatPrompts.encode` makes the prompt.
 
         Without a `max_tokens`, from the caller or from the model, the answer may use all tokens that the
-        context has left. Raises what `ChatPrompts.encode` and `request` raise.
+        context has left. Raises the errors of `ChatPrompts.encode` and of `request`.
         """
         tokens = self._chat_prompts.encode(messages, options or ChatOptions())
         return self.request(tokens, self._chat_params(params, len(tokens)), request_id)
@@ -148,7 +148,7 @@ class Engine:
         return SearchState(name, self._encode(parsed.content), self._tokenizer, params)
 
     def submit(self, requests: Seq[Request], deliver: Listener) -> Future[None]:
-        """Queue requests, all of them or none; returns at once a future that is done when they are queued.
+        """Queue requests, all of them or none; returns a future at once, which is done when they are queued.
 
         deliver: the listener, a callback. The engine's thread calls it at most once per iteration, with a
         list of everything that the iteration produced for these requests: events, or an error that ended one
@@ -164,10 +164,11 @@ class Engine:
         3. `_admission.admit` raises `QueueFullError` if more than `max_num_waiting` requests would wait.
 
         Then post `_loop.add` to the inbox, which the engine's thread runs between two steps, and return the
-        future that `post` returns. It raises what `_loop.add` raises: ValueError for an empty prompt or for
-        something that the batch manager cannot do, `RequestTooLargeError`, and `DuplicateRequestError`, also
-        for a request that was submitted before. Post a `partial` of the loop's method: a lambda would refer
-        to the engine, whose thread ends when nothing refers to it any more.
+        future that `post` returns. The future raises the errors of `_loop.add`: ValueError for an empty
+        prompt or for something that the batch manager cannot do, `RequestTooLargeError`, and
+        `DuplicateRequestError`, even if it is the same request that was submitted before. Post a `partial` of
+        the loop's method: a lambda would refer to the engine, whose thread ends when nothing refers to it any
+        more.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
@@ -188,7 +189,7 @@ class Engine:
         self._admission.check(num_requests)
 
     def cancel(self, request_id: str) -> Future[None]:
-        """Cancel a request before the next step; returns at once a future, done when its blocks are free.
+        """Cancel a request before the next step; returns a future at once, done when its blocks are free.
 
         The request's listener gets its last events, with finish_reason "abort". An unknown id is ignored.
         Raises TypeError if `request_id` is not a string.
@@ -231,8 +232,8 @@ class Engine:
     ) -> AsyncGenerator[RequestEvent, None]:
         """Complete a prompt: yield an event for each token, in order; the last has the request's `usage`.
 
-        prompt: a string or token ids. params: None: the engine's defaults. request_id: None: a new number.
-        `self.request` makes a request of these three, and `submit` queues it; an `AsyncListener` is the
+        prompt: a string or token ids. params: the engine's defaults if None. request_id: a new number if
+        None. `self.request` makes a request of these three, and `submit` queues it; an `AsyncListener` is the
         callback that passes its events to the caller's event loop. Await the future that `submit` returns
         with `asyncio.wrap_future`. Never call its `result()`: that would block all clients of this event
         loop.
@@ -240,16 +241,17 @@ class Engine:
         The generator ends with the event that has a `usage`. A finish_reason means only that one completion
         has ended: "abort" if the request was cancelled, "error" if that completion failed while others go on.
 
-        The client may leave at any time, also while it waits for the request to be queued: by `break`,
+        The client may leave at any time, even while it waits for the request to be queued: by `break`,
         `aclose`, an exception, or the cancellation of its task. Then post `_loop.forget` to the inbox (not
         `self.forget`, which waits): it cancels the request before the next step. Await nothing after that.
         Cancelling the wait does not cancel the posted `_loop.add`; it still runs, and `forget` runs after it.
-        Post nothing for a request that has ended, that is, once its event with a `usage` has arrived, even if
-        the client leaves at that event. A `forget` for a request that was rejected or has failed is harmless.
+        A request has ended once its event with a `usage` has arrived. Post nothing then, not even if the
+        client leaves at that event. A `forget` for a request that was rejected or has failed is harmless.
 
         Nothing happens until the first event is requested. That first request raises `WrongThreadError` in
-        the engine's own thread (`refuse_to_wait("Engine.generate")`), and what `request` and `submit` raise.
-        Later ones raise `RequestFailedError` if the whole request has failed, and `EngineDeadError`.
+        the engine's own thread (`refuse_to_wait("Engine.generate")`), and the errors of `request` and
+        `submit`. Later ones raise `RequestFailedError` if the whole request has failed, and `EngineDeadError`
+        if the engine's thread has ended unexpectedly.
 
         >>> from tiny_llm.paged_batch import PagedBatchManager
         >>> engine = Engine(lambda: EngineCore(PagedBatchManager(8, 4, 2), ()), None, 26, EngineConfig())
@@ -285,14 +287,14 @@ class Engine:
         add_special_tokens: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[RequestEvent, None]:
-        """Answer a conversation: yield the events of `generate`, for the prompt that `LLM.chat` makes of it.
+        """Answer a conversation: make a prompt as `LLM.chat` does, and yield events as `generate` does.
 
         Without a `max_tokens`, from the caller or from the model, the answer may use all tokens that the
         context has left. `ChatOptions` describes the other arguments. Leaving the loop early cancels the
         request.
 
         Raises `MessageError`, a ValueError that names the message and the field, for anything that is not a
-        conversation, ValueError if the model has no chat template, and what `generate` raises.
+        conversation. Also raises ValueError if the model has no chat template, and the errors of `generate`.
         """
         self.refuse_to_wait("Engine.chat")
         options = ChatOptions(
@@ -325,7 +327,7 @@ class Engine:
         await asyncio.wrap_future(self.start_draining(timeout))
 
     def start_draining(self, timeout: float | None = None) -> Future[None]:
-        """Do what `drain` does, without waiting; returns a future, done when all requests have ended.
+        """Drain without waiting; returns a future that is done when all requests have ended.
 
         Raises TypeError for a timeout that is not a number of seconds or None.
         """
@@ -418,7 +420,7 @@ class Engine:
         return tokens
 
     def _chat_params(self, params: SamplingParams | None, num_prompt_tokens: int) -> SamplingParams:
-        """The parameters of a chat answer to a prompt of that many tokens; None: the engine's defaults."""
+        """The parameters of a chat answer to a prompt of this length; the engine's defaults if None."""
         if params is None:
             return self._fitted(self._defaults.for_chat(), num_prompt_tokens)
         return _checked(params, SamplingParams).for_chat()
@@ -484,7 +486,7 @@ def _check_callable(name: str, value: object) -> None:
 
 
 def _start(inbox: Inbox, loop: EngineLoop, make_core: Callable[[], EngineCore]) -> threading.Thread:
-    """Start the engine's thread and return it once the core is made. Raises what `make_core` raises."""
+    """Start the engine's thread and return it once the core is made. Raises the errors of `make_core`."""
     prepare_to_compute()
     ready = inbox.post(partial(loop.begin, make_core))
     thread = threading.Thread(target=loop.run, name="tiny-llm-engine", daemon=True)
@@ -512,7 +514,7 @@ def _stack_of(nbytes: int) -> Iterator[None]:
 
 
 def _stop(inbox: Inbox, loop: EngineLoop, thread: threading.Thread) -> None:
-    """End the thread of a garbage-collected engine; also at exit, which must not interrupt a step."""
+    """End the thread of a garbage-collected engine, or at exit, which must not interrupt a step."""
     inbox.post(loop.stop)
     if threading.current_thread() is not thread:
         thread.join(EXIT_SECONDS)

@@ -245,7 +245,7 @@ class EngineConfig:
         return max(1, min(GIB // 2 // block_bytes, self.max_num_seqs * of_longest))
 
     def _most_blocks(self, model: ModelConfig, num_tokens: int) -> int:
-        """The most blocks that a sequence may hold at once while it grows to so many tokens."""
+        """The maximum number of blocks that a sequence holds while it grows to `num_tokens` tokens."""
         groups = group_layers(model.windows)
         return sum(g.max_blocks(num_tokens, self.block_size, self.max_num_batched_tokens) for g in groups)
 

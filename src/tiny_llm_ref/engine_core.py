@@ -185,7 +185,7 @@ class EngineCore:
     # The results of a step. An error here fails only its own request.
 
     def _count(self, num_tokens: int) -> None:
-        """Count a step that computed so many tokens."""
+        """Count a step that computed `num_tokens` tokens."""
         if num_tokens:
             self._num_tokens += num_tokens
             self._steps_of[min((num_tokens - 1).bit_length(), STEP_SIZES - 1)] += 1

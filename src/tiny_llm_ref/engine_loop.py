@@ -55,8 +55,8 @@ class ActiveRequest(NamedTuple):
 class EngineLoop:
     """Serves requests in its own thread. Other threads may only read `stats`, `step_times` and `refusal`.
 
-    active: the requests that have not ended and have a listener, by request id. refusal: makes the error that
-    every new request gets; None: the engine takes new requests.
+    active: the requests that have not ended and have a listener, by request id. refusal: a function
+    that makes the error for a new request; None while the engine takes new requests.
     """
 
     def __init__(self, inbox: Inbox, admission: AdmissionControl) -> None:
@@ -204,7 +204,7 @@ class EngineLoop:
         4. Call `_note_step` with a `StepTime`: the seconds in `core.step`, and the seconds from its end until
            now, by `time.perf_counter()`.
 
-        Do not catch what `core.step` raises: that is a fault of the engine, not of a request.
+        Do not catch errors of `core.step`: they are a fault of the engine, not of a request.
 
         >>> from unittest.mock import Mock
         >>> loop = EngineLoop(Inbox(), AdmissionControl(None, 8))

@@ -1,7 +1,8 @@
 """The attention layer: projections, rotation, and query heads in groups that share keys and values.
 
 The layer does not know where keys and values are stored: it hands them to the context of the forward pass.
-`NoCacheContext` is the simplest context; caches and pages are others. Source: Ainslie et al., "GQA" (2023).
+`NoCacheContext` is the simplest context; later ones store keys and values in a cache or in pages. Source:
+Ainslie et al., "GQA" (2023).
 """
 
 from dataclasses import dataclass
@@ -77,8 +78,8 @@ class Attention:
     qkv_proj: the checkpoint's q_proj, k_proj and v_proj in one matrix. Its output for a token is the queries
         (H * D numbers), then the keys (Hkv * D), then the values (Hkv * D).
     o_proj: the matrix after attention, [..., H * D] -> [..., E].
-    q_norm, k_norm: [D], weights of the norms of each query and each key, with `eps`; None in an architecture
-        without these norms.
+    q_norm, k_norm: [D], the weights with which RMSNorm (day 1.4) normalizes each query and each key, with
+        `eps`; None in an architecture that does not normalize them.
     """
 
     layer: int
@@ -126,7 +127,7 @@ class Attention:
         any cache.
 
         >>> from tiny_llm.linear import Linear
-        >>> to_qkv = Linear(mx.array([[1.0], [1.0], [5.0], [5.0], [1.0], [2.0]]))  # of x: q, k, v = (x, 2x)
+        >>> to_qkv = Linear(mx.array([[1.0], [1.0], [5.0], [5.0], [1.0], [2.0]]))  # q = (x, x), v = (x, 2x)
         >>> o_proj = Linear(mx.array([[10.0, 1.0]]))
         >>> layer = Attention(0, 1, 1, 2, mx.zeros(1), to_qkv, o_proj, None, None, 1e-5)
         >>> layer(mx.array([[[3.0]]]), NoCacheContext(1, 1.0)).tolist()  # one token reads its value, (3, 6)

@@ -32,7 +32,7 @@ class Answer(Future[T]):
     def result(self, timeout: float | None = None) -> T:
         """Wait for the value, or raise what the task raised.
 
-        If the task is not done, also raises what `Inbox.refuse_to_wait` raises.
+        If the task is not done, also raises the errors of `Inbox.refuse_to_wait`.
         """
         self._refuse_to_wait("result", timeout)
         try:
@@ -41,7 +41,7 @@ class Answer(Future[T]):
             del self  # breaks a reference cycle: self -> the error -> its traceback -> this frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As `Future.exception`. If the task is not done, also raises what `Inbox.refuse_to_wait` raises."""
+        """As `Future.exception`. Unless the task is done, raises the errors of `Inbox.refuse_to_wait`."""
         self._refuse_to_wait("exception", timeout)
         return super().exception(timeout)
 
@@ -60,7 +60,7 @@ class Task(NamedTuple, Generic[T]):
 class Inbox:
     """A queue of tasks: any thread posts, one thread runs them.
 
-    refusal: makes the error that every task gets once the inbox is closed; None: it is open.
+    refusal: a function that makes the error for a task once the inbox is closed; None while it is open.
     """
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ class LayerGroup(NamedTuple):
     def max_blocks(self, num_tokens: int, block_size: int, most_at_once: int) -> int:
         """Return how many blocks a table may hold at once while it grows to `num_tokens` tokens.
 
-        most_at_once: the most tokens of a sequence that one step computes.
+        most_at_once: the maximum number of tokens that one step computes for a sequence.
 
         With a window of 6, 4 queries see 9 tokens, which are in at most 3 blocks of 4:
 

@@ -189,7 +189,7 @@ class LLM:
         tokens that the context has left. `ChatOptions` describes the other arguments.
 
         Raises `MessageError`, a ValueError that names the message and the field, for anything that is not a
-        conversation and for text that the template drops; otherwise as `generate`.
+        conversation and for text that the template drops. Otherwise raises as `generate` does.
         """
         self._check_open("LLM.chat")
         options = ChatOptions(
@@ -262,7 +262,7 @@ class LLM:
         return self.engine.call(partial(_evaluated_logits, model, tokens, self.engine_config))
 
     def _check_open(self, call: str) -> None:
-        """Raise `EngineStoppingError` after `close`, and what `Engine.refuse_to_wait` raises."""
+        """Raise `EngineStoppingError` after `close`, and the errors of `Engine.refuse_to_wait`."""
         if self._model is None:
             raise EngineStoppingError(f"{call}: this LLM has been closed: create a new one")
         self.engine.refuse_to_wait(call)

@@ -194,7 +194,7 @@ class RequestState:
     def begin(self, core: EngineCore) -> None:
         """Queue the request in the core.
 
-        Raises what `EngineCore.add_request` raises, and ValueError if the request was queued before.
+        Raises the errors of `EngineCore.add_request`, and ValueError if the request was queued before.
         """
         reject_resubmission(self, self._core)
         if not core.add_request(self.request_id, list(self.prompt_token_ids), self.params):

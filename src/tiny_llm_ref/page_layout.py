@@ -23,8 +23,8 @@ from .sliding_window import WindowedContext, WindowedTable, first_visible
 class PageLayout:
     """The layout of a model's layers in blocks.
 
-    groups: the groups of layers. block_size: tokens in a block. most_tokens: the most tokens of one sequence
-    that one step computes.
+    groups: the groups of layers. block_size: tokens in a block. most_tokens: the maximum number of tokens
+    that one step computes for a sequence.
     """
 
     groups: tuple[LayerGroup, ...]

@@ -18,9 +18,9 @@ from .swap import SwapSpace
 class PageScheduler:
     """Plans steps over the queues and the allocator of a batch manager.
 
-    max_seqs: the most sequences that run at once; completions and beams that are still to be forked count.
-    max_tokens: the most tokens in one step. max_blocks: the size to which the pool may grow; the allocator
-    starts with at most that many blocks.
+    max_seqs: the maximum number of sequences that run at once; completions and beams that are still to be
+    forked count. max_tokens: the maximum number of tokens in one step. max_blocks: the size to which the pool
+    may grow; the allocator starts with at most that many blocks.
 
     Invariant: every admitted sequence has its reserved blocks available: free, cached but idle, or blocks by
     which the pool can still grow.
@@ -251,8 +251,8 @@ class PageScheduler:
         """Release a running sequence's pages; it waits at the head of the queue.
 
         Its keys and values are swapped to the host if that has enough free blocks, or recomputed later. The
-        beams of a search are preempted together, because they can only advance together; they are recomputed,
-        their common tokens once.
+        beams of a search are preempted together, because they can only advance together; when they are
+        recomputed, their common tokens are computed once.
         """
         if not sequence.is_beam:
             self._swap_out(sequence, plan)

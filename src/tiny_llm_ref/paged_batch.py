@@ -32,13 +32,13 @@ from .step import Plan, StepLogits
 class PagedBatchManager(QueueViews[PagedSequence]):
     """Runs many requests at once over one pool of pages.
 
-    max_pages: the most blocks in the pool. page_size: tokens in a block. max_batch_size: the most sequences
-    that run at once; each completion counts. model: if None, the manager does only the bookkeeping, and
-    computes nothing. max_batched_tokens: the most tokens in one step. max_model_len: the longest prompt +
-    output in tokens, at most the model's context. groups: the layers that share a block table; None: derived
-    from the model's windows. min_pages: blocks in the pool at the start. The pool doubles when blocks are
-    short, up to max_pages, and halves when less than a quarter is in use. None: it always has max_pages
-    blocks.
+    max_pages: the maximum number of blocks in the pool. page_size: tokens in a block. max_batch_size: the
+    maximum number of sequences that run at once; each completion counts. model: if None, only the bookkeeping
+    is done, and nothing is computed. max_batched_tokens: the maximum number of tokens in one step.
+    max_model_len: the longest prompt + output in tokens, at most the model's context. groups: the layers that
+    share a block table; None: derived from the model's windows. min_pages: blocks in the pool at the start.
+    The pool doubles when blocks are short, up to max_pages, and halves when less than a quarter is in use.
+    None: it always has max_pages blocks.
 
     Its parts do most of the work:
     - `_queues`: the waiting and running sequences, by id.
@@ -124,7 +124,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         2. `_queues.refuse_id_in_use` raises `DuplicateRequestError` if the request's id or one of its
            `completion_ids` belongs to a request that has not ended.
         3. `_reject_if_too_large(leader)` raises `RequestTooLargeError` if the request needs more blocks
-           than the pool can ever have. It would wait forever, with all requests after it.
+           than the pool can ever have. It would wait forever, and so would all requests after it.
 
         >>> manager = PagedBatchManager(max_pages=8, page_size=4, max_batch_size=4)
         >>> manager.add_request([5, 6, 7], "a", SamplingParams(n=2, max_tokens=4))
@@ -155,8 +155,9 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         2. `compact` moves the blocks in use and the idle ones to the front.
         3. `resize(half)` of the allocator, and of the pool (None without a model), cuts off the end.
 
-        Why a quarter? A full pool doubles, and is then half full. If it halved below a half, one request that
-        comes and goes would make it grow and shrink, with all the copies, every few steps.
+        Why a quarter? A full pool doubles, and is then half full. If it halved as soon as less than half was
+        in use, one request that comes and goes would make it grow and shrink, with all the copies, every few
+        steps.
 
         >>> manager = PagedBatchManager(max_pages=64, page_size=4, max_batch_size=4, min_pages=4)
         >>> manager.allocator.resize(20)
@@ -233,7 +234,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
           step, even if there is nothing to compute.
         - `plan.conclude(rows, self._fork)`: marks the chunks' tokens as computed, forks each leader whose
           prompt is complete, and returns the result, `StepLogits`, which assigns rows to sequences. The forks
-          share the leader's pages, and `computed` may exchange these for others, so it must come before.
+          share the leader's pages, and `computed` may exchange these for others: call `computed` first.
         - `run_plan(plan)`: returns `rows`, an array or None.
         - `_schedule`: plans the step, takes its pages, and returns the plan. If `plan.is_empty`, there is
           nothing to do: return `StepLogits(None, {})` at once.

@@ -1,4 +1,4 @@
-"""Queues for requests whose sequences are beams, which start as one sequence and stop and resume together.
+"""Queues that also hold beam searches: a search starts as one sequence; its beams stop and resume together.
 
 This is plain bookkeeping over sequences and their block tables: scores and scheduling are elsewhere.
 """

@@ -16,7 +16,7 @@ class PreemptionPolicy(Protocol):
     """Decides which sequence is preempted when blocks run out, and how many blocks admission reserves."""
 
     def reserved_tokens(self, sequence: PagedSequence) -> int:
-        """The number of tokens, from the first, that need blocks available when `sequence` is admitted."""
+        """How many of the sequence's tokens, from the first, need reserved blocks when it is admitted."""
 
     def choose_victim(self, candidates: Seq[PagedSequence]) -> PagedSequence | None:
         """The sequence to preempt, from `candidates` (oldest first, never empty); None: none of them."""
@@ -113,10 +113,10 @@ def in_order_of_arrival(number: int, priority: int) -> int:
 class Policies:
     """One object for each decision; frozen, so that a manager's behaviour never changes while it runs.
 
-    preemption: the preemption policy. prefix: makes the prefix policy, from the manager's allocator and block
-    size. swap_blocks: blocks in host memory for preempted sequences; if they do not fit, they are recomputed.
-    priority_key: makes a request's priority key, from its arrival number and its priority; the lowest key is
-    served first.
+    preemption: the preemption policy. prefix: a function or class that makes the prefix policy from the
+    manager's allocator and block size. swap_blocks: blocks in host memory for preempted sequences; if they do
+    not fit, they are recomputed. priority_key: a function that makes a request's priority key from its
+    arrival number and its priority; the lowest key is served first.
     """
 
     preemption: PreemptionPolicy = field(default_factory=NoPreemption)

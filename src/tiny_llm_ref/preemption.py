@@ -18,8 +18,8 @@ class NewestFirst:
 
         That is all known tokens (`num_tokens`: prompt and outputs, computed or not), plus one block
         (`table.block_size` tokens), so that its first output does not preempt another sequence at once; but
-        at most `max_len`, the most tokens that the sequence may ever have. After a preemption the outputs
-        must be recomputed too, so counting only the prompt would be wrong.
+        at most `max_len`, the sequence's length limit. After a preemption the outputs must be recomputed too,
+        so counting only the prompt would be wrong.
 
         >>> from types import SimpleNamespace as Known
         >>> sequence = Known(num_tokens=100, max_len=500, table=Known(block_size=16))

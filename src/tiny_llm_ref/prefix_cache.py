@@ -1,8 +1,8 @@
 """A cache of full blocks by content: prompts with the same prefix reuse its keys and values.
 
-The cache holds one reference to each block that it keeps. When pages are needed, it evicts idle blocks: the
-least recently used first, and within one prompt the last block first. Ints and bytes only; knows nothing of
-arrays, or of which sequences run.
+The cache holds one reference to each block that it keeps. When the pool needs free blocks, it evicts idle
+ones: the least recently used first, and within one prompt the last block first. Ints and bytes only; knows
+nothing of arrays, or of which sequences run.
 
 Source: vLLM's automatic prefix caching. Its first hashes were predictable (CVE-2025-25183). Therefore this
 cache uses SHA-256, compares the tokens as well, and uses a salt to separate streams that must not share
@@ -113,7 +113,7 @@ class PartMatch(NamedTuple):
 
 
 class PrefixCache:
-    """Keeps full blocks after their tables have released them, until the pages are needed.
+    """Keeps full blocks after their tables have released them, until the pool needs free blocks.
 
     Every block of the pool is in one of four states; `allocator.ref_count` counts its holders:
 
@@ -125,9 +125,9 @@ class PrefixCache:
       `evict`, free.
 
     "Kept" means in use or idle. Invariants: the allocator counts the cache as one holder of each kept block.
-    The queue holds exactly the idle blocks, in the order of eviction. As long as no window (day 3.5) has
-    passed a block's parent: the parent of a kept block is kept, a table that holds a kept block also holds
-    its parent, and in the queue a block comes before its parent.
+    The queue holds exactly the idle blocks, in the order of eviction. Three more invariants hold as long as
+    no window (day 3.5) has passed a block's parent: the parent of a kept block is kept, a table that holds a
+    kept block also holds its parent, and in the queue a block comes before its parent.
     """
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
@@ -221,7 +221,7 @@ class PrefixCache:
         self._queue.pop(self._hash_of[block], None)
 
     def released(self, blocks: Seq[int]) -> None:
-        """Make blocks idle that no table holds any more, after a table has released its references to them.
+        """Make idle the blocks that only the cache still holds, after a table has released its references.
 
         blocks: the released blocks, in the table's order. A kept block becomes idle if the cache is its only
         holder (`ref_count` is 1). Append the idle ones to the end of the queue in reverse order, the last
@@ -327,8 +327,9 @@ class PrefixCache:
 
         `PartMatch.length` counts the equal tokens up to the first difference: 1 .. block_size. `tokens` may
         be fewer than a block. Look only at the newest kept block with this parent and first token
-        (`_newest_child`), even if an older one has more equal tokens. Return None if there is none (an
-        evicted one is removed there, and an older one is not found again), or if `tokens` is empty.
+        (`_newest_child`), even if an older one has more equal tokens. Return None if `_newest_child` has no
+        entry for them (evicting the newest block removes the entry, even if an older block is still kept), or
+        if `tokens` is empty.
 
         >>> allocator, stream = BlockAllocator(4), TokenBlocks(4)
         >>> cache = PrefixCache(allocator, 4)

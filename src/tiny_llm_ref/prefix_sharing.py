@@ -1,6 +1,6 @@
 """The policy that uses the prefix cache: sequences share cached blocks instead of computing them.
 
-Knows sequences and their tables; the cache knows no sequences. Bookkeeping over ints, no arrays.
+Knows sequences and their tables; the cache knows nothing of them. Bookkeeping over ints, no arrays.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from .paged_attention import BlockAllocator
 from .prefix_cache import PrefixCache, TokenBlocks
 from .sequence import PagedSequence
 
-MIN_TOKENS_TO_COPY = 4  # the fewest worth a copy of their block, which costs as much as computing two
+MIN_TOKENS_TO_COPY = 4  # fewer are not worth a copy of their block, which costs as much as computing two
 
 
 class PrefixSharing:
@@ -116,7 +116,7 @@ class PrefixSharing:
             self.cache.keep(sequence.table, self._stream(sequence, stop), first, stop)
 
     def released(self, blocks: Seq[int]) -> None:
-        """Make blocks idle that no table holds any more; `blocks` are in the order of the released table."""
+        """Make idle the blocks that only the cache still holds; `blocks` are in the order of their table."""
         self.cache.released(blocks)
 
     def evict(self, num_blocks: int) -> int:

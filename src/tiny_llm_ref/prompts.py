@@ -39,7 +39,7 @@ PromptType = PlainPrompt | TextPrompt | TokensPrompt
 
 
 class ParsedPrompt(NamedTuple):
-    """A parsed prompt. text: None if it was given only as token ids. token_ids: None: encode the text."""
+    """A parsed prompt. text: None if only ids were given. token_ids: None if the text must be encoded."""
 
     text: str | None
     token_ids: list[int] | None

@@ -23,8 +23,8 @@ class RequestQueues(Generic[S]):
     of these states.
 
     The ids of completions that are not forked yet exist already: they refer to the request's leader, its
-    first sequence. priority_key: makes a request's priority key from its arrival number, counted from 0, and
-    its priority.
+    first sequence. priority_key: a function that makes a request's priority key from its arrival number,
+    counted from 0, and its priority.
     """
 
     def __init__(self, priority_key: Callable[[int, int], int] = lambda number, priority: number) -> None:

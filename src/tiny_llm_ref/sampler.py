@@ -81,8 +81,8 @@ def draw(logits: mx.array, seed: int, index: int) -> mx.array:
     Invert the cumulative distribution. Compute the cumulative sums of the probabilities in the order of the
     ids. The token is the first whose cumulative sum is at least (1 - u) * total, where
     u = uniform(seed, index) and total is the last cumulative sum. Multiply by total because in float32 it may
-    be below 1: without that, no cumulative sum may reach a 1 - u that is near 1. Use 1 - u because u can be 0
-    but not 1: 1 - u is never 0, so a token of probability 0 is never drawn, not even the first.
+    be below 1: otherwise a 1 - u near 1 could be larger than every cumulative sum. Use 1 - u because u can be
+    0 but not 1: 1 - u is never 0, so a token of probability 0 is never drawn, not even the first.
 
     The only randomness is u: the same seed and index give the same token, whatever is drawn in between.
 
@@ -194,7 +194,7 @@ def penalize_output(logits: mx.array, outputs: Iterable[int], frequency: float, 
 def log_probabilities(logits: mx.array) -> mx.array:
     """Return log(softmax(logits)), [V] -> [V].
 
-    The request parameter `logprobs` asks for these values, for the logits before any change.
+    A request with the parameter `logprobs` gets these values, computed from the logits before any change.
 
     Compute a difference, logit - max - log(sum of e^(logit - max)): for a token 200 below the best one, the
     softmax itself would be 0, and its log -inf. A logit of -inf gives -inf.

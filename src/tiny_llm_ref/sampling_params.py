@@ -64,9 +64,7 @@ class _DefaultMaxTokens(int):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """Sampling parameters of one request; immutable, and checked when made.
-
-    Each request of a batch has its own.
+    """Sampling parameters of one request, checked on creation and then frozen. Each request has its own.
 
     n: completions for the prompt; they share the prompt's pages.
     temperature: logits are divided by it; 0, or less than 1e-5, is greedy.

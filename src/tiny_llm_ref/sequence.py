@@ -39,7 +39,7 @@ class Sequence:
     The tokens of a sequence are the prompt, then the outputs. Invariant: the keys and values of the first
     `num_computed` tokens are in memory.
 
-    max_len: the most tokens that it may ever have, prompt and outputs. num_forks: the other completions of
+    max_len: its length limit in tokens, prompt and outputs together. num_forks: the other completions of
     its request that are still to be forked from it. rank: its place in the order of service, the lowest
     first: its request's priority key, its request's number, and its index among the completions. outputs:
     the generated tokens, which a preemption does not remove. prompt_logprobs: if requested, entry i is about

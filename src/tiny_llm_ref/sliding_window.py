@@ -1,4 +1,4 @@
-"""Sliding windows over pages: a query sees the last W tokens, and pages that no query can see are freed.
+"""Sliding windows over pages: a query sees the last W tokens, and blocks that no query can see are freed.
 
 Blocks before the window are neither read nor held, so in these layers a sequence of any length needs only the
 memory of one window, and a query reads only one window. W is the checkpoint's `sliding_window`; it includes
@@ -267,9 +267,9 @@ class WindowedContext:
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Store k and v [1, Hkv, T, D] of a layer, then attend with q [1, H, T, D] -> [1, H, T, D].
 
-        The pool has one layer for the first layers of all groups, one for the second layers, and so on; the
-        groups write to different blocks, so they never overwrite each other. So the pool's layer is `index`,
-        the layer's index in its group, which `_where` has:
+        The first layers of all groups share the pool's layer 0, the second layers share its layer 1, and so
+        on; the groups write to different blocks, so they never overwrite each other. The pool's layer is
+        therefore `index`, the layer's index in its group, which `_where` has:
 
         1. `pool.lend(index)` returns the pool's keys and values.
         2. Write and attend, with the group's batch and the scale: `write_and_attend` (day 3.2) for a layer

@@ -1,7 +1,8 @@
 """Parses and validates request bodies, at a cost that is bounded before any object is built.
 
 A few bytes of JSON can become an object of hundreds of bytes, so a body with more values than any request
-needs is refused before it is parsed. Long bodies are parsed in a thread. This module knows no field names.
+needs is refused before it is parsed. Long bodies are parsed in a thread. This module knows nothing of field
+names.
 """
 
 import asyncio

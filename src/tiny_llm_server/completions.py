@@ -236,7 +236,7 @@ def _without_output(event: RequestEvent) -> RequestEvent:
 
 
 def _prompts(body: CompletionRequest) -> list[Prompt]:
-    """Return the prompts as a list, also if there is only one."""
+    """Return the prompts as a list, even if there is only one."""
     prompt = body.prompt
     if isinstance(prompt, str) or isinstance(prompt[0], int):
         return [prompt]

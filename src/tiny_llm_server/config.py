@@ -35,15 +35,16 @@ class ServerConfig:
     max_body_bytes: largest body of a request; a larger one gets 413.
     body_timeout: seconds that a client has to send a body; then 408.
     body_memory_bytes: bytes that the bodies of all requests may hold together; beyond it, requests get 503.
-    max_connections: the most open connections. A new one replaces the one that has been idle longest; if all
-        are busy, the new one gets 503. The limit is lower if the system allows fewer file descriptors.
+    max_connections: the maximum number of open connections. A new one replaces the one that has been idle
+        longest; if all are busy, the new one gets 503. The limit is lower if the system allows fewer file
+        descriptors.
     header_timeout: seconds that a client has to send the headers of a request; then 408.
     timeout_keep_alive: seconds that an idle connection stays open between two requests.
     unread_timeout: seconds after which a connection is closed if its client reads nothing of its answer.
-    max_n, max_stop: the most completions of a prompt, and the most stop strings in a request.
-    max_prompts: the most prompts in one request to /v1/completions.
-    max_sequences: the most sequences of one request: its prompts times n. This bounds how long a later
-        request waits for this one.
+    max_n, max_stop: the maximum number of completions of a prompt, and of stop strings in a request.
+    max_prompts: the maximum number of prompts in one request to /v1/completions.
+    max_sequences: the maximum number of sequences of one request: its prompts times n. This bounds how long
+        a later request waits for this one.
     scheduling_policy: `fcfs` serves requests in order of arrival and refuses those with a priority;
         `priority` lets clients set one. Priorities age: each step lets at most 32 later requests pass.
     request_timeout: seconds after which a request is aborted, waiting or running; None: no limit.

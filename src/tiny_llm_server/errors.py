@@ -116,7 +116,7 @@ def api_error(error: BaseException) -> ApiError:
 
 
 def load_error(error: BaseException) -> Exception:
-    """Return an error that the command line shows in one line, from what loading the model raised."""
+    """Turn an error from loading the model into one that the command line shows in one line."""
     if isinstance(error, TinyLLMError | ValueError | ImportError | OSError):
         return error
     found = TinyLLMError(f"the model cannot be loaded: {type(error).__name__}: {error}")

@@ -22,7 +22,7 @@ from .service import Service
 from .sse import EventStream
 
 FRAME_SECONDS = 0.05  # between two messages
-MAX_STEPS = 2000  # that wait for a slow client; with more, it gets the whole state again
+MAX_STEPS = 2000  # steps kept for a slow client; beyond that, it gets the whole state again
 
 
 def router(service: Service) -> APIRouter:
@@ -67,7 +67,7 @@ class _Collector:
         self._stop = await asyncio.to_thread(self._engine.watch_blocks, self)
 
     def close(self) -> None:
-        """Stop, without waiting. Can be called at any time, also during `open`."""
+        """Stop, without waiting. Can be called at any time, even during `open`."""
         self._is_closed = True
         if self._stop is not None:
             self._stop()

@@ -59,7 +59,7 @@ class Run:
         stats: RequestStats,
         timeout: float | None = None,
     ) -> Self:
-        """Queue the requests in the engine, all or none. Raises what `Engine.submit` and its future raise."""
+        """Queue the requests in the engine, all or none. Raises as `Engine.submit` and its future do."""
         run = cls(engine, requests, stats, timeout)
         accepted = False
         try:

@@ -206,7 +206,7 @@ def test_task_5_a_long_prompt_is_computed_in_chunks() -> None:
 
 
 def test_task_5_prompts_share_a_step() -> None:
-    """Oracle: by hand: of 8 tokens per step the first prompt gets 5, and the second gets 3 of its 6."""
+    """Oracle: by hand: the first prompt gets 5 of the 8 tokens of a step, and the second gets 3 of its 6."""
     manager = DenseBatchManager(2, 16, max_batched_tokens=8)
     manager.add_request([1] * 5, "a", limits())
     manager.add_request([2] * 6, "b", limits())
@@ -393,7 +393,7 @@ def test_task_5_commit_does_not_change_sequences_without_a_token() -> None:
 
 
 def test_task_5_a_long_prompt_does_not_delay_a_decode() -> None:
-    """Oracle: by hand: of 4 tokens per step the decode gets one and the older prompt gets 3."""
+    """Oracle: by hand: the decode gets one of the 4 tokens of a step, and the older prompt gets 3."""
     manager = DenseBatchManager(2, 32, max_batched_tokens=4)
     manager.add_request([1] * 10, "long", limits())
     manager.add_request([5], "short", limits(8))

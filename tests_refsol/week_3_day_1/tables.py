@@ -104,7 +104,7 @@ def test_task_3_zero_tokens_need_no_blocks() -> None:
 
 
 def test_task_3_blocks_to_append_changes_nothing() -> None:
-    """Oracle: by hand; it does not check whether so many blocks are free."""
+    """Oracle: by hand; it does not check whether that many blocks are free."""
     table = filled(6, num_blocks=2)
     other = sharing(table)
     before = state(table, other)
@@ -219,7 +219,7 @@ def test_task_4_tokens_that_do_not_fit_are_rejected_and_change_nothing(num_token
 
 
 def test_task_4_appending_zero_tokens_changes_nothing() -> None:
-    """Oracle: by hand: also if the last block is shared and if no block is free."""
+    """Oracle: by hand: even if the last block is shared, and if no block is free."""
     table = filled(6, num_blocks=2)
     other, empty = sharing(table), BlockTable(table.allocator, 4)
     before = state(table, other, empty)
@@ -276,7 +276,7 @@ def test_task_4_full_shared_blocks_are_never_copied() -> None:
 
 
 def test_task_4_one_append_may_need_a_copy_and_new_blocks() -> None:
-    """Oracle: by hand: of 7 tokens 2 go to the copy, 4 and 1 to new blocks. The length is 2."""
+    """Oracle: by hand: 2 of 7 tokens go to the copy, 4 and 1 to new blocks. The length is 2."""
     table = filled(6)
     other = sharing(table)
     first, shared = table.blocks

@@ -134,7 +134,7 @@ def test_task_2_every_span_attends_only_to_its_own_sequence() -> None:
 
 
 def test_task_2_neighbouring_query_heads_share_a_head_of_keys_and_values() -> None:
-    """Oracle: by hand: of 6 query heads 0, 1 and 2 read the first of two heads. Common mistake: h % Hkv."""
+    """Oracle: by hand: query heads 0, 1 and 2 of 6 read the first of two heads. Common mistake: h % Hkv."""
     values = mx.array([[[[5.0, 0]], [[70.0, 0]]]])  # one block of one token, two heads
     batch = pack_batch([Span(table_of([0], 1, block_size=1), 0, 1)])
     out = paged_attention(queries(6, 1), mx.zeros_like(values), values, batch, 1.0)

@@ -407,7 +407,7 @@ def test_task_17_a_long_prompt_is_computed_in_chunks_and_allocates_pages_on_dema
 
 
 def test_task_17_a_long_prompt_does_not_delay_decodes() -> None:
-    """Oracle: by hand: of 4 tokens per step the decode gets one and the prompt gets 3."""
+    """Oracle: by hand: the decode gets one of the 4 tokens of a step, and the prompt gets 3."""
     manager, computed = manager_of(budget=4), []
     manager.add_request([5], "short", limits(8))
     manager.commit(dict.fromkeys(manager.process_batch(), 7))

@@ -203,7 +203,7 @@ def forged(tokens: Sequence[int], hashes: Sequence[bytes]) -> TokenBlocks:
 
 
 def test_task_4_cached_blocks_are_found_in_order() -> None:
-    """Oracle: by hand: also after the table is released."""
+    """Oracle: by hand: even after the table is released."""
     allocator, cache = make_cache()
     table = cached(allocator, cache, range(13))
     blocks = list(table.blocks)

@@ -250,7 +250,7 @@ def test_task_4_a_table_can_skip_to_a_later_position() -> None:
 def test_task_4_a_position_at_or_after_the_end_is_accepted(
     num_tokens: int, start: int, position: int
 ) -> None:
-    """Oracle: by hand, blocks of 4: also if there is nothing to release or nothing to skip."""
+    """Oracle: by hand, blocks of 4, even if there is nothing to release or nothing to skip."""
     blocks = [3, 9][: -(-num_tokens // 4)]
     table = table_of(blocks, num_tokens, start=start)
     assert list(table.skip_to(position)) == blocks

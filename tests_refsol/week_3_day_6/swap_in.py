@@ -162,7 +162,7 @@ def test_task_7_host_blocks_stay_until_forget() -> None:
 
 
 def test_task_7_a_windowed_table_keeps_its_start() -> None:
-    """Oracle: by hand: of 18 tokens windows of 6 and 3 had blocks 3 and 4, and block 4: from 12 and 16 on.
+    """Oracle: by hand: with 18 tokens, a window of 6 had blocks 3 and 4, one of 3 block 4: from 12 and 16 on.
 
     Common mistake: a windowed table that starts at 0.
     """
@@ -226,7 +226,7 @@ def test_task_7_a_windowed_table_without_host_blocks_skips_too(adopted: int) -> 
 
 
 def test_task_7_windowed_tables_share_blocks_of_other_sequences() -> None:
-    """Oracle: by hand: of 17 tokens a window of 6 has block 3 and the first token of block 4.
+    """Oracle: by hand: with 17 tokens, a window of 6 has block 3 and the first token of block 4.
 
     Two forks in two groups share 4 full blocks and 1, and each has one more block in each group.
     """

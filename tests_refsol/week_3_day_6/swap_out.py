@@ -68,7 +68,7 @@ def test_task_5_blocks_without_computed_tokens_are_not_swapped_out(computed: int
 
 
 def test_task_5_a_common_prefix_is_stored_on_the_host_once() -> None:
-    """Oracle: by hand: of 11 and 14 tokens the first 9 are the same: two full blocks.
+    """Oracle: by hand: the first 9 of 11 and 14 tokens are the same: two full blocks.
 
     They are in different blocks of the pool, but their contents are equal.
     """
@@ -146,7 +146,7 @@ def test_task_5_outputs_are_shared_like_a_prompt() -> None:
 
 
 def test_task_5_a_windowed_table_stores_its_first_block_index() -> None:
-    """Oracle: by hand: of 18 tokens a window of 6 has blocks 3 and 4; the next token sees from 13 on.
+    """Oracle: by hand: with 18 tokens, a window of 6 has blocks 3 and 4; the next token sees from 13 on.
 
     Common mistake: counting its blocks from 0.
     """

@@ -303,7 +303,7 @@ def test_task_6_a_drain_is_done_when_all_requests_have_finished() -> None:
 
 
 def test_task_6_a_drain_without_active_requests_is_done_at_once() -> None:
-    """Oracle: by hand; also for a second drain."""
+    """Oracle: by hand. A second drain is done at once too."""
     driver = LoopDriver()
     for _ in range(2):
         drained: Future[None] = Future()

@@ -112,7 +112,7 @@ def test_task_1_a_rejected_duplicate_id_does_not_cancel_its_owner() -> None:
 
 
 def test_task_1_a_full_core_raises_queue_full_error() -> None:
-    """Oracle: the docstring: what `RequestState.begin` raises."""
+    """Oracle: the docstring: the errors of `RequestState.begin`."""
     loop = make_loop()
     loop.core.is_full = True
     with pytest.raises(QueueFullError):

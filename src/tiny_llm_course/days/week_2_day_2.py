@@ -10,7 +10,7 @@ USERS, MEMORY = 16, 512 * 2**20
 
 
 def show() -> Lines:
-    """Print for caches of several lengths how many users are refused and how much memory is wasted."""
+    """Print how many users are refused and how much memory is wasted, for caches of several lengths."""
     from tiny_llm.loader import load_model
     from tiny_llm.naive_cache import NaiveKVCache, reserve
 

@@ -1,6 +1,6 @@
 """The policy that uses the prefix cache: sequences share cached blocks instead of computing them.
 
-Knows sequences and their tables; the cache knows no sequences. Bookkeeping over ints, no arrays.
+Knows sequences and their tables; the cache knows nothing of them. Bookkeeping over ints, no arrays.
 """
 
 from .sequence import PagedSequence
