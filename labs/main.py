@@ -21,6 +21,8 @@ import draw
 from catalog import Lab
 from report import Report, as_json_object, show
 from result import Result
+from tiny_llm_cli.command import Command
+from tiny_llm_cli.mistakes import explain
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.learner import learners_errors
 from tiny_llm_course.repo import Repo
@@ -63,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
         with learners_errors(Repo.here()):
             as_command(lab, lab.load()).main(options, prog_name=f"pdm run lab {name}", standalone_mode=False)
     except (TyperException, catalog.UnknownLabError) as error:
-        return _fail(error.format_message() if isinstance(error, TyperException) else str(error), USAGE)
+        return _fail(explain(error) if isinstance(error, TyperException) else str(error), USAGE)
     except Exception as error:
         if not _is_user_error(error):
             raise
@@ -91,7 +93,7 @@ def as_command(lab: Lab, measure: Callable[..., Result]) -> TyperCommand:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.command(help=lab.doc)(command)
+    app.command(help=lab.doc, cls=Command)(command)
     built = get_command(app)
     assert isinstance(built, TyperCommand)
     return built

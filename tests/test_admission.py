@@ -184,7 +184,7 @@ def test_an_invalid_prompt_is_rejected_with_its_value_and_position(value: Any) -
         ([1, [2]], r"prompt\[1\].*\[2\]"),
         ([1, Unprintable()], r"prompt\[1\].*Unprintable"),
         ([[1], [2, [3]]], r"prompts\[1\]\[1\].*\[3\]"),
-        ([[1], []], r"prompts\[1\]: has no tokens"),
+        ([[1], []], r"prompts\[1\] has no tokens"),
         ([["a"]], r"prompts\[0\]\[0\].*'a'"),
         ([None], r"prompts\[0\].*None"),
         ([1.5], r"prompts\[0\].*1\.5"),

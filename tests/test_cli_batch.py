@@ -97,7 +97,7 @@ def test_a_batch_that_names_another_model_gives_a_warning(cli: Run, llm: LLM) ->
     line = request("a", {"model": "gpt-4o-mini", "messages": MESSAGES, "max_tokens": 1})
     done = cli("generate", stdin=line)
     assert done.code == 0
-    assert f"warning: the batch names gpt-4o-mini, but {llm.model_name} answers it" in done.err
+    assert f"warning: the batch asks for the model gpt-4o-mini, but {llm.model_name} answers" in done.err
     assert results(done.out)[0]["response"]["body"]["model"] == llm.model_name
 
 

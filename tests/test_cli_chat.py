@@ -170,6 +170,21 @@ def test_the_history_can_be_turned_off(
     assert keeps == [kept]
 
 
+def test_a_wrong_value_of_the_history_variable_is_reported_by_its_name(
+    cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINY_LLM_CHAT_HISTORY", "maybe")
+    done = cli("chat", "Hi")
+    assert done.code == 2
+    assert "error: TINY_LLM_CHAT_HISTORY must be 1 (on) or 0 (off), not 'maybe' (see" in done.err
+
+
+def test_the_help_shows_switches_and_variables_with_plain_defaults(cli: Run) -> None:
+    assert "TINY_LLM_CHAT_HISTORY; default: on]" in " ".join(cli("chat", "--help").out.split())
+    words = " ".join(cli("bench", "serve", "--help").out.split())
+    assert words.count("OPENAI_API_KEY") == 1
+
+
 class Typed:
     """Input that returns these texts and raises these exceptions (for keys), and at the end EOFError."""
 

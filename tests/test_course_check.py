@@ -141,7 +141,7 @@ STATIC: dict[str, tuple[Change, str]] = {
         lambda h: replace(
             h.reference / "adding.py", "    return x\n", "    one = other = x\n    return sum((one, other))\n"
         ),
-        "leak: 1.1, adding.py: a line of add is left: return sum((one, other))",
+        "leak: 1.1, adding.py: the starter still has a line of add: return sum((one, other))",
     ),
     "a helper that gives the solution away": (
         lambda h: replace(
@@ -149,11 +149,11 @@ STATIC: dict[str, tuple[Change, str]] = {
             "    return x\n",
             "    self = Counter()\n    return add(self.value, 1)\n",
         ),
-        "leak: 1.2, counting.py: a line of Counter._next is left: return add(self.value, 1)",
+        "leak: 1.2, counting.py: the starter still has a line of Counter._next: return add(self.value, 1)",
     ),
     "a removed helper that another function of its module calls": (
         lambda h: replace(h.reference / "counting.py", "    return x\n", "    return Counter()._next()\n"),
-        "starter: 1.2, counting.py: given calls Counter._next, which is removed",
+        "starter: 1.2, counting.py: given calls Counter._next, which the starter does not contain",
     ),
     "a removed helper that another module calls": (
         lambda h: replace(
@@ -161,7 +161,7 @@ STATIC: dict[str, tuple[Change, str]] = {
             "    return add(x, x)\n",
             "    from .counting import Counter\n\n    return Counter()._next() + 2 * x - 1\n",
         ),
-        "starter: 1.2, counting.py: doubling.py calls Counter._next, which is removed",
+        "starter: 1.2, counting.py: doubling.py calls Counter._next, which the starter does not contain",
     ),
     "a day without tests": (
         lambda h: suite(h, 2).unlink(),

@@ -126,6 +126,8 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
         (["test", "1.1"], "not started: pdm run start 1.1"),
         (["test", "--week", "1"], "--week and --day go together"),
         (["test", "1.1", "--time-limit", "-1"], "--time-limit must be at least 0, not -1"),
+        (["test-refsol", "nofile.py"], "there is no file nofile.py"),
+        (["start", "nofile.py"], "'nofile.py' is not a day such as 1.1 or a file of a day"),
         (["hint", "1.1.9"], "there is no exercise '1.1.9': day 1.1 has 1.1.1 to 1.1.3"),
         (["diff", "1.1"], "not started"),
         (["reset", "1.1"], "nothing to reset"),

@@ -312,18 +312,8 @@ def test_the_requests_of_a_closed_event_loop_are_cancelled(engine: Engine) -> No
         ([VOCAB], {}, ValueError, f"token id {VOCAB} is outside the vocabulary"),
         ([-1], {}, ValueError, "token id -1"),
         ("\ud800", {}, ValueError, "lone surrogate"),
-        (
-            [20],
-            {"stop_token_ids": [999]},
-            SamplingParamsError,
-            "^stop_token_ids has token id 999, .* vocabulary",
-        ),
-        (
-            [20],
-            {"logit_bias": {999: 1.0}},
-            SamplingParamsError,
-            "^logit_bias has token id 999, .* vocabulary",
-        ),
+        ([20], {"stop_token_ids": [999]}, SamplingParamsError, "^stop_token_ids has token id 999, which"),
+        ([20], {"logit_bias": {999: 1.0}}, SamplingParamsError, "^logit_bias has token id 999, which"),
         ([20], {"n": 9}, RequestTooLargeError, "n = 9"),
         ([20] * 100, {"max_tokens": 100}, RequestTooLargeError, "exceed the context of 128"),
     ],
@@ -400,7 +390,7 @@ def test_requests_count_as_waiting_only_when_all_slots_are_taken() -> None:
     submit(1)
     held_core.wait()
     submit(3)  # three slots, and one request waits; none has been served yet
-    with pytest.raises(QueueFullError, match="1 requests wait and max_num_waiting is 1"):
+    with pytest.raises(QueueFullError, match="1 request waits and max_num_waiting is 1"):
         submit(1)
     held_core.allow_all_steps()
     engine.start_draining().result(SECONDS)
@@ -422,7 +412,7 @@ def test_requests_count_as_waiting_when_slots_are_free_but_pages_are_not() -> No
         held_core.wait()
     second.result(SECONDS)
     assert (engine.stats.num_running, engine.stats.num_waiting) == (1, 1)
-    with pytest.raises(QueueFullError, match="1 requests wait and max_num_waiting is 1"):
+    with pytest.raises(QueueFullError, match="1 request waits and max_num_waiting is 1"):
         engine.submit([engine.request([20], params)], print)
     held_core.allow_all_steps()
     engine.start_draining().result(SECONDS)

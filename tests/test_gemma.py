@@ -274,7 +274,9 @@ def test_the_largest_gemma_scales_queries_differently(tmp_path: Path) -> None:
 
 def test_a_cache_without_windows_rejects_contexts_beyond_them(tmp_path: Path) -> None:
     path = write_folder(tmp_path, GEMMA, random_weights(GEMMA))
-    with pytest.raises(ConfigError, match=r"no sliding windows.* one of 8 tokens and the context has 128"):
+    with pytest.raises(
+        ConfigError, match=r"no sliding windows.* a window of 8 tokens and the context has 128"
+    ):
         LLM(path, batching="dense")
     LLM(path, batching="dense", max_model_len=8, kv_cache_memory=1 << 20)
 

@@ -557,7 +557,7 @@ def test_a_tensor_in_two_gguf_parts_is_rejected(tmp_path: Path) -> None:
     write_gguf(paths[1], CONFIG, {"model.norm.weight": WEIGHTS["model.norm.weight"]}, other=split)
     name = next(iter(WEIGHTS))
     write_gguf(paths[2], CONFIG, {name: WEIGHTS[name]}, other={**split, "split.no": 2})
-    assert f"tensor {gguf_name(name)} is also in another part, expected it once" in error_message(paths[0])
+    assert f"tensor {gguf_name(name)} appears in two parts, expected in one" in error_message(paths[0])
 
 
 def test_a_gemma_without_a_window_has_full_attention_in_all_layers(tmp_path: Path) -> None:

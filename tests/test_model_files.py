@@ -267,7 +267,7 @@ def test_headers_with_100000_tensors_are_checked_in_seconds(tmp_path: Path) -> N
 def test_a_tensor_in_two_safetensors_files_is_rejected(broken: Path) -> None:
     (broken / "model.safetensors").rename(broken / "first.safetensors")
     write_safetensors(broken / "other.safetensors", {NORM: np.ones(64, np.float32)})
-    assert f"tensor {NORM} is also in first.safetensors, expected it once" in error_message(broken)
+    assert f"tensor {NORM} is also in first.safetensors, expected in one file only" in error_message(broken)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_rejected(broken: Path) -> None:

@@ -51,11 +51,12 @@ def step(manager: PagedBatchManager, token: int = 9) -> list[str]:
 @pytest.mark.parametrize(
     ("prompt", "params", "figures"),
     [
-        (32, outputs(1), "32 prompt tokens and 1 output tokens exceed the context of 32"),
+        (32, outputs(1), "32 prompt tokens and 1 output token exceed the context of 32"),
+        (1, outputs(40), "'big': 1 prompt token and 40 output tokens exceed the context of 32"),
         (40, outputs(None), "40 prompt tokens .* exceed the context of 32"),
         (20, outputs(13), "20 prompt tokens and 13 output tokens exceed the context of 32"),
         (4, outputs(4, n=5), "n = 5 exceeds the 4 sequences"),
-        (14, outputs(10), "24 tokens in 1 completions need 6 blocks of 4; the pool has 5"),
+        (14, outputs(10), "24 tokens in 1 completion need 6 blocks of 4; the pool has 5"),
         (7, outputs(13, n=4), "completions need .* blocks of 4; the pool has 5"),
     ],
 )

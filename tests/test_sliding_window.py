@@ -191,7 +191,9 @@ def test_a_table_never_skips_to_positions_that_it_holds_or_has_passed() -> None:
     table.append_tokens(14)
     table.release_before(9)
     for position in range(16):
-        with pytest.raises(ValueError, match=f"{position} is not a multiple of 4 at or after the end, 14"):
+        with pytest.raises(
+            ValueError, match=f"position must be a multiple of 4 and at least 14, not {position}"
+        ):
             table.skip_to(position)
     assert (table.start, table.num_tokens, len(table.blocks)) == (8, 6, 2)
     assert len(table.skip_to(16)) == 2

@@ -258,6 +258,10 @@ def test_a_prompt_without_space_for_output_is_rejected_with_its_length_and_the_l
     message = "3 prompt tokens and 1 output token exceed the context of 3"
     with pytest.raises(PromptTooLongError, match=message):
         TOKENIZER.encode(text, context=3)
+    with pytest.raises(
+        PromptTooLongError, match=r"^at least 1 prompt token and 1 output token exceed the context of 1$"
+    ):
+        TOKENIZER.encode("one", context=1)
 
 
 def test_a_prompt_that_is_far_too_long_is_rejected_without_tokenizing(

@@ -84,7 +84,7 @@ def _joined(parts: list[GGUFFile]) -> GGUFFile:
         with reading(part.path):
             twice = tensors.keys() & part.tensors.keys()
             if twice:
-                raise ValueError(f"tensor {min(twice)} is also in another part, expected it once")
+                raise ValueError(f"tensor {min(twice)} appears in two parts, expected in one")
         tensors |= part.tensors
     with reading(first.path):
         if (wanted := _integer(first, _TENSORS, len(tensors))) != len(tensors):

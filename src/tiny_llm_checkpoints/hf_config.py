@@ -54,7 +54,7 @@ def model_config(config: Json, eos_token_ids: tuple[int, ...]) -> ModelConfig:
     if model_type == "gemma3":
         raise ValueError(
             "model_type 'gemma3' also takes images, which is not supported; supported: the text model "
-            "('gemma3_text'), as such a folder or as a GGUF file"
+            "('gemma3_text'), in a folder or as a GGUF file"
         )
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(f"model_type {model_type!r} is not supported; supported: {', '.join(ARCHITECTURES)}")

@@ -207,6 +207,6 @@ def _stored_tensors(path: Path) -> dict[str, SafeTensor]:
         twice = sorted(stored.keys() & found.keys())
         if twice:
             other = stored[twice[0]].file.name
-            raise ModelFileError(f"{file}: tensor {twice[0]} is also in {other}, expected it once")
+            raise ModelFileError(f"{file}: tensor {twice[0]} is also in {other}, expected in one file only")
         stored |= found
     return stored

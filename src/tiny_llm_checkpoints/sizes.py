@@ -1,4 +1,4 @@
-"""Numbers of bytes as people read them."""
+"""Counts, and numbers of bytes, as people read them."""
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 _EXACT = 10 * 1024
@@ -21,3 +21,12 @@ def shown_bytes(nbytes: int) -> str:
     digits = 0 if unit == 0 else max(0, 3 - len(str(int(value))))
     text = f"{value:,.{digits}f}"
     return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {_UNITS[unit]}"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "prompt token"), counted(2, "prompt token")
+    ('1 prompt token', '2 prompt tokens')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"

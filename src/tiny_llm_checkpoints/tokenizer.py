@@ -14,6 +14,7 @@ from . import tokenizer_library as library
 from .decoder_stages import BYTE_TOKEN, REPLACEMENT, DecoderChain, bytes_of_piece, decoder_chain
 from .errors import PromptTooLongError
 from .framed_text import FramedText
+from .sizes import counted
 from .token_bound import token_bound
 
 _ANCHOR = "\ue000"  # a token that no vocabulary has; the tokens after it are not at the start of a text
@@ -183,7 +184,8 @@ def check_length(num_tokens: int, context: int | None, at_least: str = "") -> No
     """Raise `PromptTooLongError` if the prompt leaves no space for an output token in the context."""
     if context is not None and num_tokens >= context:
         raise PromptTooLongError(
-            f"{at_least}{num_tokens} prompt tokens and 1 output token exceed the context of {context}"
+            f"{at_least}{counted(num_tokens, 'prompt token')} and 1 output token exceed "
+            f"the context of {context}"
         )
 
 

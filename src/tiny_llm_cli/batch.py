@@ -65,7 +65,7 @@ def _problem(found: Mapping[str, Any], known: set[Any]) -> str | None:
         return f'"url" must be {CHAT} or {COMPLETIONS}, not {found.get("url")!r}'
     if not isinstance(body, dict):
         return '"body" must be an object'
-    return "stream: a batch has no streams" if body.get("stream") else None
+    return "stream is not supported in a batch" if body.get("stream") else None
 
 
 def other_models(requests: Sequence[BatchRequest], name: str) -> list[str]:

@@ -45,9 +45,7 @@ def latency(
     ] = 32,
     output_tokens: Annotated[int, typer.Option(min=2, help="Answer length when decode is measured.")] = 128,
     repetitions: Annotated[int, typer.Option(min=1, help="Measured runs; the result is their median.")] = 5,
-    warmups: Annotated[
-        int, typer.Option(min=0, help="Runs before the measured ones, which do not count.")
-    ] = 1,
+    warmups: Annotated[int, typer.Option(min=0, help="Unmeasured runs before the measured ones.")] = 1,
     seed: _Seed = 0,
     engine: EngineOptions,
 ) -> None:
@@ -121,7 +119,11 @@ def serve(
     *,
     as_json: _Json = False,
     backend: Annotated[
-        Backend, typer.Option(help="The API to measure: completions (openai, vllm) or chats (openai-chat).")
+        Backend,
+        typer.Option(
+            help="The API to measure: completions (openai, vllm) or chats (openai-chat).",
+            metavar="openai|openai-chat|vllm",
+        ),
     ] = "openai",
     base_url: Annotated[
         str | None,
@@ -155,7 +157,7 @@ def serve(
             help="The API key to send, if the server requires one.",
             metavar="KEY",
             envvar="OPENAI_API_KEY",
-            show_default="the environment variable OPENAI_API_KEY",
+            show_default="no key",
         ),
     ] = None,
     dataset_name: Annotated[
@@ -173,7 +175,7 @@ def serve(
     random_input_len: Annotated[int, typer.Option(min=1, help="Length of a prompt, in tokens.")] = 96,
     random_output_len: Annotated[int, typer.Option(min=1, help="Length of an answer, in tokens.")] = 64,
     random_range_ratio: Annotated[
-        float, typer.Option(min=0, max=1, help="Vary both lengths by up to this fraction of them.")
+        float, typer.Option(min=0, max=1, help="Vary both lengths by up to this fraction.")
     ] = 0.0,
     random_prefix_len: Annotated[
         int, typer.Option(min=0, help="Tokens in front of every prompt, the same for all.")

@@ -109,7 +109,7 @@ def _read_pipe() -> str:
     try:
         return read_stdin().rstrip("\n") if stdin_has_data(_WAIT_FOR_PIPE) else ""
     except TimeoutError as error:
-        print(f"tiny-llm: warning: {error}; the question is only the argument", file=sys.stderr)
+        print(f"tiny-llm: warning: {error}; only the argument is used as the question", file=sys.stderr)
         return ""
 
 

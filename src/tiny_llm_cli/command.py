@@ -62,7 +62,9 @@ def _write_options(params: Iterable["Parameter"], ctx: typer.Context, formatter:
         if record is not None:
             names, text = record
             if param.secondary_opts:
-                text = re.sub(r"\[default: (no-)?[a-z-]+\]$", lambda m: f"[default: {_switch(m)}]", text)
+                text = re.sub(
+                    r"(?<=[\[ ])default: (no-)?[a-z-]+\]$", lambda m: f"default: {_switch(m)}]", text
+                )
             default = "Options" if param.param_type_name == "option" else "Arguments"
             title = getattr(param, "rich_help_panel", None) or default
             sections.setdefault(title, []).append((names, _plain(text)))
@@ -80,4 +82,4 @@ def _plain(text: str) -> str:
     """Help text with its range in words, and a default in words without parentheses."""
     text = re.sub(r"(\d\S*)<=x<=(\d[^];]*)(?=[];])", r"\1 to \2", text)
     text = re.sub(r"x>=(\d[^];]*)(?=[];])", r"at least \1", text)
-    return re.sub(r"\[default: \((.*)\)(?=[];])", r"[default: \1", text, flags=re.DOTALL)
+    return re.sub(r"(?<=[\[ ])default: \((.*)\)(?=[];])", r"default: \1", text, flags=re.DOTALL)

@@ -97,7 +97,8 @@ def generate(
     prompt_logprobs: Annotated[
         int | None,
         typer.Option(
-            help="With --json, print the same for each token of the prompt except the first.",
+            help="With --json, print the log-probabilities of each prompt token except the first, "
+            "and of the N most likely tokens.",
             rich_help_panel=_SAMPLING,
         ),
     ] = None,
@@ -137,9 +138,10 @@ def generate(
     override the options. A file's lines are JSON if its name ends in .jsonl or if its first line is such an
     object. Every prompt is checked before any runs; an error names the file and the line.
 
-    OpenAI's batch files ("custom_id", "url" and "body" on each line) are answered as `tiny-llm serve` would,
-    and the results have OpenAI's batch format. A line that fails has its error as its result, the others go
-    on, and the exit code is 1. Sampling options apply to requests that leave them out.
+    OpenAI's batch files ("custom_id", "url" and "body" on each line) are answered as `tiny-llm serve` would
+    answer them, and the results have OpenAI's batch format. If a line fails, its result is the error, the
+    other lines are still answered, and the exit code is 1. Sampling options apply to requests that leave
+    them out.
     """
     for option, value in (("--logprobs", logprobs), ("--prompt-logprobs", prompt_logprobs)):
         if value is not None and not as_json:
@@ -284,7 +286,9 @@ def _check_batch(arguments: Sequence[str], prompt_logprobs: int | None) -> None:
     if arguments:
         raise typer.BadParameter("a batch file cannot be combined with prompts", param_hint="PROMPT")
     if prompt_logprobs is not None:
-        raise typer.BadParameter("OpenAI's batch format has none", param_hint="--prompt-logprobs")
+        raise typer.BadParameter(
+            "OpenAI's batch format has no prompt log-probabilities", param_hint="--prompt-logprobs"
+        )
 
 
 def _run_batch(
@@ -297,7 +301,7 @@ def _run_batch(
     if others := other_models(requests, llm.model_name):
         names = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
         warnings.warn(
-            f"the batch names {names}, but {llm.model_name} answers it (see --model)",
+            f"the batch asks for the model {names}, but {llm.model_name} answers (see --model)",
             UserWarning,
             stacklevel=1,
         )

@@ -23,8 +23,9 @@ def info(
     tiny-llm info
     tiny-llm info --kv-cache-memory 64MiB --json
 
-    The memory figures are this process's peak after loading the model, and its peak after one full step. If
-    the model cannot be loaded, the machine is shown anyway.
+    The memory figures are this process's peak after loading the model, and its peak after serving a prompt
+    that fills one step (--max-num-batched-tokens). If the model cannot be loaded, the machine is shown
+    anyway.
     """
     from . import facts
 

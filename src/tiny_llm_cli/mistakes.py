@@ -108,6 +108,8 @@ def _explained(error: TyperException, context: Any) -> str:
     param = getattr(error, "param", None)
     if param is not None and _is_number(param):
         return f"{_long_name(param) or param.opts[0]} must be {_wanted(param.type)}, not {_value(error)}"
+    if param is not None and context is not None and _is_from_environment(param, context):
+        return f"{param.envvar} must be 1 (on) or 0 (off), not {_value(error)}"
     hint = getattr(error, "param_hint", None) or (None if param is None else _long_name(param))
     return f"{hint}: {error.message}" if hint and error.message else error.format_message()
 
@@ -155,6 +157,12 @@ def _letters(option: str) -> str:
 
 def _is_number(param: "Parameter") -> bool:
     return param.type.name in ("int", "int range", "float", "float range")
+
+
+def _is_from_environment(param: Any, context: Any) -> bool:
+    """Whether a switch got its value from an environment variable."""
+    source = context.get_parameter_source(param.name)
+    return source is not None and source.name == "ENVIRONMENT" and param.is_flag
 
 
 def _wanted(kind: Any) -> str:

@@ -78,7 +78,8 @@ class EngineOptions:
         int | None,
         typer.Option(
             help="Memory for the KV pool, which all requests share: 512MiB, 2GB, ...",
-            show_default="512MiB, or less if --max-num-seqs full contexts need less",
+            show_default="512MiB, or less if that is enough for --max-num-seqs sequences of --max-model-len "
+            "tokens",
             metavar="SIZE",
             parser=parse_bytes,
             rich_help_panel=_ENGINE,

@@ -234,8 +234,8 @@ def serve(
     seed: Annotated[
         int,
         typer.Option(
-            help="Determines the seeds of requests that set none: after every start, the n-th request gets "
-            "the same seed.",
+            help="Seed from which requests without one get theirs: with the same value, the n-th request "
+            "after every start gets the same seed.",
             rich_help_panel=_DEFAULTS,
         ),
     ] = 0,

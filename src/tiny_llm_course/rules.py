@@ -105,7 +105,9 @@ def _starter_problems(repo: Repo, day: Day) -> Iterator[Problem]:
         for name in solutions:
             for line in map(str.strip, body_lines(reference, name)):
                 if line in lines and _is_distinctive(line):
-                    yield Problem("leak", f"{day.id}, {module}.py", f"a line of {name} is left: {line}")
+                    yield Problem(
+                        "leak", f"{day.id}, {module}.py", f"the starter still has a line of {name}: {line}"
+                    )
 
 
 def _removed_problems(repo: Repo, day: Day) -> Iterator[Problem]:
@@ -120,7 +122,11 @@ def _removed_problems(repo: Repo, day: Day) -> Iterator[Problem]:
         called = name.rpartition(".")[2]
         for given in functions(source).keys() - solutions:
             if called in names_in(source, given):
-                yield Problem("starter", f"{day.id}, {module}.py", f"{given} calls {name}, which is removed")
+                yield Problem(
+                    "starter",
+                    f"{day.id}, {module}.py",
+                    f"{given} calls {name}, which the starter does not contain",
+                )
         for file in sorted(repo.reference.glob("*.py")):
             other = file.read_text(encoding="utf-8")
             if (
@@ -129,7 +135,9 @@ def _removed_problems(repo: Repo, day: Day) -> Iterator[Problem]:
                 and module in reachable_modules(repo.reference, file.stem)
             ):
                 yield Problem(
-                    "starter", f"{day.id}, {module}.py", f"{file.name} calls {name}, which is removed"
+                    "starter",
+                    f"{day.id}, {module}.py",
+                    f"{file.name} calls {name}, which the starter does not contain",
                 )
 
 
@@ -137,7 +145,9 @@ def _may_use_problems(repo: Repo, day: Day) -> Iterator[Problem]:
     """The list of interfaces that an exercise may use reveals no helper and contains every name it needs."""
     for exercise in day.exercises:
         for name in set(exercise.may_use) & set(day.removed):
-            yield Problem("may use", exercise.id, f"{name} gives the solution away: it is removed")
+            yield Problem(
+                "may use", exercise.id, f"{name} gives the solution away: the starter does not contain it"
+            )
         try:
             usable = may_use(repo, day, exercise)
         except CourseError as error:

@@ -36,11 +36,13 @@ def on_test(
         bool, typer.Option("--watch", help="Run again after every save; a save stops the current run.")
     ] = False,
     time_limit: Annotated[
-        float, typer.Option(min=0, help="Limit for one test, in seconds; 0 for no limit.")
+        float, typer.Option(help="Limit for one test; 0 for no limit.", metavar="SECONDS")
     ] = TIME_LIMIT,
-    week: Annotated[int | None, typer.Option(help="The week. With --day, the same as DAY.")] = None,
+    week: Annotated[
+        int | None, typer.Option(help="The week; --week 1 --day 2 means DAY 1.2.", metavar="N")
+    ] = None,
     day_number: Annotated[
-        int | None, typer.Option("--day", help="The day of the week. With --week, the same as DAY.")
+        int | None, typer.Option("--day", help="The day of that week; needs --week.", metavar="N")
     ] = None,
 ) -> int:
     """Run a day's tests on your code.
@@ -122,8 +124,11 @@ def on_test_refsol(
         what = None
     if what is None:
         return run_reference(repo, [repo.suites], arguments)
-    if Path(what.partition("::")[0]).exists():
+    file = Path(what.partition("::")[0])
+    if file.exists():
         return run_reference(repo, [], [*arguments, what])
+    if file.suffix == ".py" and syllabus.owner(file.stem) is None:
+        raise CourseError(f"there is no file {file}")
     unit = syllabus.to_start(what)
     return run_reference(repo, [repo.suites / unit.suite], [*tests_of(unit), *arguments])
 
@@ -147,7 +152,7 @@ def on_course_check(
     - every starter file can be imported, is formatted, and contains no line of a solution;
     - no test needs a later day or part (3.2b), uses a private name, or asserts block ids;
     - every exercise has a docstring example, and all examples are correct;
-    - the reference and the second solutions pass all tests.
+    - the reference, and other correct solutions (tests/second_solutions), pass all tests.
     """
     from .check import check
 

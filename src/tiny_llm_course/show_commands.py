@@ -24,7 +24,7 @@ def on_try(day: ADay) -> None:
     pdm run try 3.2b              # the part's demonstration, or the day's if the part has none
 
     Some demonstrations are simulations without the model; they say so. Your quantize.py runs only on day 2.4,
-    because it unpacks every matrix in each forward pass.
+    because it is slow: it unpacks every matrix in each forward pass.
     """
     repo, syllabus = open_course()
     chosen = syllabus.to_start(day)
@@ -56,7 +56,7 @@ def on_hint(
     pdm run hint 1.1.2            # a question to think about, and the interfaces that you may use
     pdm run hint 1.1.2 2          # the answer, and a fact
     pdm run hint 1.1.2 3          # a sketch of the solution in words
-    pdm run hint 3.2b             # the first exercise of the part that is not written yet
+    pdm run hint 3.2b             # the part's first exercise that is not written yet
     """
     repo, syllabus = open_course()
     print(views.hint(repo, syllabus, first_unfinished(repo, syllabus, exercise), step))
@@ -84,7 +84,7 @@ def on_compare(
     day: ADay,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compare your speed, memory and results with the reference's.
+    """Compare speed, memory and results with the reference's.
 
     \b
     pdm run compare 2.4
@@ -142,8 +142,8 @@ def on_doctor(
 ) -> int:
     """Check Python, MLX, the kernels, the model and your files.
 
-    A failed check is marked `!!`, with advice on how to fix it, such as a command for a day (1.1) or a part
-    (3.2b). The exit code is then 1.
+    A failed check is marked `!!`, with advice on how to fix it; the advice may be a command for a day (1.1)
+    or a part (3.2b). If any check fails, the exit code is 1.
     """
     from .doctor import examine
 

@@ -43,7 +43,9 @@ class Syllabus:
         if (meant := self._meant(wanted)) is not None:
             return meant
         if not _DAY_ID.fullmatch(part[1] if part else wanted):
-            raise CourseError(f"{wanted!r} is not a day such as 1.1: `pdm run map` lists all days")
+            raise CourseError(
+                f"{wanted!r} is not a day such as 1.1 or a file of a day: `pdm run map` lists both"
+            )
         raise CourseError(f"there is no day {part[1] if part else wanted}: `pdm run map` lists all days")
 
     def _meant(self, wanted: str) -> Unit | None:

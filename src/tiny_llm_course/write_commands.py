@@ -95,7 +95,7 @@ def _skip_kernel(repo: Repo, kernel: Kernel) -> None:
     moved = set_aside_kernel(repo, kernel)
     if not moved:
         raise CourseError(
-            f"{kernel.file} is not started: the reference's runs (to write yours: "
+            f"{kernel.file} is not started: the reference's kernel runs (to write yours: "
             f"pdm run start {kernel.day_id} --cpp)"
         )
     print(f"moved your file to {repo.shown(moved[0])}; the reference's {kernel.file} runs now")
@@ -111,7 +111,7 @@ def on_reset(day: ADay) -> None:
 
     \b
     pdm run reset 1.1             # attention.py becomes attention.py.1.bak
-    pdm run restore 1.1           # and attention.py again
+    pdm run restore 1.1           # attention.py.1.bak becomes attention.py again
     pdm run reset 3.2b            # one part
 
     If a file also contains work of other parts, it is copied instead, and only the exercises of this part get

@@ -77,7 +77,8 @@ class AdmissionControl:
         """Raise `QueueFullError`, with the numbers, if this many requests cannot be admitted now."""
         waiting = self.num_waiting()
         if self._limit is not None and waiting + num_requests > self._limit:
+            waits = "1 request waits" if waiting == 1 else f"{max(0, waiting)} requests wait"
             raise QueueFullError(
-                f"{max(0, waiting)} requests wait and max_num_waiting is {self._limit}: "
-                f"{num_requests} more do not fit"
+                f"{waits} and max_num_waiting is {self._limit}: "
+                f"{num_requests} more {'does' if num_requests == 1 else 'do'} not fit"
             )

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import NamedTuple, Protocol
 
+from tiny_llm_checkpoints.sizes import counted
+
 from .errors import RequestTooLargeError
 from .sampling_params import SamplingParams
 from .sequence import Sequence
@@ -127,8 +129,8 @@ def max_sequence_length(
     max_outputs = context - len(tokens) if params.max_tokens is None else params.max_tokens
     if len(tokens) + max_outputs > context or len(tokens) >= context:
         raise RequestTooLargeError(
-            f"request {request_id!r}: {len(tokens)} prompt tokens and "
-            f"{max(1, max_outputs)} output tokens exceed the context of {context}",
+            f"request {request_id!r}: {counted(len(tokens), 'prompt token')} and "
+            f"{counted(max(1, max_outputs), 'output token')} exceed the context of {context}",
             "max_tokens" if max_outputs >= context and len(tokens) < context else None,
         )
     check_num_sequences(request_id, params.n, max_seqs)

@@ -47,7 +47,7 @@ class Answer(Future[T]):
 
     def _refuse_to_wait(self, call: str, timeout: float | None) -> None:
         if not self.done() and timeout != 0:
-            self._inbox.refuse_to_wait(f"{call}() of an unfinished future", "add_done_callback")
+            self._inbox.refuse_to_wait(f"{call}() on an unfinished future", "add_done_callback")
 
 
 class Task(NamedTuple, Generic[T]):

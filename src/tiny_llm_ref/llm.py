@@ -258,7 +258,7 @@ class LLM:
         model = self.model
         tokens = self.engine.check_token_ids(token_ids)
         if not tokens:
-            raise ValueError("logits of no tokens: there is nothing to compute")
+            raise ValueError("token_ids is empty: there are no logits to compute")
         return self.engine.call(partial(_evaluated_logits, model, tokens, self.engine_config))
 
     def _check_open(self, call: str) -> None:

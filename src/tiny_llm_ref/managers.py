@@ -79,8 +79,9 @@ def _dense_manager(config: EngineConfig, model: Model) -> BatchManager:
     model_len = config.model_len(model.config, dtype.size)
     if window is not None and model_len > window:
         raise ConfigError(
-            f"batching 'dense' has no sliding windows, but layers of this model have one of {window} tokens "
-            f"and the context has {model_len}: use batching 'paged', or a max_model_len of at most {window}"
+            f"batching 'dense' has no sliding windows, but layers of this model have a window of {window} "
+            f"tokens and the context has {model_len}: use batching 'paged', or a max_model_len of at most "
+            f"{window}"
         )
     return DenseBatchManager(
         config.dense_slots(model.config, dtype.size),

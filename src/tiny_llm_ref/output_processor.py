@@ -198,7 +198,7 @@ class RequestState:
         """
         reject_resubmission(self, self._core)
         if not core.add_request(self.request_id, list(self.prompt_token_ids), self.params):
-            raise QueueFullError(f"request {self.request_id!r}: the engine can queue no more now")
+            raise QueueFullError(f"request {self.request_id!r}: the engine's queue is full")
         self._core = ref(core)
 
     @property

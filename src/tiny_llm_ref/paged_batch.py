@@ -10,6 +10,8 @@ from collections.abc import Sequence as Seq
 
 import mlx.core as mx
 
+from tiny_llm_checkpoints.sizes import counted
+
 from .batch_manager import Capacity, PrefixStats, max_sequence_length
 from .compaction import compact_memory
 from .errors import RequestTooLargeError
@@ -380,8 +382,8 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         blocks = max(self._most_blocks(leader), self._scheduler.reserved_blocks(leader))
         if blocks > self.max_pages:
             raise RequestTooLargeError(
-                f"request {leader.request_id!r}: up to {leader.max_len} tokens in {num_completions} "
-                f"completions need {blocks} blocks of {self.block_size}; "
+                f"request {leader.request_id!r}: up to {leader.max_len} tokens in "
+                f"{counted(num_completions, 'completion')} need {blocks} blocks of {self.block_size}; "
                 f"the pool has {self.max_pages}",
                 "n"
                 if num_completions > 1 and self._layout.max_blocks(leader.max_len) <= self.max_pages

@@ -200,7 +200,7 @@ def _check_same_pool(pool: KVPool, allocator: BlockAllocator, tables: dict[str, 
     for seq_id, table in tables.items():
         if table.allocator is not allocator or table.block_size != pool.block_size:
             raise ValueError(
-                f"the table of {seq_id!r} has blocks of {table.block_size} tokens of "
-                f"{'this' if table.allocator is allocator else 'another'} allocator, the pool has blocks of "
+                f"the table of {seq_id!r} has blocks of {table.block_size} tokens from "
+                f"{'this' if table.allocator is allocator else 'another'} allocator; the pool has blocks of "
                 f"{pool.block_size}"
             )

@@ -102,7 +102,9 @@ class WindowedTable(BlockTable):
         """
         if position % self.block_size or position < self.start + self.num_tokens:
             end = self.start + self.num_tokens
-            raise ValueError(f"{position} is not a multiple of {self.block_size} at or after the end, {end}")
+            raise ValueError(
+                f"position must be a multiple of {self.block_size} and at least {end}, not {position}"
+            )
         blocks = list(self.blocks)
         self.release()
         self.start = position

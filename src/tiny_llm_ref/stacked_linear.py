@@ -24,7 +24,7 @@ class StackedLinear:
 
     def rows(self, ids: mx.array) -> mx.array:
         """Raise TypeError: a stack is not an embedding."""
-        raise TypeError("a stack of matrices only multiplies: its rows are never looked up")
+        raise TypeError("stacked matrices can only be multiplied: looking up rows is not supported")
 
 
 def stack(parts: Sequence[LinearLike]) -> LinearLike:

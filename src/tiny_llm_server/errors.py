@@ -1,6 +1,7 @@
 """Errors in OpenAI's format: an HTTP status and a JSON body with message, type, param and code."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -16,11 +17,14 @@ from tiny_llm import (
     TinyLLMError,
 )
 
+from .invalid_fields import invalid
+
 LONGEST_MESSAGE = 1000  # characters; a message may quote the request
 LONGEST_PARAM = 200
 UNEXPECTED = "internal_error"  # the code of an error that no part of the server expects
 RETRY_SECONDS = 1  # in the header Retry-After if the queue is full
 UNSUPPORTED = "unsupported_field"
+_UNION_DEPTH = 3  # of ("body", field, type), where pydantic reports a value that fits no type of a union
 _CHAT = "is not supported; use /v1/chat/completions"
 _NO_EMBEDDINGS = "is not supported: this server only generates text"
 _INSTEAD = {  # paths of other servers or newer APIs, and what to tell a client that asks for one
@@ -157,6 +161,17 @@ def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]} ... {text[-limit // 4 :]}"
 
 
+def _of_types(first: Mapping[str, Any], of_field: Sequence[Mapping[str, Any]]) -> str:
+    """Describe an error; if the field may have several types, `must be a string or a list` names them all."""
+    others = [
+        one for one in of_field if one["type"].endswith("_type") and len(one["loc"]) == len(first["loc"])
+    ]
+    if not first["type"].endswith("_type") or len(first["loc"]) > _UNION_DEPTH:
+        return invalid(first)
+    kinds = dict.fromkeys(invalid(one).removeprefix("must be ") for one in others)
+    return f"must be {' or '.join(kinds)}"
+
+
 def _of_validation(error: RequestValidationError) -> ApiError:
     """Describe the first invalid field, by its path."""
     of_field = [one for one in error.errors() if one["loc"][1:2] == error.errors()[0]["loc"][1:2]]
@@ -172,7 +187,7 @@ def _of_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "extra_forbidden":
         return refused(f"{field} is not supported", field, UNSUPPORTED)
     if first["type"] != "value_error":
-        return refused(f"{field}: {first['msg']}", field)
+        return refused(f"{field}: {_of_types(first, of_field)}", field)
     message = str(first["ctx"]["error"])
     named, _, _ = message.partition(":")  # validators of several fields start their message with the name
     return refused(message, named) if field is None else refused(f"{field}: {message}", field)

@@ -162,7 +162,7 @@ def _checked_biases(biases: Any) -> Any:
     """Check for numbers; stop at the first error, because a mapping has no `fail_fast`."""
     for name, bias in biases.items() if isinstance(biases, dict) else ():
         if type(bias) not in (int, float) or not math.isfinite(bias):
-            raise ValueError(f"{name[:100]!r} must have a finite number")
+            raise ValueError(f"the bias of {name[:100]!r} must be a finite number")
     return biases
 
 
@@ -307,7 +307,7 @@ def _checked_format(value: Any) -> Any:
     """Refuse OpenAI's other formats with the code of an unsupported field."""
     kind = value.get("type") if isinstance(value, dict) else None
     if kind in ("json_object", "json_schema"):
-        message = "response_format {kind} is not supported; the only format is text, which is not constrained"
+        message = "response_format {kind} is not supported; supported: text (output is not constrained)"
         raise PydanticCustomError("unsupported_field", message, {"kind": kind})
     return value
 
