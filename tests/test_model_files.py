@@ -153,7 +153,7 @@ def test_a_missing_or_malformed_file_is_rejected_by_name(
 def test_a_folder_with_only_gguf_files_is_rejected_with_the_path_to_pass(tmp_path: Path) -> None:
     for name in ("b.gguf", "a.gguf"):
         (tmp_path / name).touch()
-    expected = f"{tmp_path}: this folder has no config.json; to load a GGUF file from it, name the file: "
+    expected = f"{tmp_path}: no config.json in this folder; to load a GGUF file, pass its path, such as "
     assert error_message(tmp_path) == expected + str(tmp_path / "a.gguf")
 
 
@@ -726,8 +726,8 @@ def test_damaged_json_loads_or_is_rejected(
 
 
 def test_a_folder_without_a_model_says_what_a_model_folder_has(tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match=r"this folder has no config\.json; a model folder has"):
+    with pytest.raises(ModelFileError, match=r"no config\.json in this folder; a model folder has"):
         read_checkpoint(tmp_path)
     (tmp_path / "model-q4.gguf").touch()
-    with pytest.raises(ModelFileError, match=r"name the file: .*model-q4\.gguf"):
+    with pytest.raises(ModelFileError, match=r"pass its path, such as .*model-q4\.gguf"):
         read_checkpoint(tmp_path)

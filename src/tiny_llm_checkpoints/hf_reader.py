@@ -69,7 +69,7 @@ def _check_has_config(path: Path) -> None:
     if gguf_files:
         advice = f"to load a GGUF file, pass its path, such as {gguf_files[0]}"
     else:
-        advice = "a model folder has config.json, tokenizer.json and .safetensors files"
+        advice = "a model folder has config.json, tokenizer.json and model.safetensors"
     raise ModelFileError(f"{path}: no config.json in this folder; {advice}")
 
 

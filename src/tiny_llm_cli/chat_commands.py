@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiny_llm_checkpoints.sizes import counted
+
 from .answer_stats import stats_text
 from .conversation import Conversation, Prompt
 from .line_input import unquoted
@@ -108,13 +110,13 @@ class ChatCommands:
             return Outcome(f"{name} already exists; choose another name")
         write_messages(path, self._conversation.model_name, self._conversation.messages)
         self._own_files.add(path.absolute())
-        return Outcome(f"(saved {_counted(len(self._conversation.messages), 'message')} to {name})")
+        return Outcome(f"(saved {counted(len(self._conversation.messages), 'message')} to {name})")
 
     def _load(self, name: str) -> Outcome:
         path = Path(name).expanduser()
         self._conversation.restore(read_messages(path))
         self._own_files.add(path.absolute())
-        return Outcome(f"(loaded {_counted(len(self._conversation.messages), 'message')} from {name})")
+        return Outcome(f"(loaded {counted(len(self._conversation.messages), 'message')} from {name})")
 
     def _help(self, _: str) -> Outcome:
         width = max(len(command.usage) for command in self._commands) + 2
@@ -123,7 +125,3 @@ class ChatCommands:
 
     def _exit(self, _: str) -> Outcome:
         return Outcome(leaves=True)
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -5,6 +5,8 @@ import logging
 from collections.abc import Callable
 from time import monotonic
 
+from tiny_llm_checkpoints.sizes import counted
+
 LOG = logging.getLogger("uvicorn.error")
 CHECK_SECONDS = 0.1
 REPEAT_SECONDS = 5.0  # between two lines while the number of requests stays the same
@@ -54,8 +56,3 @@ def draining_line(num_left: int, seconds: float | None) -> str:
     """`Draining: 2 requests left, for at most 30 s. Press Ctrl-C again to stop now.`"""
     limit = "" if seconds is None else f", for at most {max(0.0, seconds):.0f} s"
     return f"Draining: {counted(num_left, 'request')} left{limit}. Press Ctrl-C again to stop now."
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 request`, `2 requests`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"

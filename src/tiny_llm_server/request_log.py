@@ -12,7 +12,8 @@ from urllib.parse import quote
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .draining import counted
+from tiny_llm_checkpoints.sizes import counted
+
 from .metrics import RequestStats
 from .schema import FIELDS
 

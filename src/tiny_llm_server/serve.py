@@ -15,8 +15,10 @@ from typing import Any, cast
 import uvicorn
 from fastapi import FastAPI
 
+from tiny_llm_checkpoints.sizes import counted
+
 from .connections import Connections, Listener, raise_file_limit
-from .draining import DrainReport, counted
+from .draining import DrainReport
 from .service import Service
 
 BACKLOG = 2048  # connections that the system queues until they are accepted
