@@ -1,4 +1,4 @@
-"""Counts, and numbers of bytes, as people read them."""
+"""Shows counts and numbers of bytes in a form that is easy to read."""
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
 _EXACT = 10 * 1024

@@ -69,6 +69,6 @@ def _problem(found: Mapping[str, Any], known: set[Any]) -> str | None:
 
 
 def other_models(requests: Sequence[BatchRequest], name: str) -> list[str]:
-    """The models that requests name and that are not the one that answers them."""
+    """The models that requests name, other than the one that answers them."""
     named = {str(request.body["model"]) for request in requests if request.body.get("model")}
     return sorted(named - {name})

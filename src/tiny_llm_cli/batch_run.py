@@ -61,7 +61,7 @@ async def _run(
 async def _answers(
     llm: LLM, requests: Sequence[BatchRequest], defaults: Mapping[str, Any], report: Report
 ) -> AsyncIterator[tuple[BatchRequest, dict[str, Any]]]:
-    """Each request with its result, in order. As many are under way as keep every slot of the engine busy."""
+    """Each request with its result, in order. Enough run at once to keep every slot of the engine busy."""
     app = make_app(lambda: llm, _server_config(len(requests)))
     await app.state.service.load()
     limit = asyncio.Semaphore(_concurrency(llm))

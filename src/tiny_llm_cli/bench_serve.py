@@ -19,7 +19,7 @@ LONGEST_MESSAGE = 300  # characters of a server's message
 
 
 def measure_server(run: ServeRun, progress: Progress) -> dict[str, object]:
-    """Send requests to a running server and return the figures, with the run itself.
+    """Send requests to a running server and return the figures, with the settings of the run.
 
     Raises ValueError if the server does not answer, requires an API key, or has several models and none is
     named.
@@ -63,7 +63,7 @@ async def _only_model(client: httpx2.AsyncClient, run: ServeRun) -> str:
 
 
 def _said(response: httpx2.Response, run: ServeRun) -> str:
-    """What a response that is an error says: its status, and the server's message or what to do."""
+    """The text of an error response: its status, and the server's message or what to do."""
     status = response.status_code
     message = f"{status}: {_message(response)[:LONGEST_MESSAGE]}"
     if status == HTTPStatus.UNAUTHORIZED and not run.api_key:

@@ -84,7 +84,7 @@ def _reply(conversation: Conversation, prompt: Prompt) -> None:
 
 
 def _stream(conversation: Conversation, prompt: Prompt) -> bool:
-    """Print the answer as it arrives, and a line break; whether Ctrl-C stopped it."""
+    """Print the answer as it arrives, and a line break; return whether Ctrl-C stopped it."""
     wrap = WordWrap(shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
     try:
         with CtrlC() as ctrl_c, closing(conversation.answer(prompt)) as answer:

@@ -115,7 +115,7 @@ def peak_resident_bytes() -> int:
 
 
 def _serve_a_full_step(llm: "LLM") -> None:
-    """Serve as many prompt tokens as fit in one step and a few outputs; without kernels, one prompt token."""
+    """Generate a few tokens after a prompt that fills one step; without kernels, after a single token."""
     from tiny_llm import SamplingParams, kernel_info
 
     slow = kernel_info().why_unavailable is not None

@@ -282,7 +282,7 @@ def _check_failures(results: "Sequence[RequestOutput]") -> None:
 
 
 def _check_batch(arguments: Sequence[str], prompt_logprobs: int | None) -> None:
-    """Raise a usage error for what a batch file cannot be combined with."""
+    """Raise a usage error for arguments and options that a batch file does not allow."""
     if arguments:
         raise typer.BadParameter("a batch file cannot be combined with prompts", param_hint="PROMPT")
     if prompt_logprobs is not None:

@@ -49,7 +49,7 @@ def _engine_config(options: EngineOptions, others: dict[str, Any]) -> "EngineCon
 
 
 def _may_be_on_hub(name: str) -> bool:
-    """Whether a name that is no path looks like `owner/name` or `owner/name/FILE.gguf`."""
+    """Whether a name that is not a path looks like `owner/name` or `owner/name/FILE.gguf`."""
     from tiny_llm_checkpoints.hub import local_path
 
     is_hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[^/]+(/.*)?", name) is not None

@@ -314,7 +314,7 @@ def _check_demo(context: typer.Context) -> None:
 
 
 def server_config(options: ServerOptions, host: str = "0.0.0.0") -> "ServerConfig":
-    """Make a `ServerConfig` of `options`.
+    """Make a `ServerConfig` from `options`.
 
     host: the address to listen on. If it is a loopback address and there are no keys, only the loopback's
     names are allowed as hosts.

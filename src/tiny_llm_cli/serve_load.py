@@ -67,7 +67,7 @@ Ask = Callable[[dict[str, Any]], Awaitable[Answer]]
 
 
 async def put_load(ask: Ask, run: ServeRun, progress: Progress) -> dict[str, object]:
-    """Send the requests of a run and return their figures, with the run itself.
+    """Send the requests of a run and return their figures, with the settings of the run.
 
     ask: sends the body of a request and reads its answer to the end. Raises ValueError if the first request,
     which does not count, fails.
@@ -116,7 +116,7 @@ def lengths(wanted: int, ratio: float) -> range:
 
 
 def _with_run(found: dict[str, object], run: ServeRun) -> dict[str, object]:
-    """Figures after what vLLM saves about a run, under its names; the rest of the run under `run`."""
+    """The settings that vLLM saves, under vLLM's names, then the figures; other settings under `run`."""
     saved = {
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
         "backend": run.backend,

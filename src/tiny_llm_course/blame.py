@@ -85,7 +85,7 @@ def _module(repo: Repo, trials: "Trials", today: dict[str, str], suspects: list[
 
 
 def _exercise(repo: Repo, unit: Unit, trials: "Trials", today: dict[str, str]) -> Exercise | None:
-    """The exercise with which the tests pass when it has the reference's code; None if no single one does.
+    """The exercise whose replacement by the reference's makes the tests pass; None if no single one does.
 
     The exercise that the tests are about is tried first; exercises of other parts in the same files are tried
     too.
@@ -104,7 +104,7 @@ def _exercise(repo: Repo, unit: Unit, trials: "Trials", today: dict[str, str]) -
 
 
 def _bisect(suspects: Sequence[T], shows: Callable[[Sequence[T]], bool]) -> T | None:
-    """The suspect for which `shows` is true, by bisection; None if it needs several, or none is."""
+    """Find by bisection the suspect for which `shows` is true; None if no single one is enough."""
     if not suspects:
         return None
     while len(suspects) > 1:

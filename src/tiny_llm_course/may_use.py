@@ -2,8 +2,8 @@
 
 They are read from the reference with `ast`, so the list is never out of date: imported names, and members of
 objects whose class follows from annotations, constructors and return types. The syllabus declares what cannot
-be found this way (`may_use`). Removed helpers are searched too, but never listed. The order is alphabetical,
-so that the list does not reveal how the solution combines its entries.
+be found this way (`may_use`). Helpers that the starter omits are searched too, but never listed. The order is
+alphabetical, so that the list does not reveal how the solution combines its entries.
 """
 
 import ast
@@ -404,7 +404,7 @@ def _functions(tree: ast.Module) -> dict[str, Function]:
 
 @cache
 def _imports(tree: ast.Module, package: str) -> dict[str, tuple[str, str]]:
-    """The imported names. package: the package of the module below the reference; empty for the reference."""
+    """The imported names. package: `tiny_llm_checkpoints` for its modules; empty for the reference's."""
     found: dict[str, tuple[str, str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and (node.level or _is_below(node.module)):

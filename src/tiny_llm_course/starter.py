@@ -1,4 +1,7 @@
-"""Starter files: the reference's modules with the exercises blank. Also start, skip, reset and restore."""
+"""Starter files: the reference's modules with the exercises blank.
+
+The commands start, skip, reset and restore are implemented here.
+"""
 
 import re
 from collections.abc import Iterable

@@ -122,7 +122,7 @@ def _print_blanks(repo: Repo, unit: Unit) -> None:
 
 
 def _remember_parts(repo: Repo, unit: Unit, outcome: Outcome, arguments: Sequence[str]) -> None:
-    """Record the outcome of each part after a run of the whole day, if it ran all of their tests."""
+    """Record the outcome of each part after a run of the whole day that ran the tests of all parts."""
     is_whole = outcome.code == 0 or (
         outcome.code == 1
         and not outcome.stopped

@@ -1,6 +1,6 @@
 """`pdm run test --watch`: runs the tests of a day or a part again after every save, and reads single keys.
 
-Keys are read only while no run is going, so that a debugger in a run has the terminal.
+Keys are read only between runs, so that a debugger in a run has the terminal.
 """
 
 import os

@@ -121,8 +121,8 @@ class BeamSearchParams:
 
     beam_width: the maximum number of beams, both during the search and in its result. max_tokens: longest
     output. ignore_eos: continue after end-of-sequence tokens. length_penalty: from -10 to 10. A hypothesis's
-    score is the sum of its tokens' log-probabilities divided by num_tokens ** length_penalty; above 0 prefers
-    longer texts. cache_salt, priority: as in `SamplingParams`.
+    score is the sum of its tokens' log-probabilities divided by num_tokens ** length_penalty; a value above 0
+    prefers longer texts. cache_salt, priority: as in `SamplingParams`.
 
     Raises `SamplingParamsError` for an invalid value.
     """

@@ -50,8 +50,8 @@ EXIT_SECONDS = 30.0  # how long the exit of the program, or a finalizer, waits f
 class Engine:
     """Serves requests from any number of threads and event loops in one batch.
 
-    make_core: makes the core, in the engine's thread; its errors are raised here. It must not refer to the
-    owner of the engine, because the thread ends when the engine is garbage-collected. max_model_len: the
+    make_core: makes the core, in the engine's thread; the constructor raises its errors. It must not refer to
+    the owner of the engine, because the thread ends when the engine is garbage-collected. max_model_len: the
     longest prompt + output in tokens, so that a longer prompt is rejected before it is tokenized; None: the
     core rejects it. chat_prompts: makes the prompts of `chat`; None: there is no chat template. defaults: the
     parameters of requests that have none of their own; None: `SamplingParams()`.
@@ -166,7 +166,7 @@ class Engine:
         Then post `_loop.add` to the inbox, which the engine's thread runs between two steps, and return the
         future that `post` returns. The future raises the errors of `_loop.add`: ValueError for an empty
         prompt or for something that the batch manager cannot do, `RequestTooLargeError`, and
-        `DuplicateRequestError`, even if it is the same request that was submitted before. Post a `partial` of
+        `DuplicateRequestError` for an id in use or a request that was submitted before. Post a `partial` of
         the loop's method: a lambda would refer to the engine, whose thread ends when nothing refers to it any
         more.
 
@@ -189,10 +189,11 @@ class Engine:
         self._admission.check(num_requests)
 
     def cancel(self, request_id: str) -> Future[None]:
-        """Cancel a request before the next step; returns a future at once, done when its blocks are free.
+        """Cancel a request before the next step; returns a future at once.
 
-        The request's listener gets its last events, with finish_reason "abort". An unknown id is ignored.
-        Raises TypeError if `request_id` is not a string.
+        The future is done when the request's blocks are free. The request's listener gets its last events,
+        with finish_reason "abort". An unknown id is ignored. Raises TypeError if `request_id` is not a
+        string.
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a string, not {shown(request_id)}")
@@ -233,10 +234,10 @@ class Engine:
         """Complete a prompt: yield an event for each token, in order; the last has the request's `usage`.
 
         prompt: a string or token ids. params: the engine's defaults if None. request_id: a new number if
-        None. `self.request` makes a request of these three, and `submit` queues it; an `AsyncListener` is the
-        callback that passes its events to the caller's event loop. Await the future that `submit` returns
-        with `asyncio.wrap_future`. Never call its `result()`: that would block all clients of this event
-        loop.
+        None. `self.request` takes these three and makes a request, and `submit` queues it; an `AsyncListener`
+        is the callback that passes its events to the caller's event loop. Await the future that `submit`
+        returns with `asyncio.wrap_future`. Never call its `result()`: that would block all clients of this
+        event loop.
 
         The generator ends with the event that has a `usage`. A finish_reason means only that one completion
         has ended: "abort" if the request was cancelled, "error" if that completion failed while others go on.
@@ -248,8 +249,8 @@ class Engine:
         A request has ended once its event with a `usage` has arrived. Post nothing then, not even if the
         client leaves at that event. A `forget` for a request that was rejected or has failed is harmless.
 
-        Nothing happens until the first event is requested. That first request raises `WrongThreadError` in
-        the engine's own thread (`refuse_to_wait("Engine.generate")`), and the errors of `request` and
+        Nothing happens until the caller asks for the first event. The first `anext` raises `WrongThreadError`
+        in the engine's own thread (`refuse_to_wait("Engine.generate")`), and the errors of `request` and
         `submit`. Later ones raise `RequestFailedError` if the whole request has failed, and `EngineDeadError`
         if the engine's thread has ended unexpectedly.
 

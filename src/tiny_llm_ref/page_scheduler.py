@@ -178,7 +178,7 @@ class PageScheduler:
         plan.swapped_in_sequences.append(sequence)
 
     def _adopt_cached(self) -> None:
-        """Let running sequences share blocks that are in the prefix cache by now, and parked beams join."""
+        """Let running sequences share blocks that are now in the prefix cache, and let parked beams join."""
         for sequence in list(self._queues.running):
             self.prefix.adopt(sequence)
             self._release_passed(sequence)
@@ -188,7 +188,7 @@ class PageScheduler:
     def _wanted_tokens(self) -> list[int]:
         """Return how many tokens each running sequence could compute now.
 
-        If an earlier sequence is about to fill the same block, a sequence waits, to share that block later.
+        A sequence waits while an earlier one is about to fill the same block, which it can then share.
         """
         wants, to_be_filled = [], set()
         for sequence in self._queues.running:
@@ -206,7 +206,7 @@ class PageScheduler:
             self._release_passed(sequence)
             count = min(count, sequence.num_uncomputed)
             if sequence.blocks_to_append(count) > self.num_available:
-                # Compute only to the end of the copied blocks: the originals are available again afterwards.
+                # Compute only to the end of the partly shared block: its original is available once copied.
                 size = sequence.table.block_size
                 count = min(count, size - sequence.num_computed % size)
         if self._ensure_blocks(sequence, count, plan):
@@ -282,7 +282,7 @@ class PageScheduler:
             self.num_swapped_out += 1
 
     def _reject_stuck(self, sequence: PagedSequence, needed: int) -> None:
-        """End a request that waits for pages although no running sequence is left to free any; raise."""
+        """End a request for which no running sequence can free pages, and raise `StuckRequestError`."""
         for seq_id in self._queues.remove_pending_forks(sequence.request_id):
             self.release(self._queues.end(seq_id))
         raise StuckRequestError(

@@ -1,4 +1,4 @@
-"""Pages for keys and values: how many holders each has, and which of them a sequence's tokens are in.
+"""Pages for keys and values: how many holders each page has, and which pages a sequence uses.
 
 The pages are called blocks here. A block has places for the keys and values of `block_size` tokens; this
 module knows only its id. A holder is a block table or the prefix cache (day 3.4). Plain bookkeeping over

@@ -1,4 +1,4 @@
-"""Turns the various errors for a lack of memory or threads into one that names purpose and limits.
+"""Turns the various errors for a lack of memory or threads into one that names the purpose and the limits.
 
 MLX's allocator, C++ and Python raise different errors if memory or threads run out (`MemoryError`,
 RuntimeError, OSError), and none of these errors names the limit.

@@ -56,9 +56,9 @@ _FLAGS = ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output")
 
 
 class _DefaultMaxTokens(int):
-    """The default of `max_tokens`, kept apart from the same number as a caller may give it.
+    """The default of `max_tokens`, which can be told apart from the same number given by a caller.
 
-    It equals and prints as the number, and goes through `dataclasses.replace`.
+    It compares and prints like the number, and `dataclasses.replace` keeps it.
     """
 
 
@@ -160,7 +160,7 @@ class SamplingParams:
         return isinstance(self.max_tokens, _DefaultMaxTokens)
 
     def for_chat(self) -> Self:
-        """These parameters for a chat answer, which ends with the context if `max_tokens` was not given."""
+        """These parameters for a chat answer, which may fill the context if `max_tokens` was not given."""
         return replace(self, max_tokens=None) if self.leaves_out_max_tokens else self
 
     @property

@@ -1,9 +1,9 @@
 """`/live`: the changes of the pool, step by step, for the live page and other clients.
 
 Server-sent events. The first has the whole state (`pool`); each later one has the changes of the steps since
-the event before (`steps`). They contain only numbers and request ids, never text. The engine is never slowed
-down: a client that reads too slowly misses steps and gets the whole state again. Without clients, nothing is
-collected.
+the previous event (`steps`). They contain only numbers and request ids, never text. The engine is never
+slowed down: a client that reads too slowly misses steps and gets the whole state again. Without clients,
+nothing is collected.
 """
 
 import asyncio

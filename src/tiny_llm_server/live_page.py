@@ -1,4 +1,4 @@
-"""The live page: static files of the package. Browsers let them connect to this server only."""
+"""The live page: static files of the package. Browsers let the page connect only to this server."""
 
 from pathlib import Path
 
