@@ -305,7 +305,7 @@ def test_a_held_block_cannot_be_cut_off(num_blocks: int) -> None:
         allocator.allocate()
     for block in (0, 2, 4):
         allocator.free(block)
-    with pytest.raises(ValueError, match=f"5 blocks cannot become {num_blocks}"):
+    with pytest.raises(ValueError, match=f"5 blocks cannot be resized to {num_blocks}:"):
         allocator.resize(num_blocks)
     assert (allocator.num_blocks, allocator.num_free) == (5, 3)
     allocator.resize(4)

@@ -176,7 +176,7 @@ def test_a_context_that_does_not_fit_into_the_pool_is_rejected_with_the_numbers(
     ("options", "message"),
     [
         ({"min_num_blocks": 9, "num_blocks": 8}, r"min_num_blocks \(9\) exceeds num_blocks \(8\)"),
-        ({"min_num_blocks": 2, "batching": "dense"}, r"min_num_blocks \(2\) is for a pool of pages"),
+        ({"min_num_blocks": 2, "batching": "dense"}, r"min_num_blocks \(2\) needs batching='paged'"),
     ],
 )
 def test_an_invalid_min_num_blocks_is_rejected(options: dict[str, object], message: str) -> None:

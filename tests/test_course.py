@@ -166,7 +166,7 @@ def test_a_file_that_replaces_no_module_is_an_error_with_a_suggestion(repo: Repo
     start(repo, syllabus.day("1.1"))
     write(repo, "addin", "")
     with pytest.raises(
-        CourseError, match=r"addin\.py replaces no module of the engine; did you mean adding\.py\?"
+        CourseError, match=r"addin\.py does not replace any module of the engine; did you mean adding\.py\?"
     ):
         run_day(repo, syllabus, syllabus.day("1.1"), [])
 
@@ -464,4 +464,4 @@ def test_the_doctor_finds_missing_functions_and_changed_signatures(repo: Repo) -
     write(repo, "adin", "")
     refused = [f for f in examine(repo, syllabus_of(repo)) if f.what == "your modules"]
     assert not refused[0].ok
-    assert "adin.py replaces no module of the engine; did you mean adding.py?" in refused[0].found
+    assert "adin.py does not replace any module of the engine; did you mean adding.py?" in refused[0].found

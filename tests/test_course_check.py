@@ -80,7 +80,7 @@ STATIC: dict[str, tuple[Change, str]] = {
     ),
     "a folder of no day": (
         lambda h: (h.suites / "week_9_day_1").mkdir() or (h.suites / "week_9_day_1" / "sums.py").touch(),
-        "suites: week_9_day_1/: belongs to no day",
+        "suites: week_9_day_1/: does not belong to any day",
     ),
     "fixtures of one name in two files": (
         lambda h: give_part(
@@ -107,7 +107,7 @@ STATIC: dict[str, tuple[Change, str]] = {
             replace(h.reference / "doubling.py", "return add(x, x)", LONG),
             replace(solution(h, "doubling"), "return 2 * x", f'"""Mine."""\n    {LONG}'),
         ],
-        "second solution: 1.2, doubling.py: double: the reference's code",
+        "second solution: 1.2, doubling.py: double: the same code as the reference's",
     ),
     "a part that looks into private parts": (
         lambda h: give_part(h, SUM_OF_PART.replace("== FIVE", "== FIVE._value")),
@@ -169,7 +169,7 @@ STATIC: dict[str, tuple[Change, str]] = {
     ),
     "tests of no day": (
         lambda h: (h.suites / "test_week_9_day_1.py").touch(),
-        "suites: test_week_9_day_1.py: belongs to no day",
+        "suites: test_week_9_day_1.py: does not belong to any day",
     ),
     "a suite that imports the reference": (
         lambda h: replace(suite(h, 1), "from tiny_llm.adding", "from tiny_llm_ref.adding"),
@@ -193,7 +193,7 @@ STATIC: dict[str, tuple[Change, str]] = {
     ),
     "a test without an oracle": (
         lambda h: replace(suite(h, 1), "Oracle: by hand.", "It works."),
-        "oracle: test_week_1_day_1.py: test_task_1_two_and_three names no oracle",
+        "oracle: test_week_1_day_1.py: test_task_1_two_and_three does not name an oracle",
     ),
     "a test without a task": (
         lambda h: replace(suite(h, 1), "test_task_1_two", "test_two"),
@@ -268,7 +268,7 @@ DYNAMIC: dict[str, tuple[Change, str]] = {
             "    try:\n        assert double(4) == 8\n    except NotImplementedError:\n        found = 0\n"
             "    else:\n        found = 8\n    assert found == 8\n",
         ),
-        "blank: 1.2.2: fails without its message",
+        "blank: 1.2.2: fails, but without the exercise's message",
     ),
     "a starter that cannot be imported": (
         lambda h: replace(h.reference / "doubling.py", "\n\ndef double", "\nTWO = add(1, 1)\n\n\ndef double"),

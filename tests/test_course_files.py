@@ -51,7 +51,7 @@ def test_a_learners_helper_file_is_not_a_module(repo: Repo) -> None:
     assert "my_tools.py changed since its tests ran" in progress_text(repo, syllabus)
     write(repo, "tools", "")
     with pytest.raises(
-        CourseError, match=r"tools\.py replaces no module of the engine \(name your own helper"
+        CourseError, match=r"tools\.py does not replace any module of the engine \(name your own helper"
     ):
         run_day(repo, syllabus, syllabus.day("1.1"), [])
 

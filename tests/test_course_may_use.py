@@ -255,7 +255,8 @@ def test_start_and_the_first_hint_list_the_interfaces(repo: Repo) -> None:
         (
             'name = "counting.Counter.count"',
             'name = "counting.Counter.count"\nmay_use = ["counting.Counter._next"]',
-            "may use: 1.2.1: counting.Counter._next gives the solution away: the starter does not contain it",
+            "may use: 1.2.1: counting.Counter._next must not be listed: the starter does not contain it, "
+            "so it gives the solution away",
         ),
         (
             'name = "doubling.double"',

@@ -426,4 +426,4 @@ def test_a_broken_rule_about_parts_is_found_by_running(course: Repo, what: str) 
 def test_a_test_that_no_part_runs_is_reported(course: Repo) -> None:
     replace(suite(course, 2), "test_task_4_", "test_task_5_")
     found = [str(problem) for problem in static_problems(course, syllabus_of(course))]
-    assert "parts: test_week_1_day_2.py: test_task_5_goes_back is about no exercise" in found
+    assert "parts: test_week_1_day_2.py: test_task_5_goes_back is not about any exercise" in found

@@ -279,7 +279,7 @@ def test_a_crash_of_python_names_the_signal_the_test_and_its_exercise(
     assert run_day(repo, syllabus, syllabus.day("1.1"), [], isolated=isolated) == 128 + signal.SIGSEGV
     assert capfd.readouterr().out.splitlines()[-4:] == [
         "SIGSEGV ended Python in test_task_1_two_and_three",
-        "the test is about 1.1.1 add. MLX does not check indices: one out of range can crash.",
+        "the test is about 1.1.1 add. MLX does not check indices: an index out of range can crash.",
         "MLX is lazy, so the traceback may point past the mistake: read add in adding.py",
         "try again: pdm run test 1.1.1 -x; pdm run hint 1.1.1",
     ]

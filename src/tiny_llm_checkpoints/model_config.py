@@ -124,7 +124,7 @@ class ModelConfig:
         if len(factors) != self.head_dim // 2 or not all(0.0 < factor < float("inf") for factor in factors):
             raise ConfigError(
                 f"rope_factors must be head_dim / 2 = {self.head_dim // 2} positive numbers, not "
-                f"{len(factors)} from {min(factors, default=None)} to {max(factors, default=None)}"
+                f"{len(factors)} numbers from {min(factors, default=None)} to {max(factors, default=None)}"
             )
 
     @property

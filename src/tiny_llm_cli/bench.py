@@ -203,11 +203,11 @@ def serve(
     sends the same requests.
 
     The command has a subset of the options of `vllm bench serve`, with smaller defaults. It does not have
-    other data sets, --tokenizer, sampling, --burstiness, --ramp-up-strategy, --num-warmups,
-    --percentile-metrics, --goodput, --label and --save-result. --json has the keys that vLLM saves, but with
-    error_counts (how often each error occurred) instead of a list of errors. output_tokens_are says how
-    output tokens were counted: by the server (usage), or as streamed chunks with text (chunks) if the server
-    does not count them.
+    vLLM's other data sets, its sampling options, --tokenizer, --burstiness, --ramp-up-strategy,
+    --num-warmups, --percentile-metrics, --goodput, --label or --save-result. --json has the keys that vLLM
+    saves, but with error_counts (how often each error occurred) instead of a list of errors.
+    output_tokens_are says how output tokens were counted: by the server (usage), or as streamed chunks with
+    text (chunks) if the server does not count them.
     """
     if not request_rate > 0:
         raise typer.BadParameter(f"must be above 0, not {request_rate}", param_hint="--request-rate")
@@ -235,8 +235,8 @@ def serve(
     result = measure_server(run, _progress)
     if result["output_tokens_are"] == "chunks":
         warnings.warn(
-            f"{run.base_url} sends no usage: output tokens are counted as streamed chunks with text, "
-            "prompt tokens as they were sent",
+            f"{run.base_url} does not report usage: output tokens are counted as streamed chunks with text, "
+            "and prompt tokens are those that were sent",
             stacklevel=1,
         )
     _show(result, as_json, as_serve_table)

@@ -44,7 +44,8 @@ def as_throughput_table(result: Mapping[str, Any]) -> str:
 
 def as_serve_table(result: Mapping[str, Any]) -> str:
     """The load, the totals, and a row for each of vLLM's four times (such as ttft)."""
-    notes = {"total_output_tokens": " (chunks with text: no usage)"} if _is_counted(result) else {}
+    note = " (chunks with text, because the server does not report usage)"
+    notes = {"total_output_tokens": note} if _is_counted(result) else {}
     rows = [_row(name, result) + notes.get(name, "") for name in UNITS]
     errors = [f"{'':<24}{count:,} x {text}" for text, count in result["error_counts"].items()]
     failed = list(UNITS).index("failed") + 1

@@ -47,6 +47,6 @@ def _check(backend: Backend, path: str) -> None:
         return
     other = "openai-chat" if path.endswith(CHAT) else "openai"
     raise typer.BadParameter(
-        f"{path} is not for --backend {backend} ({_default(backend)}): use --backend {other}",
+        f"{path} does not fit --backend {backend}, which uses {_default(backend)}: use --backend {other}",
         param_hint="--endpoint",
     )

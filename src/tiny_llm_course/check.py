@@ -126,7 +126,11 @@ def _exercise_blank(repo: Repo, day: Day, exercise: Exercise) -> list[Problem]:
         what = day.suite if isinstance(unit, Day) else unit.named
         return [Problem("blank", exercise.id, f"{what} passes although {exercise.name} is blank")]
     if exercise.message not in run.stdout:
-        return [Problem("blank", exercise.id, f"fails without its message\n{last_lines(run.stdout)}")]
+        return [
+            Problem(
+                "blank", exercise.id, f"fails, but without the exercise's message\n{last_lines(run.stdout)}"
+            )
+        ]
     return []
 
 
@@ -137,7 +141,13 @@ def _kernel_blank(repo: Repo, kernel: Kernel) -> list[Problem]:
     if whole.returncode:
         return [Problem("reference", kernel.file, f"does not compile\n{last_lines(whole.stderr)}")]
     if not stopped.returncode or kernel.message not in stopped.stderr:
-        return [Problem("blank", kernel.id, f"compiles without its message\n{last_lines(stopped.stderr)}")]
+        return [
+            Problem(
+                "blank",
+                kernel.id,
+                f"does not stop the compiler with the kernel's message\n{last_lines(stopped.stderr)}",
+            )
+        ]
     return []
 
 

@@ -122,7 +122,9 @@ def _overlay(repo: Repo, syllabus: Syllabus) -> Iterator[Finding]:
     for module in own:
         unit = syllabus.owner(module)
         if unit is None:
-            yield Finding(f"{module}.py", True, "belongs to no day; yours replaces the reference's module")
+            yield Finding(
+                f"{module}.py", True, "does not belong to any day; yours replaces the reference's module"
+            )
             continue
         yield from _signatures(repo, module, unit)
     for kernel in own_kernels(repo, syllabus):

@@ -96,7 +96,8 @@ def signal_report(outcome: Outcome, day: Day) -> list[str]:
         return lines
     return [
         *lines,
-        f"the test is about {one.id} {one.name}. MLX does not check indices: one out of range can crash.",
+        f"the test is about {one.id} {one.name}. "
+        "MLX does not check indices: an index out of range can crash.",
         f"MLX is lazy, so the traceback may point past the mistake: read {one.name} in {one.module}.py",
         f"try again: pdm run test {one.id} -x; pdm run hint {one.id}",
     ]

@@ -67,7 +67,7 @@ def own_modules(repo: Repo) -> list[str]:
         if name not in known:
             guess = get_close_matches(name, known, n=1)
             raise CourseError(
-                f"{repo.shown(repo.overlay / name)}.py replaces no module of the engine"
+                f"{repo.shown(repo.overlay / name)}.py does not replace any module of the engine"
                 f"{f'; did you mean {guess[0]}.py?' if guess else ''} (name your own helper files my_*.py)"
             )
     return own

@@ -19,7 +19,9 @@ class Repo:
         """The checkout that contains this file. Raises `CourseError` if it is an installed copy."""
         root = Path(__file__).resolve().parents[2]
         if not (root / "tests_refsol").is_dir():
-            raise CourseError("the course needs a checkout of the repository: clone it, then `pdm install`")
+            raise CourseError(
+                "the course needs a checkout of the repository: clone it, then run `pdm install`"
+            )
         named = os.environ.get("TINY_LLM_OVERLAY")
         return cls(root, Path(named).resolve() if named else root / "src" / "tiny_llm")
 

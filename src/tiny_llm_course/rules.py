@@ -146,7 +146,9 @@ def _may_use_problems(repo: Repo, day: Day) -> Iterator[Problem]:
     for exercise in day.exercises:
         for name in set(exercise.may_use) & set(day.removed):
             yield Problem(
-                "may use", exercise.id, f"{name} gives the solution away: the starter does not contain it"
+                "may use",
+                exercise.id,
+                f"{name} must not be listed: the starter does not contain it, so it gives the solution away",
             )
         try:
             usable = may_use(repo, day, exercise)
@@ -217,10 +219,10 @@ def _suites_there(repo: Repo, days: Iterable[Day]) -> Iterator[Problem]:
     for name in sorted(wanted - there):
         yield Problem("suites", name, "the day has no tests")
     for name in sorted(there - wanted):
-        yield Problem("suites", name, "belongs to no day")
+        yield Problem("suites", name, "does not belong to any day")
     folders = {SHARED, *(folder_of(repo.suites / name).name for name in wanted)}
     for name in sorted({file.parent.name for file in repo.suites.glob("*/*.py")} - folders):
-        yield Problem("suites", f"{name}/", "belongs to no day")
+        yield Problem("suites", f"{name}/", "does not belong to any day")
 
 
 def _parts_problems(suite: Path) -> Iterator[Problem]:
@@ -256,7 +258,7 @@ def _untested_in_parts(repo: Repo, day: Day) -> Iterator[Problem]:
     for file in suite_files(repo.suites / day.suite) if day.parts else ():
         for name in functions(file.read_text(encoding="utf-8")):
             if name.startswith("test_task_") and task_of(f"::{name}") not in tasks:
-                yield Problem("parts", _shown(repo.suites, file), f"{name} is about no exercise")
+                yield Problem("parts", _shown(repo.suites, file), f"{name} is not about any exercise")
 
 
 def _shown(suites: Path, file: Path) -> str:
@@ -297,7 +299,7 @@ def _test_problems(tree: ast.Module, shown: str) -> Iterator[Problem]:
         if name.startswith("test_") and not name.startswith("test_task_"):
             yield Problem("names", shown, f"{name} does not name its task: expected test_task_N_...")
         if name.startswith("test_") and "Oracle: " not in (ast.get_docstring(node) or ""):
-            yield Problem("oracle", shown, f"{name} names no oracle in its docstring")
+            yield Problem("oracle", shown, f"{name} does not name an oracle in its docstring")
 
 
 def _compares_block_ids(node: ast.Compare) -> bool:

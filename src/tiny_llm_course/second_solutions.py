@@ -124,7 +124,9 @@ def _copies(repo: Repo, day: Day, module: str) -> Iterator[Problem]:
     alike = [name for name, node in longer.items() if _body_of(node) in originals]
     if 2 * len(alike) > len(longer):
         yield Problem(
-            "second solution", f"{day.id}, {module}.py", f"{', '.join(alike)}: the reference's code"
+            "second solution",
+            f"{day.id}, {module}.py",
+            f"{', '.join(alike)}: the same code as the reference's",
         )
 
 

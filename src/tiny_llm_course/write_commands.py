@@ -72,7 +72,7 @@ def on_skip(
     \b
     pdm run skip 1.1.2            # one exercise
     pdm run skip 1.1              # every blank exercise of a day
-    pdm run skip 3.2b             # of a part; `pdm run start 3.2b` makes it blank again
+    pdm run skip 3.2b             # every blank exercise of a part; `pdm run start 3.2b` blanks them again
     pdm run skip 2.4.6            # the kernel in C++: moves your file aside, so the reference's kernel runs
 
     Exercises that you have written stay as they are.

@@ -147,7 +147,9 @@ class EngineConfig:
         """Raise `ConfigError` if `min_num_blocks` exceeds `num_blocks`, or if the pool cannot grow."""
         least, most = self.min_num_blocks, self.num_blocks
         if least is not None and self.batching == "dense":
-            raise ConfigError(f"min_num_blocks ({least}) is for a pool of pages: batching='dense' has none")
+            raise ConfigError(
+                f"min_num_blocks ({least}) needs batching='paged': batching='dense' has no pool of blocks"
+            )
         if least is not None and most is not None and least > most:
             raise ConfigError(f"min_num_blocks ({least}) exceeds num_blocks ({most})")
 

@@ -86,7 +86,7 @@ class EngineCore:
         A request without a seed gets one here, from the engine's seed and the request's arrival number.
         """
         if params.priority and not isinstance(self.manager, PagedBatchManager):
-            raise ValueError(f"priority ({params.priority}) is for batching='paged'")
+            raise ValueError(f"priority ({params.priority}) needs batching='paged'")
         seed = params.seed if params.seed is not None else self._seed + (self._num_admitted << 20)
         queued = self.manager.add_request(tokens, request_id, params, seed)
         self._num_admitted += queued

@@ -31,7 +31,8 @@ class PageBlock:
     def __post_init__(self) -> None:
         if self.keys.ndim != 3 or 0 in self.keys.shape or self.keys.dtype not in FLOATS:
             raise ValueError(
-                f"keys must be floats [Hkv, block_size, D], all at least 1, not {_described(self.keys)}"
+                "keys must be floats of shape [Hkv, block_size, D], with every dimension at least 1, "
+                f"not {_described(self.keys)}"
             )
         if (self.keys.shape, self.keys.dtype) != (self.values.shape, self.values.dtype):
             raise ValueError(f"keys are {_described(self.keys)}, values {_described(self.values)}")
@@ -161,7 +162,10 @@ def _filled_blocks(table: BlockTable) -> list[int]:
 
 def _check_tables(query: mx.array, tables: Seq[BlockTable], block_size: int) -> None:
     if query.ndim != 4 or 0 in query.shape or query.dtype not in FLOATS:
-        raise ValueError(f"query must be floats [B, H, L, D], all at least 1, not {_described(query)}")
+        raise ValueError(
+            "query must be floats of shape [B, H, L, D], with every dimension at least 1, "
+            f"not {_described(query)}"
+        )
     B, _, L, _ = query.shape
     if len(tables) != B:
         raise ValueError(f"query has {B} rows, but there are {len(tables)} page tables")
@@ -200,7 +204,8 @@ def _check_pages(query: mx.array, pages: Mapping[int, PageBlock], block_size: in
 def _check_range(name: str, page: PageBlock, start: int, length: int) -> None:
     if not 0 <= start <= start + length <= page.block_size:
         raise ValueError(
-            f"the {name}, {length} tokens from {start}, is not within a page of {page.block_size}"
+            f"the {name} range ({length} tokens from position {start}) is not within a page of "
+            f"{page.block_size} tokens"
         )
 
 

@@ -99,7 +99,8 @@ class BlockAllocator:
         """
         if num_blocks < 1 or any(self._ref_counts[num_blocks:]):
             raise ValueError(
-                f"{self.num_blocks} blocks cannot become {num_blocks}: a block after the new end is held"
+                f"a pool of {self.num_blocks} blocks cannot be resized to {num_blocks}: at least 1 block "
+                "must remain, and no block beyond the new end may be held"
             )
         if num_blocks < self.num_blocks:
             self._free = deque(block for block in self._free if block < num_blocks)
@@ -238,8 +239,8 @@ class BlockTable:
         """
         if self.num_tokens % self.block_size or not 1 <= length <= self.block_size:
             raise ValueError(
-                f"cannot share {length} tokens of a block after {self.num_tokens} tokens, in blocks of "
-                f"{self.block_size}"
+                f"cannot append {length} tokens of a shared block to a table of {self.num_tokens} tokens: "
+                f"its last block must be full, and a block shares 1 to {self.block_size} tokens"
             )
         self.allocator.add_ref(block)
         self.blocks.append(block)

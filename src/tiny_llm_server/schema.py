@@ -282,7 +282,7 @@ class CompletionRequest(Generation):
     IDLE = {**Generation.IDLE, "suffix": ("",)}
 
     prompt: Prompts
-    max_tokens: int = Field(16, ge=0, le=INT32, description="0: return only the prompt, with echo.")
+    max_tokens: int = Field(16, ge=0, le=INT32, description="0, with echo: true, returns only the prompt.")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = Field(False, description="Start each text with its prompt.")
     best_of: int | None = Field(None, description="Must equal n.")
@@ -346,7 +346,9 @@ class ChatCompletionRequest(Generation):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     response_format: Annotated[ResponseFormat, BeforeValidator(_checked_format)] | None = None
     add_generation_prompt: bool | None = Field(
-        None, description="End the prompt with the start of an answer. Default: not continue_final_message."
+        None,
+        description="End the prompt with the start of an answer. "
+        "Default: true, or false with continue_final_message: true.",
     )
     continue_final_message: bool = Field(
         False, description="Continue the last message instead of answering it."
@@ -357,7 +359,9 @@ class ChatCompletionRequest(Generation):
         None, description="A variable of the chat template; no effect if the template does not use it."
     )
     tools: Annotated[list[Any], Field(max_length=1000)] | None = Field(
-        None, description="Only with tool_choice none, and if the template does not write tools."
+        None,
+        description="Accepted only if tool_choice is none and the template does not write tools "
+        "into the prompt.",
     )
     tool_choice: Literal["none", "auto"] | None = None
 
