@@ -49,14 +49,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Spread the whole suite over processes; tests chosen by file run in this one, where a debugger works.
 
-    A process gets one thread: more threads than cores would wait for each other.
+    There are more processes than cores, because many tests wait for other programs. A process gets one thread:
+    the threads of all would wait for each other.
     """
     option = config.option
     if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
         return
     if option.numprocesses is None and not option.usepdb and not any(".py" in given for given in config.args):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        option.numprocesses, option.dist = min(cores, MAX_PROCESSES), "worksteal"
+        option.numprocesses, option.dist = min(cores + cores // 2, MAX_PROCESSES), "worksteal"
     if option.numprocesses:
         for variable in ("TINY_LLM_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ.setdefault(variable, "1")

@@ -93,7 +93,9 @@ def test_a_blank_or_a_mistake_is_reported_in_one_line_with_the_learners_file(her
     with pytest.raises(CourseError) as blank:
         compare(here, one)
     line = (here.overlay / "rope.py").read_text("utf-8").splitlines().index(BLANK) + 1
-    assert f"rope.py, line {line}: 1.2.1 inverse_frequencies: pdm run hint 1.2.1" in str(blank.value)
+    assert f"rope.py, line {line}: still blank: 1.2.1 inverse_frequencies: pdm run hint 1.2.1" in str(
+        blank.value
+    )
     assert f"{here.overlay}/rope.py" in str(blank.value), "the learner's file, not its copy"
     assert "\n" not in str(blank.value)
     skip(here, one, one.exercises)

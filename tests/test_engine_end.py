@@ -163,7 +163,7 @@ def test_draining_finishes_accepted_requests_and_rejects_new_ones(
         await asyncio.sleep(0.01)
         held_core.step()
         await asyncio.to_thread(held_core.wait)
-        with pytest.raises(EngineStoppingError, match="draining"):
+        with pytest.raises(EngineStoppingError, match="shutting down"):
             await collect_events(engine, [20], LONG)
         assert not any(drain.done() for drain in drains)
         held_core.allow_all_steps()

@@ -209,7 +209,7 @@ def test_logits_are_computed_in_chunks_and_free_their_pages(llm: LLM) -> None:
     check_all_returned(llm.core.manager)
 
 
-@pytest.mark.parametrize(("ids", "message"), [([], "no tokens"), ([1, 10**7], "token id 10000000")])
+@pytest.mark.parametrize(("ids", "message"), [([], "token_ids is empty"), ([1, 10**7], "token id 10000000")])
 def test_logits_of_invalid_token_ids_are_rejected(llm: LLM, ids: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         llm.logits(ids)
