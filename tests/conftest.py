@@ -49,8 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Spread the whole suite over processes; tests chosen by file run in this one, where a debugger works.
 
-    There are more processes than cores, because many tests wait for other programs. A process gets one thread:
-    the threads of all would wait for each other.
+    There are more processes than cores, because many tests wait for other programs. A process gets one
+    thread: the threads of all would wait for each other.
     """
     option = config.option
     if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
