@@ -44,6 +44,7 @@ NOT_RUN = {
     "pdm run format": "changes the files",
     "pdm run course-check": "a step of .ci/run",
     "pdm run test-refsol": "minutes: tests/test_course_commands.py and course-check run the suites",
+    "pdm run test 1.1 --watch": "runs until Ctrl-C: tests/test_course_runs.py runs it",
     "pdm run build-kernels": "compiles for minutes: tests/test_course_kernels.py runs it",
     "pdm run bash": "compiles with sanitizers for many minutes",
     "bash .ci/run": "runs these tests",
@@ -225,9 +226,20 @@ def test_the_commands_and_code_of_a_document_run(reader: Reader, document: str) 
     reader.stops_server()
 
 
+def before(page: str) -> list[str]:
+    """The course commands that a reader of this help text has run: days are started, and moved away."""
+    name = page.removeprefix("tiny_llm_course").strip()
+    if not page.startswith("tiny_llm_course") or name in ("start", "build-kernels"):
+        return []
+    started = ["start 1.1", "start 1.6", "start 2.4", "start 2.4 --cpp", "start 3.2"]
+    return [*started, "reset 1.1", "reset 3.2b"] if name == "restore" else started
+
+
 @pytest.mark.deep
 @pytest.mark.parametrize("page", HELPS)
 def test_the_examples_of_a_help_text_run(reader: Reader, page: str) -> None:
+    for command in before(page):
+        assert reader.runs(f"python -m tiny_llm_course {command}", shell=True).returncode == 0, command
     for example in help_examples(page):
         command = re.sub(r"\s+#.*$", "", example)
         if why_not_run(command) is None:
