@@ -91,6 +91,7 @@ class Reader:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**os.environ, "PATH": path, "TINY_LLM_OVERLAY": str(overlay), "HOME": str(folder)}
         self.server: subprocess.Popen[bytes] | None = None
+        self.port = PORT
 
     def types(self, command: str) -> None:
         """Run a command as printed and check its exit code."""
@@ -121,9 +122,11 @@ class Reader:
     def starts_server(self, command: str) -> None:
         """Stop the previous server, start this one and wait until it is ready."""
         self.stops_server()
+        option = re.search(r"--port (\d+)", command)
+        self.port = int(option[1]) if option else PORT
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", PORT)) == 0:
-                pytest.skip(f"another program listens on port {PORT}")
+            if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                pytest.skip(f"another program listens on port {self.port}")
         self.server = subprocess.Popen(shlex.split(command), cwd=self.folder, env=self.environment)
         end = time.monotonic() + SECONDS
         while not self.is_ready():
@@ -134,7 +137,7 @@ class Reader:
     def is_ready(self) -> bool:
         """True if the server is ready for requests."""
         try:
-            return httpx.get(f"http://127.0.0.1:{PORT}/health", trust_env=False).is_success
+            return httpx.get(f"http://127.0.0.1:{self.port}/health", trust_env=False).is_success
         except httpx.TransportError:
             return False
 
