@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 import tiny_llm_kernels
 from tiny_llm import LLM
@@ -63,10 +63,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
             os.environ.setdefault(variable, "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark properties as `drawn`, and refuse two tests with the same id: parallel runs would lose one."""
     for item in items:
-        if item.get_closest_marker("hypothesis"):
+        if is_hypothesis_test(getattr(item, "obj", None)):
             item.add_marker("drawn")
     twice = [name for name, times in Counter(item.nodeid for item in items).items() if times > 1]
     if twice:

@@ -60,7 +60,10 @@ NOT_RUN = {
 SERVERS = ("tiny-llm serve",)
 SHOWN = ("text", "json")  # output and files, not commands
 NAMES = {"tiny-llm", "tiny-llm chat", "tiny-llm generate"}  # in a sentence they only name a command
-CONVERSATIONS = ("tiny-llm chat",)  # without arguments: it reads from a terminal
+CONVERSATIONS = (
+    "tiny-llm chat",
+    'tiny-llm chat --system "You answer in one sentence."',
+)  # they read from a terminal
 MAY_FAIL = (
     "pdm run test",
     "pdm run try",
@@ -95,7 +98,7 @@ class Reader:
 
     def types(self, command: str) -> None:
         """Run a command as printed and check its exit code."""
-        if command.removesuffix(" &").startswith(SERVERS):
+        if command.startswith(SERVERS) and "--help" not in command:
             self.starts_server(command.removesuffix(" &"))
         elif command in CONVERSATIONS:
             self.talks(command)
