@@ -338,10 +338,13 @@ def test_system_shows_sets_and_removes_the_system_message(
     llm: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     conversation = talk(llm, "Name a colour.", "/system", '/system """Answer\nin French."""', max_tokens=1)
-    assert "Be brief." in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "Be brief." in shown
+    assert "(system message set; the conversation so far stays, /reset drops it)" in shown
     assert conversation.messages[0] == {"role": "system", "content": "Answer\nin French."}
     assert questions(conversation) == ["Name a colour."]
     assert talk(llm, '/system ""').messages == []
+    assert "(system message removed)" in capsys.readouterr().err
 
 
 def test_a_system_message_that_the_template_rejects_is_not_set(

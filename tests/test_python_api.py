@@ -66,8 +66,10 @@ def test_a_with_block_closes_the_llm_and_closing_twice_does_nothing(tiny_path: P
     with LLM(tiny_path, num_blocks=64) as llm:
         assert len(threads()) == len(before) + 1
         assert llm.generate([5], GREEDY, use_tqdm=False)[0].finished
+        assert repr(llm) == f"LLM({llm.model_name!r}, max_model_len={llm.max_model_len})"
     assert threads() == before
     llm.close()
+    assert repr(llm).endswith(", closed)")
 
 
 def test_an_exception_in_the_block_closes_it_too(tiny_path: Path) -> None:

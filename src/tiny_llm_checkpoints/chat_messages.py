@@ -26,6 +26,7 @@ UNSUPPORTED = {
 MAX_DEPTH = 20  # nesting of lists and objects in the fields that a template receives
 MAX_VALUES = 10_000  # values in one of these fields, contents excluded
 MAX_FIELDS = 100  # per message
+EXAMPLE = '; for example [{"role": "user", "content": "Hello"}]'
 _MAY_BE_EMPTY = ("assistant", "tool")  # roles whose content may be null or missing
 
 
@@ -64,7 +65,7 @@ def read_messages(messages: Any, *, roles: Collection[str] | None = None) -> lis
     Raises `MessageError` for the first problem.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise MessageError("messages", f"must be a list of messages, not {_kind(messages)}")
+        raise MessageError("messages", f"must be a list of messages, not {_kind(messages)}{EXAMPLE}")
     if not messages:
         raise MessageError("messages", "must contain at least one message")
     return [_read(message, f"messages[{place}]", roles) for place, message in enumerate(messages)]

@@ -90,7 +90,9 @@ class ChatCommands:
             return Outcome(self._conversation.system or "There is no system message. /system TEXT sets one.")
         removed = text in ('""', "''")
         self._conversation.set_system(None if removed else text)
-        return Outcome("(system message removed)" if removed else "(system message set)")
+        done = "system message removed" if removed else "system message set"
+        kept = "; the conversation so far stays, /reset drops it" if self._conversation.exchanges else ""
+        return Outcome(f"({done}{kept})")
 
     def _stats(self, _: str) -> Outcome:
         stats = self._conversation.stats

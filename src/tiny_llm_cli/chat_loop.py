@@ -77,7 +77,9 @@ def _reply(conversation: Conversation, prompt: Prompt) -> None:
     except (ValueError, RequestFailedError) as error:
         _show(f"tiny-llm: error: {error}")
         return
-    if conversation.cut_short and not was_stopped:
+    if was_stopped:
+        _show("(stopped)")
+    elif conversation.cut_short:
         _show(f"({conversation.cut_short})")
     if conversation.is_nearly_full and not was_nearly_full:
         _show(_warning(conversation))

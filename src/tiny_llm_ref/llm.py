@@ -98,6 +98,11 @@ class LLM:
             defaults=self.get_default_sampling_params(),
         )
 
+    def __repr__(self) -> str:
+        """The model, its context in tokens, and whether it is closed."""
+        closed = ", closed" if self._model is None else ""
+        return f"LLM({self.model_name!r}, max_model_len={self.max_model_len}{closed})"
+
     def close(self) -> None:
         """Cancel all requests, stop the engine's thread, and free the weights and the KV pool.
 
