@@ -174,7 +174,7 @@ def test_a_full_queue_and_a_wrong_key_are_logged() -> None:
         until(lambda: len(log) == 4)
     reasons = [re.sub(r".* (\d{3}) in [^:]*", r"\1", line) for line in log]
     assert reasons[0] == "401: invalid_api_key"
-    assert reasons[2] == "429: queue_full"
+    assert "429: queue_full" in reasons[2:], "before or after the line of the stream that was left"
 
 
 def test_the_page_health_and_metrics_are_logged_only_at_level_debug(
