@@ -393,7 +393,7 @@ def test_the_events_of_a_completion_have_openais_fields(client: httpx.Client) ->
 
 def test_the_operators_defaults_apply_to_fields_that_a_request_leaves_out(llm: LLM) -> None:
     """Oracle: the engine. A field that is sent counts, even with OpenAI's default."""
-    overrides = {"temperature": 0.3, "top_k": 5, "max_new_tokens": 6}
+    overrides = {"temperature": 0.3, "top_k": 5, "frequency_penalty": 2.0, "max_new_tokens": 32}
     config = ServerConfig(override_generation_config=overrides)
     body = {"prompt": "Once upon a time", "seed": 3, "ignore_eos": True}
     with serving(lambda: llm, config) as here, here.client() as client:
@@ -405,10 +405,12 @@ def test_the_operators_defaults_apply_to_fields_that_a_request_leaves_out(llm: L
         def expected(**params: Any) -> str:
             return generate_text(llm, "Once upon a time", seed=3, ignore_eos=True, **params)
 
-        assert text() == expected(temperature=0.3, top_k=5, max_tokens=6)
-        assert text(temperature=1, max_tokens=16) == expected(temperature=1, top_k=5, max_tokens=16)
+        common = {"top_k": 5, "frequency_penalty": 2.0}
+        assert text() == expected(temperature=0.3, max_tokens=32, **common)
+        assert text(frequency_penalty=0) == expected(temperature=0.3, max_tokens=32, top_k=5) != text()
+        assert text(temperature=1, max_tokens=16) == expected(temperature=1, max_tokens=16, **common)
         chat = client.post(CHAT, json={"messages": FRANCE, "ignore_eos": True})
-        assert chat.json()["usage"]["completion_tokens"] == 6
+        assert chat.json()["usage"]["completion_tokens"] == 32
 
 
 def test_a_default_max_tokens_is_lowered_to_what_the_context_has_left() -> None:

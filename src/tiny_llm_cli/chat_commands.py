@@ -43,6 +43,7 @@ class _Command:
 
     @property
     def usage(self) -> str:
+        """The command's names and its argument, as `/help` lists them."""
         return f"{', '.join(self.names)} {self.argument}".rstrip()
 
 

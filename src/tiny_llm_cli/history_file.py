@@ -45,12 +45,14 @@ class _LastingHistory(FileHistory):
     """A `FileHistory` that goes on without its file if that fails, for example on a full disk."""
 
     def load_history_strings(self) -> Iterable[str]:
+        """The stored entries, latest first; none if the file cannot be read."""
         try:
             return super().load_history_strings()
         except OSError:
             return ()
 
     def store_string(self, string: str) -> None:
+        """Append an entry to the file, if it can be written."""
         with suppress(OSError):
             super().store_string(string)
 

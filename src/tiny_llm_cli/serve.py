@@ -183,7 +183,8 @@ class ServerOptions:
         typer.Option(
             help="Sampling parameters for the fields that a request leaves out, as JSON: "
             '\'{"temperature": 0.2, "top_p": 0.9}\'. They replace those of the model. The accepted '
-            "parameters are temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens.",
+            "parameters are temperature, top_p, top_k, min_p, repetition_penalty, frequency_penalty and "
+            "max_new_tokens.",
             metavar="JSON",
             parser=parse_object,
             show_default="the model's own",
