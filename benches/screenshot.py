@@ -122,6 +122,7 @@ def figures_of(page: Any) -> dict[str, str]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = argparse.ArgumentParser(
+        prog="pdm run bench screenshot",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("file", type=Path, metavar="FILE", help="a name that ends in .png or .gif")
