@@ -123,7 +123,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = argparse.ArgumentParser(
         prog="pdm run bench screenshot",
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_argument("file", type=Path, metavar="FILE", help="a name that ends in .png or .gif")
     options.add_argument("--json", action="store_true", help="print the figures in the picture as JSON")
