@@ -1,6 +1,7 @@
 """A lab's result as text and as JSON, with the settings, the machine and the modules that were measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Literal, NamedTuple
 
 from rich import box
@@ -25,7 +26,7 @@ class Report(NamedTuple):
 
 
 def as_json_object(report: Report) -> dict[str, object]:
-    """Everything except the picture, which shows the same numbers as the tables."""
+    """The report as plain values. A table has its raw values in `rows`, and what `show` prints in `shown`."""
     found = report.result
     return {
         "lab": report.lab.name,
@@ -34,6 +35,7 @@ def as_json_object(report: Report) -> dict[str, object]:
         "question": found.question,
         "tables": [_table_as_json(table) for table in found.tables],
         "conclusion": found.conclusion,
+        "picture": asdict(found.picture) | {"lines": [line._asdict() for line in found.picture.lines]},
         "settings": dict(report.settings),
         "machine": dict(report.machine),
         "your_modules": list(report.your_modules),
@@ -67,7 +69,16 @@ def _setup(report: Report) -> str:
 def _table_as_json(table: Table) -> dict[str, object]:
     keys = [column.key for column in table.columns]
     rows = [dict(zip(keys, map(_cell_as_json, row), strict=True)) for row in table.rows]
-    return {"title": table.title, "rows": rows}
+    columns = list(_shown_columns(table))
+    return {
+        "title": table.title,
+        "rows": rows,
+        "shown": {
+            "heads": [" ".join(column.head.split()) for column in columns],
+            "is_text": [column.is_text for column in columns],
+            "rows": [list(row) for row in zip(*(column.texts for column in columns), strict=True)],
+        },
+    }
 
 
 def _cell_as_json(cell: Cell) -> object:
@@ -75,20 +86,33 @@ def _cell_as_json(cell: Cell) -> object:
 
 
 def _grid(table: Table) -> Grid:
-    """The table for rich; a column with pairs becomes two columns, predicted and measured."""
+    """The table for rich; a column with pairs becomes two columns."""
     grid = Grid(box=box.SIMPLE_HEAD, pad_edge=False)
-    drawn: list[list[str]] = []
+    columns = list(_shown_columns(table))
+    for column in columns:
+        justify: Literal["left", "right"] = "left" if column.is_text else "right"
+        grid.add_column(column.head, justify=justify, vertical="bottom")
+    for row in zip(*(column.texts for column in columns), strict=True):
+        grid.add_row(*row)
+    return grid
+
+
+class _Shown(NamedTuple):
+    """A column as text. is_text: it has no numbers."""
+
+    head: str
+    texts: list[str]
+    is_text: bool
+
+
+def _shown_columns(table: Table) -> Iterator[_Shown]:
+    """The columns as shown; a column with pairs gives two, predicted and measured."""
     for place, column in enumerate(table.columns):
         cells = [row[place] for row in table.rows]
         is_text = all(isinstance(cell, str) for cell in cells)
-        justify: Literal["left", "right"] = "left" if is_text else "right"
-        halves = Pair._fields if any(isinstance(cell, Pair) for cell in cells) else ("",)
-        for half in halves:
-            grid.add_column(f"{column.head}\n{half}".strip(), justify=justify, vertical="bottom")
-            drawn.append([_text(column, cell, half) for cell in cells])
-    for texts in zip(*drawn, strict=True):
-        grid.add_row(*texts)
-    return grid
+        for half in Pair._fields if any(isinstance(cell, Pair) for cell in cells) else ("",):
+            texts = [_text(column, cell, half) for cell in cells]
+            yield _Shown(f"{column.head}\n{half}".strip(), texts, is_text)
 
 
 def _text(column: Column, cell: Cell, half: str) -> str:

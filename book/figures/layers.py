@@ -5,7 +5,7 @@
 
 from typing import NamedTuple
 
-from drawing import Drawing, Point
+from .drawing import Drawing, Point
 
 IMPORTS = {
     "tiny_llm_kernels": (),

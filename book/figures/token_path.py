@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from drawing import Drawing
+from .drawing import Drawing
 
 CALLER, ENGINE = 20, 340  # left edges of the two columns
 STEP_X, STEP_WIDTH = 372, 436

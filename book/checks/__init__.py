@@ -1,0 +1,1 @@
+"""Checks the book: links and anchors of the built pages, commands and numbers of the sources."""

@@ -1,0 +1,1 @@
+"""Turns the sources of the book's chapters into what mdBook renders: directives, results, formulas, figures."""

@@ -1,0 +1,92 @@
+"""Shows what the syllabus knows: a day's tasks, what they may use, and at the end their solutions."""
+
+from collections.abc import Callable
+from html import escape
+
+from tiny_llm_course.errors import CourseError
+from tiny_llm_course.interfaces import Interface
+from tiny_llm_course.may_use import unit_may_use
+from tiny_llm_course.repo import Repo
+from tiny_llm_course.syllabus import Syllabus
+from tiny_llm_course.units import Exercise, Unit
+
+from .code import block, docstring_of, signature_of, source_of
+from .errors import BookError
+
+
+class Exercises:
+    """The directives `tasks`, `task`, `may_use` and `solutions`."""
+
+    def __init__(self, repo: Repo, syllabus: Syllabus) -> None:
+        self._repo, self._syllabus = repo, syllabus
+
+    @property
+    def directives(self) -> dict[str, Callable[[str], str]]:
+        """The directives by name."""
+        return {
+            "tasks": self.tasks,
+            "task": self.task,
+            "may_use": self.may_use,
+            "solutions": self.solutions,
+        }
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every exercise as `module.function`."""
+        return frozenset(
+            f"{one.module}.{one.name}" for day in self._syllabus.days for one in day.exercises
+        )
+
+    def tasks(self, unit_id: str) -> str:
+        """A table of the exercises of a day or a part, with their files."""
+        rows = [
+            f"| [{one.id}](#task-{one.task}) | `{one.name}` | `src/tiny_llm/{one.module}.py` |"
+            for one in self._unit(unit_id).exercises
+        ]
+        return "\n".join(["| task | write | in |", "|---|---|---|", *rows])
+
+    def task(self, exercise_id: str) -> str:
+        """The heading of a task, with its signature and docstring."""
+        exercise = self._exercise(exercise_id)
+        name = f"{exercise.module}.{exercise.name}"
+        heading = f"### Task {exercise.task}: `{exercise.name}` {{#task-{exercise.task}}}"
+        contract = f'<div class="docstring">\n\n{docstring_of(name)}\n\n</div>'
+        return f"{heading}\n\n{block(signature_of(name))}\n\n{contract}"
+
+    def may_use(self, unit_id: str) -> str:
+        """A table of the interfaces of other files that a unit's exercises may use."""
+        found = unit_may_use(self._repo, self._unit(unit_id))
+        if not found:
+            return "These tasks need nothing from other files."
+        return "\n".join(["| from | you may use | what it does |", "|---|---|---|", *map(_interface, found)])
+
+    def solutions(self, unit_id: str) -> str:
+        """The reference's code of every exercise, each folded."""
+        return "\n\n".join(_folded(one) for one in self._unit(unit_id).exercises)
+
+    def _unit(self, unit_id: str) -> Unit:
+        try:
+            return self._syllabus.to_start(unit_id)
+        except CourseError as error:
+            raise BookError(str(error)) from error
+
+    def _exercise(self, exercise_id: str) -> Exercise:
+        try:
+            found = self._syllabus.exercise(exercise_id)
+        except CourseError as error:
+            raise BookError(str(error)) from error
+        if not isinstance(found, Exercise):
+            raise BookError(f"{exercise_id} is a kernel in C++, not an exercise in Python")
+        return found
+
+
+def _interface(one: Interface) -> str:
+    """A row of the table of interfaces."""
+    signature, summary = (text.replace("|", "\\|") for text in (one.signature, one.summary))
+    return f"| `{one.module}` | `{signature}` | {summary} |"
+
+
+def _folded(exercise: Exercise) -> str:
+    name = f"{exercise.module}.{exercise.name}"
+    summary = f"<summary>{exercise.id} <code>{escape(exercise.name)}</code></summary>"
+    return f'<details class="solution">\n{summary}\n\n{block(source_of(name))}\n\n</details>'
