@@ -57,7 +57,7 @@ def svg(picture: Mapping[str, Any]) -> str:
     x = _axis(picture, "x", 0, LEFT, WIDTH - RIGHT)
     y = _axis(picture, "y", 1, HEIGHT - BOTTOM, TOP)
     for tick in y.ticks():
-        drawing.line((LEFT, y.place(tick)), (WIDTH - RIGHT, y.place(tick)), dashed=True)
+        drawing.line((LEFT, y.place(tick)), (WIDTH - RIGHT, y.place(tick)), "grid")
         drawing.label(LEFT - 8, y.place(tick) + 4, y.text(tick), "small", "end")
     for tick in x.ticks():
         drawing.line((x.place(tick), HEIGHT - BOTTOM), (x.place(tick), HEIGHT - BOTTOM + 5))

@@ -83,9 +83,8 @@ class Drawing:
             f'width="{part:g}" height="6" rx="2"/></g>'
         )
 
-    def line(self, start: Point, end: Point, dashed: bool = False) -> None:
-        """Draw a straight line without an arrowhead."""
-        kind = "arrow dashed" if dashed else "arrow"
+    def line(self, start: Point, end: Point, kind: str = "arrow") -> None:
+        """Draw a straight line without an arrowhead. kind: "arrow", or "grid" for the faint lines of a chart."""
         path = f"M{start[0]:g} {start[1]:g} L{end[0]:g} {end[1]:g}"
         self._marks.append(f'<path class="{kind}" d="{path}"/>')
 
@@ -138,6 +137,7 @@ def _style() -> str:
         ".small { font-size: 12px }",
         f".chip {{ {MONO}; font-size: 11.5px }}",
         ".arrow { fill: none; stroke-width: 1.5 }",
+        ".grid { stroke-width: 1 }",
         ".dashed { stroke-dasharray: 5 4 }",
         ".free > rect { stroke-dasharray: 3 3 }",
         ".stripe > rect { stroke: none }",
@@ -157,6 +157,7 @@ def _colours(palette: Palette) -> list[str]:
         f"text {{ fill: {plain['ink']} }}",
         f".small {{ fill: {plain['soft']} }}",
         f".arrow {{ stroke: {plain['soft']} }}",
+        f".grid {{ stroke: {plain['line']} }}",
         f".head-shape {{ fill: {plain['soft']} }}",
     ]
     for name, tint in palette.tints.items():

@@ -34,12 +34,12 @@ def measure_all(names: Collection[str], *, only_missing: bool) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What a result says about the machine: the processor, its cores, kernels and versions."""
+    """What a result says about the machine: the processor, kernels, threads and versions."""
     from tiny_llm_cli.facts import machine as described
 
     kept = ("version", "python", "mlx", "processor", "instruction_set", "threads")
     found = described()
-    return {"cores": os.cpu_count(), **{name: found[name] for name in kept}}
+    return {name: found[name] for name in kept}
 
 
 def _measured(command: str, described: dict[str, Any], overlay: str) -> Saved:

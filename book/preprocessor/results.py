@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parents[1] / "results"
 
 @dataclass(frozen=True)
 class Saved:
-    """A result as saved. machine: processor, cores, kernels and versions, from `tiny-llm info`."""
+    """A result as saved. machine: processor, kernels, threads and versions, from `tiny-llm info`."""
 
     command: str
     date: str
@@ -34,8 +34,8 @@ class Saved:
     def source(self) -> str:
         """A line that says how and where the result was measured."""
         machine = self.machine
-        cores = f"{machine['cores']} core{'s' if machine['cores'] > 1 else ''} of {machine['processor']}"
-        return f"`{self.command}` on {cores}, {machine['instruction_set']} kernels, MLX {machine['mlx']}"
+        kernels = f"{machine['instruction_set']} kernels, {machine['threads']} threads"
+        return f"`{self.command}` on {machine['processor']}, {kernels}, MLX {machine['mlx']}"
 
 
 def runs() -> dict[str, str]:
