@@ -34,7 +34,8 @@ class Blame:
 
     today: False if the unit passes when the reference replaces the learner's other modules. module: the
     one of these modules that makes it fail. exercise: `test` passes if this exercise has the reference's
-    code. sometimes: the unchanged code passed when it ran again. complete: False if the search ran out of time.
+    code. sometimes: the unchanged code passed when it ran again. complete: False if the search ran out of
+    time.
     """
 
     today: bool

@@ -230,7 +230,7 @@ class _Choice:
 
 
 def _without_output(event: RequestEvent) -> RequestEvent:
-    """Remove the output of a prompt with max_tokens 0: the engine computes one token all the same."""
+    """Remove the output of a prompt with max_tokens 0: the engine computes one token anyway."""
     usage = None if event.usage is None else replace(event.usage, completion_tokens=0)
     reason = "length" if event.finish_reason == "stop" else event.finish_reason
     return replace(
