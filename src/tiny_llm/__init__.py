@@ -53,5 +53,5 @@ __path__ = _search_path()
 
 if TYPE_CHECKING:
     from tiny_llm_ref.api import *  # noqa: F403
-else:  # hidden from type checkers, which would take every name for the Any of __getattr__
+else:  # hidden from type checkers, which would accept any name because of __getattr__
     from .api import __all__, __dir__, __getattr__  # noqa: F401 (re-exported)

@@ -290,8 +290,8 @@ class LLM:
     def _serve(self, requests: Sequence[Request]) -> Generator[list[RequestEvent], None, None]:
         """Submit requests and yield the events of each step, until all requests have ended.
 
-        Requests that have not ended when the caller leaves, by Ctrl-C too, are cancelled. Raises as
-        `Gathering.check` does.
+        If the caller leaves early, by Ctrl-C for example, the requests that have not ended are cancelled.
+        Raises as `Gathering.check` does.
         """
         inbox: SimpleQueue[list[Item]] = SimpleQueue()
         gathering = Gathering(requests)
