@@ -24,7 +24,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 
 def _search_path() -> list[str]:
-    """The overlay folder first, then the reference's folder."""
+    """Return the overlay folder and the reference's folder, in this order.
+
+    Raises ImportError if one of them is missing, or if the overlay has a file that overrides no module.
+    """
     reference = find_spec("tiny_llm_ref")
     if reference is None or reference.submodule_search_locations is None:
         raise ImportError("tiny_llm_ref is not installed: run `pdm install`")

@@ -79,7 +79,7 @@ class EngineLoop:
     # Tasks: other threads post them to the inbox, and they run between two steps.
 
     def begin(self, make_core: Callable[[], EngineCore]) -> None:
-        """Make the core; this is the first task. If `make_core` raises, the thread ends with that error."""
+        """Make the core; this is the first task. If `make_core` raises, so does this, and the thread ends."""
         self._stopping = True
         self.core = make_core()
         self._stopping = False

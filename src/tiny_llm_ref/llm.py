@@ -55,10 +55,11 @@ class LLM:
     ends at `close`, at the end of a `with` block, or when the `LLM` is garbage-collected. The attribute
     `max_model_len` is the longest prompt + output in tokens.
 
-    Raises `ModelFileError` for a file that cannot be read and `ConfigError` for a bad option. Methods that
-    wait raise `EngineStoppingError` after `close`, `WrongThreadError` in the engine's thread (in a listener,
-    a watcher, or a function for `engine.call`), and `ForkedProcessError` in a process that was forked from
-    one with an `LLM`; creating another `LLM` there raises it too.
+    Raises `ModelFileError` for a file that cannot be read, `ConfigError` for a bad option, and
+    `OutOfResourcesError` if memory or threads are short. Methods that wait raise `EngineStoppingError` after
+    `close`, `WrongThreadError` in the engine's thread (in a listener, a watcher, or a function for
+    `engine.call`), and `ForkedProcessError` in a process that was forked from one with an `LLM`; creating
+    another `LLM` there raises it too.
     """
 
     def __init__(

@@ -223,7 +223,8 @@ class PageScheduler:
     def _ensure_blocks(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> bool:
         """Free enough blocks for `count` more tokens, preempting others if needed.
 
-        Returns False if `sequence` itself was preempted.
+        Returns False if `sequence` itself was preempted. Raises `OutOfBlocksError` if the preemption policy
+        allows no preemption.
         """
         while (needed := sequence.blocks_to_append(count)) > self.num_available:
             candidates = [other for other in self._queues.running if other.rank >= sequence.rank]

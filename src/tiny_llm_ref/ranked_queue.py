@@ -75,7 +75,7 @@ class RankedQueue(Seq[S]):
     @overload
     def __getitem__(self, place: slice) -> list[S]: ...
     def __getitem__(self, place: int | slice) -> S | list[S]:
-        """Return a member by position; any position except 0 sorts the members if they have changed."""
+        """Return a member, or a slice of them; except for 0, this sorts the members if they have changed."""
         return self.first() if place == 0 else self._ordered()[place]
 
     def __eq__(self, other: object) -> bool:
