@@ -179,7 +179,7 @@ IMMEDIATE = [name for name in ALL if not name.startswith(DELAYED)]
 
 
 @pytest.mark.parametrize("name", IMMEDIATE)
-def test_a_word_is_returned_with_its_token(name: str) -> None:
+def test_a_word_is_returned_as_soon_as_its_token_arrives(name: str) -> None:
     """Text that no later token can change is not held back."""
     tokenizer = ALL[name]
     words = [token for token in range(tokenizer.vocab_size) if is_word(tokenizer, token)][:200]

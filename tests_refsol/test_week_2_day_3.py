@@ -1,8 +1,8 @@
 """Day 2.3: blocks on demand, from a pool that all sequences share.
 
 When these tests pass, you have an allocator and a cache of blocks: a sequence wastes at most part of one
-block, and you have seen why its blocks should not have to be contiguous (external fragmentation). The tests of
-task 6 use the whole cache, and also `free`, which is given.
+block, and you have seen why its blocks should not have to be contiguous (external fragmentation). The tests
+of task 6 use the whole cache, and also `free`, which is given.
 """
 
 from collections.abc import Sequence
