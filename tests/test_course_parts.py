@@ -259,7 +259,7 @@ def test_starting_a_day_after_its_part_blanks_the_rest(course: Repo) -> None:
     assert states(course) == [State.BLANK, State.WRITTEN, State.BLANK, State.BLANK]
 
 
-def test_a_day_without_parts_keeps_what_was_skipped(course: Repo) -> None:
+def test_a_day_without_parts_keeps_skipped_exercises(course: Repo) -> None:
     day = syllabus_of(course).day("1.1")
     start(course, day)
     skip(course, day, day.exercises)

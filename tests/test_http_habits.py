@@ -170,7 +170,7 @@ def test_an_unknown_path_gets_404_with_the_known_paths(client: httpx.Client, met
         ("/nowhere", "/nowhere does not exist. Available: "),
     ],
 )
-def test_a_path_of_another_api_is_refused_with_what_to_use_instead(
+def test_the_error_for_a_path_of_another_api_names_what_to_use_instead(
     client: httpx.Client, path: str, hint: str
 ) -> None:
     assert client.get(path).json()["error"]["message"].startswith(hint)

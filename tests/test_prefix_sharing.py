@@ -434,7 +434,7 @@ def test_the_most_recently_used_prefix_survives() -> None:
     assert manager.computed["again 2"] > 1
 
 
-def test_an_idle_block_that_is_a_hit_does_not_count_as_free_capacity_too() -> None:
+def test_an_idle_block_that_is_a_hit_is_not_also_counted_as_free_capacity() -> None:
     """Shared blocks are in use when a request's need is checked; otherwise there would be too few pages."""
     manager = manager_of(8, preempts=False)
     add(manager, "first", random_prompt(28, 1))

@@ -211,7 +211,7 @@ async def all_of(events: Any) -> list[RequestEvent]:
     return [event async for event in events]
 
 
-def test_engine_chat_streams_what_llm_chat_answers(llm: LLM) -> None:
+def test_engine_chat_streams_the_answer_that_llm_chat_gives(llm: LLM) -> None:
     """Several conversations at once, a text and its parts, with options and with the model's defaults."""
     parts = [{"role": "user", "content": [{"type": "text", "text": "ab"}]}]
     opened = [*MESSAGES, {"role": "assistant", "content": "b"}]
