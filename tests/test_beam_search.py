@@ -242,15 +242,15 @@ def test_the_length_penalty_decides_between_short_and_long_texts() -> None:
 
 
 REFUSED = {
-    "no_beam": ({"beam_width": 0}, "beam_width must be at least 1, not 0"),
-    "beams_below_none": ({"beam_width": -2}, "beam_width must be at least 1, not -2"),
-    "no_token": ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
-    "too_much_reward": ({"length_penalty": 10.5}, "length_penalty must be from -10 to 10, not 10.5"),
-    "too_little_reward": ({"length_penalty": -11}, "length_penalty must be from -10 to 10, not -11"),
-    "no_number": ({"length_penalty": float("nan")}, "length_penalty must be .* not nan"),
-    "half_a_beam": ({"beam_width": 2.5}, "beam_width must be a whole number, not 2.5"),
-    "a_text": ({"max_tokens": "9"}, "max_tokens must be a whole number, not '9'"),
-    "a_flag": ({"beam_width": True}, "beam_width must be a whole number, not True"),
+    "zero_beam_width": ({"beam_width": 0}, "beam_width must be at least 1, not 0"),
+    "negative_beam_width": ({"beam_width": -2}, "beam_width must be at least 1, not -2"),
+    "zero_max_tokens": ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
+    "length_penalty_too_large": ({"length_penalty": 10.5}, "length_penalty must be from -10 to 10, not 10.5"),
+    "length_penalty_too_small": ({"length_penalty": -11}, "length_penalty must be from -10 to 10, not -11"),
+    "length_penalty_nan": ({"length_penalty": float("nan")}, "length_penalty must be .* not nan"),
+    "fractional_beam_width": ({"beam_width": 2.5}, "beam_width must be a whole number, not 2.5"),
+    "max_tokens_as_text": ({"max_tokens": "9"}, "max_tokens must be a whole number, not '9'"),
+    "beam_width_as_bool": ({"beam_width": True}, "beam_width must be a whole number, not True"),
 }
 
 
