@@ -57,7 +57,7 @@ def _measured(command: str, described: dict[str, Any], overlay: str) -> Saved:
 
 
 def _runnable(words: list[str]) -> list[str]:
-    """The command with this environment's programs: `pdm run NAME` by what pyproject.toml says, without PDM."""
+    """The command as this environment runs it: without PDM, by the scripts in pyproject.toml."""
     import tomllib
 
     if words[:2] != ["pdm", "run"]:
