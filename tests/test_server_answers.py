@@ -105,7 +105,7 @@ def test_the_asynchronous_client_streams_many_answers_at_once(llm: LLM, served: 
     assert asyncio.run(ask_all()) == expected
 
 
-def test_log_probabilities_equal_the_engines(llm: LLM, sdk: openai.OpenAI) -> None:
+def test_log_probabilities_match_the_engine(llm: LLM, sdk: openai.OpenAI) -> None:
     chat = sdk.chat.completions.create(
         model="smollm2", messages=FRANCE, temperature=0, logprobs=True, top_logprobs=2, max_tokens=4
     )
