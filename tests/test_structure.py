@@ -199,7 +199,7 @@ def days_of_the_syllabus() -> list[tuple[str, str, list[str]]]:
     return [(day["id"], day["title"], day["modules"]) for day in tomllib.loads(text)["day"]]
 
 
-def test_every_module_belongs_to_one_day_or_is_given() -> None:
+def test_every_module_belongs_to_at_most_one_day() -> None:
     """A learner could not write a module of two days in either of them. A module of no day is given."""
     owned = [module for _, _, modules in days_of_the_syllabus() for module in modules]
     assert len(owned) == len(set(owned))

@@ -96,7 +96,7 @@ def show_b() -> Lines:
 
 
 def show_c() -> Lines:
-    """Search with beams on the real model, without a cache, and print the blocks that they would need."""
+    """Run a beam search on the real model, without a cache; print the blocks that its beams would need."""
     from tiny_llm.beam_search import BeamSearch, BeamSearchPageManager, BeamSearchParams
     from tiny_llm.loader import load_model
     from tiny_llm.paged_attention import BlockAllocator

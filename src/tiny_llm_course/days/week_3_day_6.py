@@ -8,7 +8,7 @@ from .shared import STORY, Lines, Work
 
 
 def show() -> Lines:
-    """Run six stories in memory for two; print which wait, what is computed again, and what is copied."""
+    """Run six stories with memory for two; print which wait, what is computed again, and what is copied."""
     from tiny_llm.llm import LLM
     from tiny_llm.sampling_params import SamplingParams
 

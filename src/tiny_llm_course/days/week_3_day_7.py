@@ -11,7 +11,7 @@ from typing import Any
 from .shared import STORY, Lines
 
 TRY_SECONDS = 120  # a limit, because a wrong engine may leave its clients waiting
-MAX_ITERATIONS = 20  # a limit for a wrong loop
+MAX_ITERATIONS = 20  # a limit, because a wrong loop may never finish
 
 
 def show() -> Lines:
