@@ -214,10 +214,10 @@ def _merges_by_score(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str
 
     Raises ValueError for tokens so long that trying all splits would take minutes.
     """
-    if sum(len(token) ** 2 for token, _ in scored) > MAX_CUTS:
-        longest = max((token for token, _ in scored), key=len)
+    if (cuts := sum(len(token) ** 2 for token, _ in scored)) > MAX_CUTS:
         raise ValueError(
-            f"tokenizer.ggml.tokens are too long to compute merges: the longest has {len(longest)} characters"
+            "tokenizer.ggml.tokens are too long to compute merges: the squares of their lengths add up to "
+            f"{cuts}, expected at most {MAX_CUTS}"
         )
     known = {token for token, _ in scored}
     ranked = sorted((-score, index, token) for index, (token, score) in enumerate(scored))

@@ -26,8 +26,8 @@ def show() -> Lines:
         best = loaded.tokenizer.token_text(int(mx.argmax(rows[-1])))
         difference = float(mx.max(mx.abs(rows[-1] - rows[0])))
         yield f"positions {name:22} {text!r} continues with {best!r}; logits differ by {difference:.4f}"
-    yield "shifting all positions keeps the distances, and so the answer; with one position for all tokens,"
-    yield "the model cannot see their order"
+    yield "shifting all positions keeps the distances between tokens, so the answer stays the same; with one"
+    yield "position for all tokens, the model cannot see their order"
 
 
 def work() -> Work:

@@ -23,9 +23,9 @@ def show() -> Lines:
     llm = LLM(num_blocks=32, max_num_seqs=2, enable_prefix_caching=False)
     llm.generate(STORY, SamplingParams(max_tokens=2), use_tqdm=False)  # the first pass warms up
     watched = _Watched(llm.core, ("cat", "dog", "fox", "owl", "wolf"))
-    yield "the real model, 2 sequences at once: five clients send a request at the same moment, the wolf"
-    yield "last. It has priority -1, so it overtakes all that wait; none runs yet when all are queued. The"
-    yield "owl has priority 1. The cat's client cancels after reading 12 tokens"
+    yield "the real model, 2 sequences at once: five clients send a request at the same moment, so all are"
+    yield "queued before any runs. The wolf's comes last, but it has priority -1 and overtakes the others."
+    yield "The owl's has priority 1. The cat's client cancels after reading 12 tokens"
     start = time.perf_counter()
     try:
         clients = asyncio.run(_five_clients(llm.engine, watched))
@@ -51,7 +51,7 @@ def show_a() -> Lines:
     stepped = _Stepped(("cat", "dog", "fox"))
     yield "the real model, and the loop without its thread: each line is one `run_once`. The fox's tokens"
     yield "cannot be decoded, the cat is cancelled, and then the engine drains"
-    yield "     tasks                    active after it   delivered"
+    yield "     tasks                    active afterwards delivered"
     for number, tasks in enumerate(stepped.tasks(), 1):
         delivered = stepped.run_once(list(tasks.values()))
         yield f"  {number:2} {', '.join(tasks):24} {', '.join(stepped.loop.active):17} {delivered}".rstrip()
