@@ -213,7 +213,7 @@ def test_pages_held_outside_the_manager_fail_one_request_and_the_next_one_runs()
     elsewhere = BlockTable(manager.allocator, 4)
     elsewhere.append_tokens(12)
     manager.add_request([1] * 8, "big", outputs(4))
-    with pytest.raises(OutOfBlocksError, match=r"'big' needs 3 blocks, 1 of 4 are available"):
+    with pytest.raises(OutOfBlocksError, match=r"'big' needs 3 blocks, but only 1 of 4 are available"):
         manager.process_batch()
     assert not manager.has_work
     manager.add_request([1], "small", outputs(2))
