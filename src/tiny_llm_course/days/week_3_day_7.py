@@ -24,8 +24,8 @@ def show() -> Lines:
     llm.generate(STORY, SamplingParams(max_tokens=2), use_tqdm=False)  # the first pass warms up
     watched = _Watched(llm.core, ("cat", "dog", "fox", "owl", "wolf"))
     yield "the real model, 2 sequences at once: five clients send a request at the same moment, so all are"
-    yield "queued before any runs. The wolf's comes last, but it has priority -1 and overtakes the others."
-    yield "The owl's has priority 1. The cat's client cancels after reading 12 tokens"
+    yield "queued before any runs. The wolf's comes last, but it has priority -1, so it is one of"
+    yield "the first two that run. The owl's has priority 1. The cat's client cancels after reading 12 tokens"
     start = time.perf_counter()
     try:
         clients = asyncio.run(_five_clients(llm.engine, watched))
