@@ -215,9 +215,10 @@ def _merges_by_score(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str
     Raises ValueError for tokens so long that trying all splits would take minutes.
     """
     if (cuts := sum(len(token) ** 2 for token, _ in scored)) > MAX_CUTS:
+        longest = max(len(token) for token, _ in scored)
         raise ValueError(
-            "tokenizer.ggml.tokens are too long to compute merges: the squares of their lengths add up to "
-            f"{cuts}, expected at most {MAX_CUTS}"
+            f"tokenizer.ggml.tokens are too long to compute merges: the longest has {longest} characters, "
+            f"and the squares of all lengths add up to {cuts}, expected at most {MAX_CUTS}"
         )
     known = {token for token, _ in scored}
     ranked = sorted((-score, index, token) for index, (token, score) in enumerate(scored))
