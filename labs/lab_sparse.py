@@ -31,7 +31,9 @@ def measure(
     progress: Progress,
     longest: Annotated[
         int,
-        typer.Option(min=SHORTEST + 1, help=f"Tokens of the sequence; read at {SHORTEST}, 127, 255, ..."),
+        typer.Option(
+            min=SHORTEST + 1, help=f"Tokens of the sequence, which is read at positions {SHORTEST}, 127, ..."
+        ),
     ] = 4096,
     window_blocks: Annotated[int, typer.Option(min=1, help="Blocks in the window.")] = 4,
     block_size: Annotated[int, typer.Option(min=1, max=256, help="Tokens in a block.")] = 16,
@@ -45,7 +47,7 @@ def measure(
     positions = {((SHORTEST + 1) << doublings) - 1 for doublings in doubled} | {min(EXAMPLE, longest - 1)}
     found = []
     for done, position in enumerate(sorted(positions)):
-        progress("sparse: positions read at:", done, len(positions))
+        progress("sparse: positions measured:", done, len(positions))
         found.append(long.compare(position, repetitions))
     progress("sparse", len(positions), len(positions))
     return Result(

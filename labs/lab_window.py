@@ -55,7 +55,7 @@ def measure(
     contexts = [SHORTEST << doublings for doublings in range((longest // SHORTEST).bit_length())]
     found = []
     for done, context in enumerate(contexts):
-        progress("window: contexts decoded at:", done, len(contexts))
+        progress("window: contexts measured:", done, len(contexts))
         found.append(subject.compare(context, repetitions))
     progress("window", len(contexts), len(contexts))
     return Result(
@@ -296,9 +296,9 @@ def _table_of_memory(subject: Subject, found: Sequence[Compared]) -> Table:
             )
         )
     return Table(
-        f"Blocks that the sequence holds. A block stores {layers_per_block(full.groups)} layers with full "
-        f"attention everywhere, and {layers_per_block(windows.groups)} layers with windows. Peak: during "
-        f"prefill in chunks of {CHUNK} tokens",
+        "Blocks that the sequence holds. A block holds the keys and values of "
+        f"{layers_per_block(full.groups)} layers with full attention, and of "
+        f"{layers_per_block(windows.groups)} with windows. Peak: during prefill in chunks of {CHUNK} tokens",
         [
             Column("context", "tokens"),
             Column("all_blocks", "blocks,\nfull"),

@@ -340,7 +340,7 @@ def test_the_system_command_shows_sets_and_removes_the_system_message(
     conversation = talk(llm, "Name a colour.", "/system", '/system """Answer\nin French."""', max_tokens=1)
     shown = capsys.readouterr().err
     assert "Be brief." in shown
-    assert "(system message set; the conversation so far stays, /reset drops it)" in shown
+    assert "(system message set; the conversation so far is kept, and /reset drops it)" in shown
     assert conversation.messages[0] == {"role": "system", "content": "Answer\nin French."}
     assert questions(conversation) == ["Name a colour."]
     assert talk(llm, '/system ""').messages == []

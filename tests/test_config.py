@@ -39,7 +39,10 @@ def test_each_layer_has_a_sliding_window_or_full_attention() -> None:
     ("changes", "message"),
     [
         ({"sliding_window": 8}, r"sliding_window \(8\) needs layer_types"),
-        ({"layer_types": (FULL, SLIDING)}, r"'sliding_attention', which needs a sliding_window, not None"),
+        (
+            {"layer_types": (FULL, SLIDING)},
+            r"'sliding_attention', so sliding_window must be a number of tokens, not None",
+        ),
         ({"layer_types": (SLIDING,), "sliding_window": 8}, r"layer_types must name 2 layers, not 1"),
         ({"layer_types": (FULL, "local"), "sliding_window": 8}, r"layer_types 'local' is not supported"),
         (

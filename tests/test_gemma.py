@@ -198,7 +198,7 @@ def test_a_missing_window_gets_transformers_default() -> None:
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ({"hidden_activation": "gelu"}, "hidden_activation 'gelu'.*gelu_pytorch_tanh"),
-        ({"sliding_window": None}, "sliding_attention.*needs a sliding_window"),
+        ({"sliding_window": None}, "sliding_attention.*so sliding_window must be"),
         ({"sliding_window": 0}, "sliding_window must be.*not 0"),
         ({"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         ({"layer_types": ["full_attention"]}, "layer_types must name 8 layers, not 1"),
@@ -217,7 +217,7 @@ def test_a_missing_window_gets_transformers_default() -> None:
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 8}, "'full_attention'.*mistral"),
         ({"model_type": "llama", "use_sliding_window": True}, "use_sliding_window True.*llama"),
-        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 8}, "needs a sliding_window"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 8}, "so sliding_window must be"),
         (
             {"model_type": "qwen3", "rope_parameters": {"full_attention": {}}},
             "has 'full_attention', expected one",

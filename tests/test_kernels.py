@@ -429,7 +429,7 @@ def test_copy_blocks_works_in_place_unless_the_target_is_referenced() -> None:
         ({"target": mx.zeros(5)}, "target must be"),
         ({"from_blocks": mx.zeros(2)}, "from_blocks must be int32"),
         ({"to_blocks": mx.zeros(3, mx.int32)}, "must have shape"),
-        ({"source": mx.zeros((5, 7))}, "source must have shape"),
+        ({"source": mx.zeros((5, 7))}, "source must have the shape of target"),
         ({"source": mx.zeros((5, 4), mx.float16)}, "source must be float32"),
     ],
 )

@@ -390,7 +390,7 @@ def test_blocking_calls_in_the_engines_own_thread_raise_at_once(llm: LLM) -> Non
     }
     next(running_stream)
     for name, call in calls.items():
-        with pytest.raises(WrongThreadError, match=f"{name} in the engine's own thread"):
+        with pytest.raises(WrongThreadError, match=f"{name} would make the engine's own thread"):
             llm.engine.call(call)
     assert llm.engine.call(lambda: llm.logits([5])).shape[0] == 1
     llm.engine.call(lambda: None)

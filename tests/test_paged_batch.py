@@ -213,7 +213,7 @@ def test_a_request_fails_if_tables_outside_the_manager_hold_too_many_pages_and_t
     elsewhere = BlockTable(manager.allocator, 4)
     elsewhere.append_tokens(12)
     manager.add_request([1] * 8, "big", outputs(4))
-    with pytest.raises(OutOfBlocksError, match=r"'big' needs 3 blocks, 1 of 4 are available"):
+    with pytest.raises(OutOfBlocksError, match=r"'big' needs 3 blocks, but only 1 of 4 are available"):
         manager.process_batch()
     assert not manager.has_work
     manager.add_request([1], "small", outputs(2))

@@ -493,10 +493,10 @@ def test_a_write_through_a_view_copies_a_shared_block_in_every_layer() -> None:
 
 def test_a_view_of_mismatched_parts_is_rejected() -> None:
     pool, allocator = KVPool(6, 2, HEADS, D), BlockAllocator(6)
-    with pytest.raises(ValueError, match="allocator has 5 blocks, the pool 6"):
+    with pytest.raises(ValueError, match="allocator has 5 blocks, but the pool has 6"):
         PagedKVCache.of(pool, BlockAllocator(5), {})
     for table in (BlockTable(allocator, 3), BlockTable(BlockAllocator(6), 2)):
-        with pytest.raises(ValueError, match="the table of 'x' has blocks of"):
+        with pytest.raises(ValueError, match="the table of 'x' must have blocks of 2 tokens"):
             PagedKVCache.of(pool, allocator, {"x": table})
     with pytest.raises(IndexError):
         PagedKVCache.of(pool, allocator, {}, layer=1)

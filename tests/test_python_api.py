@@ -124,7 +124,7 @@ def test_closing_ends_a_stream_that_another_thread_reads(tiny_path: Path) -> Non
 
 def test_closing_in_the_engines_own_thread_is_rejected(llm: LLM) -> None:
     for close in (llm.close, llm.engine.close):
-        with pytest.raises(WrongThreadError, match=r"Engine\.close in the engine's own thread"):
+        with pytest.raises(WrongThreadError, match=r"Engine\.close would make the engine's own thread"):
             llm.engine.call(close)
     assert llm.generate([5], GREEDY, use_tqdm=False)[0].finished
 

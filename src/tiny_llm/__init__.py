@@ -49,7 +49,9 @@ def _refuse(name: str, known: set[str], overlay: Path) -> NoReturn:
 
     guess = get_close_matches(name, known, n=1)
     raise ImportError(
-        f"{name} overrides nothing{f'; did you mean {guess[0]}?' if guess else ''} (in {overlay})"
+        f"{name} does not replace any module of the engine"
+        f"{f'; did you mean {guess[0]}?' if guess else ''} "
+        f"(in {overlay}; name your own helper files my_*.py)"
     )
 
 

@@ -133,7 +133,7 @@ class ChatTemplate:
             return tokenizer.encode(plain[:end], add_special_tokens=add_special_tokens, context=context)
         if not same:
             raise MessageError(
-                "messages", "a text contains a control token, and the template changes that text"
+                "messages", "the template changes a text that contains a control token: remove the token"
             )
         hidden = hidden[:end]
         pieces = [disguise.show(piece) for piece in split_pieces(hidden, tokenizer.control_tokens)]
@@ -220,7 +220,9 @@ class ChatTemplate:
         for start in (before, before.rstrip()):  # a template may strip the text
             if found and plain.startswith(start):
                 return len(start)
-        raise MessageError("continue_final_message", "the template does not end with the last message's text")
+        raise MessageError(
+            "continue_final_message", "the template drops or changes the end of the last message's text"
+        )
 
     def _detect_formats(self, tree: nodes.Template) -> None:
         """Detect each role's content format by rendering; if nothing renders, from the syntax tree."""

@@ -122,7 +122,10 @@ def join_parts(parts: Sequence[Path], target: Path, expected: str) -> None:
                         digest.update(chunk)
                         whole.write(chunk)
         if digest.hexdigest() != expected:
-            raise ValueError(f"its parts have the SHA-256 {digest.hexdigest()}, expected {expected}")
+            raise ValueError(
+                f"its parts have the SHA-256 {digest.hexdigest()}, expected {expected}: "
+                "install its packages again"
+            )
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)

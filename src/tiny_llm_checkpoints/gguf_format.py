@@ -202,10 +202,10 @@ def _read_array(cursor: _Cursor, what: str) -> list[Any]:
     if cursor.num_items > MAX_ITEMS:
         raise ValueError(f"{what} claims {count} items; all metadata together may have at most {MAX_ITEMS}")
     if kind == _STRING:
-        cursor.expect(8 * count, f"{what}, {count} texts,")
+        cursor.expect(8 * count, f"{what}, {count} strings,")
         return cursor.texts(count, what)
     if kind not in _NUMBERS:
-        raise ValueError(f"{what} is an array of type {kind}, expected numbers or texts")
+        raise ValueError(f"{what} is an array of type {kind}, expected numbers or strings")
     code = f"<{count}{_NUMBERS[kind]}"
     return list(struct.unpack(code, cursor.take(struct.calcsize(code), f"{what}, {count} numbers,")))
 

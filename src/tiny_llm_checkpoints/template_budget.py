@@ -140,7 +140,7 @@ def check_format(budget: Budget, text: str, arguments: Collection[Any]) -> None:
     fields = text.count("%") + text.count("{")
     check_size(len(text) + fields * (widest + 1))
     if _NESTED_FIELD.search(text):
-        raise TemplateLimitError("it takes part of a format specification from an argument")
+        raise TemplateLimitError("it nests a field in a field of a format string, as in {0:{1}}")
 
 
 def check_items(text: Any) -> Any:

@@ -145,7 +145,8 @@ def _kernel_blank(repo: Repo, kernel: Kernel) -> list[Problem]:
             Problem(
                 "blank",
                 kernel.id,
-                f"does not stop the compiler with the kernel's message\n{last_lines(stopped.stderr)}",
+                "the compiler does not stop at the blank kernel with its message\n"
+                f"{last_lines(stopped.stderr)}",
             )
         ]
     return []

@@ -141,7 +141,8 @@ def check_num_sequences(request_id: str, n: int, max_seqs: int, field: str = "n"
     """Raise `RequestTooLargeError` if a request has more completions, or beams, than may run at once."""
     if n > max_seqs:
         raise RequestTooLargeError(
-            f"request {request_id!r}: {field} = {n} exceeds the {max_seqs} sequences that may run at once",
+            f"request {request_id!r}: {field} = {n} exceeds the {max_seqs} sequences that may run at once "
+            "(max_num_seqs)",
             field,
         )
 

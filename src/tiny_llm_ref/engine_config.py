@@ -173,7 +173,7 @@ class EngineConfig:
         if blocks * block_bytes > _memory_bytes():
             raise ConfigError(
                 f"a pool of {blocks} blocks takes {shown_bytes(blocks * block_bytes)}; "
-                f"this machine has {shown_bytes(_memory_bytes())}"
+                f"this machine has {shown_bytes(_memory_bytes())}: lower num_blocks or kv_cache_memory"
             )
         return blocks
 

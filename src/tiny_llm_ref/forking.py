@@ -31,8 +31,9 @@ def forked_from(process: int | None) -> ForkedProcessError | None:
     if process in (None, os.getpid()):
         return None
     return ForkedProcessError(
-        "this process was forked from one that has an engine, and threads do not survive a fork: start it "
-        "with multiprocessing's 'spawn' or 'forkserver' method, or make the engine in the child only"
+        "this process was forked from one that has an engine, and threads do not survive a fork: start "
+        "the process with multiprocessing's 'spawn' or 'forkserver' method, or create the engine only in "
+        "the child"
     )
 
 

@@ -112,8 +112,8 @@ class Inbox:
             raise refusal
         if self.is_mine and self.refusal is None:
             raise WrongThreadError(
-                f"{call} in the engine's own thread would wait for itself: use {instead} in listeners, "
-                "watchers, callbacks and functions for `call`, or use another thread"
+                f"{call} would make the engine's own thread wait for itself: in a listener, watcher, "
+                f"callback or function for `call`, use {instead} instead, or use another thread"
             )
 
     def _refuse_all(self) -> None:
@@ -169,6 +169,6 @@ def stopped_error() -> TinyLLMError:
 
 def dead_error(error: BaseException) -> TinyLLMError:
     """The error for all requests and tasks once the engine's thread has ended with `error`."""
-    made = EngineDeadError(f"the engine has died of {type(error).__name__}: {described(error)}")
+    made = EngineDeadError(f"the engine died: {type(error).__name__}: {described(error)}")
     made.__cause__ = error
     return made

@@ -231,8 +231,9 @@ class PageScheduler:
             victim = self._preemption.choose_victim(candidates)
             if victim is None:
                 raise OutOfBlocksError(
-                    f"sequence {sequence.seq_id!r} needs {needed} more blocks, {self.num_available} of "
-                    f"{self._max_blocks} are available, and no sequence may be preempted"
+                    f"sequence {sequence.seq_id!r} needs {needed} more blocks, but only "
+                    f"{self.num_available} of {self._max_blocks} are available, "
+                    "and no sequence may be preempted"
                 )
             self._preempt(victim, plan)
             plan.drop_stopped_sequences()
@@ -288,7 +289,7 @@ class PageScheduler:
         for seq_id in self._queues.remove_pending_forks(sequence.request_id):
             self.release(self._queues.end(seq_id))
         raise StuckRequestError(
-            f"request {sequence.request_id!r} needs {needed} blocks, {self.num_available} of "
+            f"request {sequence.request_id!r} needs {needed} blocks, but only {self.num_available} of "
             f"{self._max_blocks} are available, and no running sequence will free any",
             sequence.request_id,
         )

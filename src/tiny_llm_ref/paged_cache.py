@@ -196,11 +196,13 @@ class PagedKVCache:
 
 def _check_same_pool(pool: KVPool, allocator: BlockAllocator, tables: dict[str, BlockTable]) -> None:
     if allocator.num_blocks != pool.num_blocks:
-        raise ValueError(f"the allocator has {allocator.num_blocks} blocks, the pool {pool.num_blocks}")
+        raise ValueError(
+            f"the allocator has {allocator.num_blocks} blocks, but the pool has {pool.num_blocks}"
+        )
     for seq_id, table in tables.items():
         if table.allocator is not allocator or table.block_size != pool.block_size:
+            whose = "this" if table.allocator is allocator else "another"
             raise ValueError(
-                f"the table of {seq_id!r} has blocks of {table.block_size} tokens from "
-                f"{'this' if table.allocator is allocator else 'another'} allocator; the pool has blocks of "
-                f"{pool.block_size}"
+                f"the table of {seq_id!r} must have blocks of {pool.block_size} tokens from this allocator, "
+                f"not blocks of {table.block_size} from {whose} allocator"
             )

@@ -103,7 +103,7 @@ def _check_size(body: bytes) -> None:
         outside = b"".join(escaped.split(b'"')[::2])
         for sign, limit in MAX_COUNTS.items():
             if (count := outside.count(sign)) > limit:
-                found = f"{sign.decode()!r} occurs {count} times outside strings, at most {limit} are allowed"
+                found = f"{sign.decode()!r} occurs {count} times outside strings, expected at most {limit}"
                 raise refused(f"the body has too many values: {found}", code="body_too_complex")
 
 

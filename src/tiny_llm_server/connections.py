@@ -186,7 +186,7 @@ class Connection(H11Protocol):
         if phase is not Phase.HEAD:
             self.transport.abort()
             return
-        seconds = f"{self._limits.header_timeout:g} seconds"
+        seconds = f"{self._limits.header_timeout:g} seconds (--header-timeout)"
         self.transport.write(
             plain_answer(408, f"no complete request head arrived within {seconds}", "header_too_slow")
         )

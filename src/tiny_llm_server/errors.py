@@ -112,7 +112,9 @@ def api_error(error: BaseException) -> ApiError:
         case HTTPException():
             found = ApiError(error.status_code, str(error.detail), headers=error.headers)
         case _:
-            found = ApiError(500, "an unexpected error occurred; the server's log has it", code=UNEXPECTED)
+            found = ApiError(
+                500, "an unexpected error occurred; the server's log has the details", code=UNEXPECTED
+            )
     return found
 
 

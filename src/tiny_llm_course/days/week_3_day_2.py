@@ -122,8 +122,8 @@ def show_c() -> Lines:
         if len(search.beams[0].tokens) % 4 == 0:
             continued = len({choice.parent for choice in choices})
             yield (
-                f"after {len(search.beams[0].tokens):2} tokens: {len(living)} beams, of {continued} parents; "
-                f"{pages.num_physical_blocks} blocks; without sharing, {pages.num_logical_blocks}"
+                f"after {len(search.beams[0].tokens):2} tokens: {len(living)} beams from {continued} parents"
+                f"; {pages.num_physical_blocks} blocks; without sharing, {pages.num_logical_blocks}"
             )
     yield "each line: log-probability per token, why it ended, text"
     for ended in search.ended:

@@ -51,7 +51,7 @@ def show_a() -> Lines:
     stepped = _Stepped(("cat", "dog", "fox"))
     yield "the real model, and the loop without its thread: each line is one `run_once`. The fox's tokens"
     yield "cannot be decoded, the cat is cancelled, and then the engine drains"
-    yield "     tasks                    active after it   delivered"
+    yield "     tasks                    active afterwards delivered"
     for number, tasks in enumerate(stepped.tasks(), 1):
         delivered = stepped.run_once(list(tasks.values()))
         yield f"  {number:2} {', '.join(tasks):24} {', '.join(stepped.loop.active):17} {delivered}".rstrip()
