@@ -10,6 +10,7 @@ from tiny_llm.layer_groups import group_layers
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
 
+from tiny_llm import LLM
 from tiny_llm_checkpoints.errors import ConfigError
 from tiny_llm_checkpoints.sizes import shown_bytes
 from tiny_model import CONTEXT, tiny_config
@@ -97,8 +98,17 @@ def test_max_num_batched_tokens_must_be_at_least_max_num_seqs() -> None:
 
 
 def test_an_unknown_option_is_rejected_with_the_list_of_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"unknown engine option 'blocksize'.*block_size"):
+    with pytest.raises(ConfigError, match=r"unknown engine option 'xyzzy'; known: block_size, num_blocks, "):
+        EngineConfig.from_options(xyzzy=16)
+
+
+def test_a_misspelled_option_is_rejected_with_the_one_that_was_meant() -> None:
+    with pytest.raises(ConfigError, match=r"unknown engine option 'blocksize'; did you mean block_size\?"):
         EngineConfig.from_options(blocksize=16)
+    with pytest.raises(TypeError, match=r"'blocksize'; did you mean block_size\?"):
+        EngineConfig(blocksize=16)  # type: ignore[call-arg]
+    with pytest.raises(ConfigError, match=r"'max_model_length'; did you mean max_model_len\?"):
+        LLM(max_model_length=16)
 
 
 def test_the_engine_configuration_is_frozen() -> None:

@@ -10,6 +10,7 @@ from typing import Any, Self
 from tiny_llm_checkpoints.errors import ConfigError, shown
 from tiny_llm_checkpoints.model_config import ModelConfig
 from tiny_llm_checkpoints.sizes import shown_bytes
+from tiny_llm_checkpoints.suggestions import did_you_mean, suggests_fields
 
 from .errors import is_integer
 from .layer_groups import group_layers, layers_per_block
@@ -43,6 +44,7 @@ _COUNTS = (
 _NAMES = ("dtype", "kv_cache_dtype", "preemption_mode", "batching")
 
 
+@suggests_fields
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Sizes, limits and policies. Every field has a default that works.
@@ -159,7 +161,8 @@ class EngineConfig:
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
-                raise ConfigError(f"unknown engine option {name!r}; known: {', '.join(known)}")
+                hint = did_you_mean(name, known, f"known: {', '.join(known)}")
+                raise ConfigError(f"unknown engine option {name!r}{hint}")
         return cls(**options)
 
     def pool_blocks(self, model: ModelConfig, bytes_per_value: int) -> int:
