@@ -155,6 +155,15 @@ class ServerOptions:
         int,
         typer.Option(help="The most sequences in one request: its prompts times n.", rich_help_panel=_LIMITS),
     ] = 128
+    ignore_unknown_fields: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-unknown-fields",
+            help="Ignore fields of a request that are in neither OpenAI's API nor vLLM's, and log the name "
+            "of each once, instead of answering with 400. Known fields that are not supported still get 400.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = False
     scheduling_policy: Annotated[
         str,
         typer.Option(

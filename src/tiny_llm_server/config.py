@@ -52,6 +52,9 @@ class ServerConfig:
         proxies keep the connection open.
     override_generation_config: sampling parameters for the fields that a request leaves out, by the names of
         generation_config.json. They replace the model's recommendation.
+    ignore_unknown_fields: ignore the fields of a request that are in neither OpenAI's API nor vLLM's, and
+        log the name of each once; otherwise they are errors. A known field that is not supported is an error
+        anyway, because it would change the answer.
     live: serve the page at `/` and its event stream `/live`.
     log_requests: log prompts and sampling parameters; otherwise no text of a request is logged.
     """
@@ -76,6 +79,7 @@ class ServerConfig:
     request_timeout: float | None = 600.0
     keep_alive: float = 15.0
     override_generation_config: Mapping[str, Any] = field(default_factory=dict)
+    ignore_unknown_fields: bool = False
     live: bool = True
     log_requests: bool = False
 
