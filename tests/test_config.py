@@ -133,6 +133,13 @@ def test_memory_for_less_than_one_block_is_rejected_with_both_sizes() -> None:
         EngineConfig(kv_cache_memory=100).pool_blocks(tiny_config(), 2)
 
 
+def test_memory_for_one_byte_less_than_a_block_is_rejected_with_exact_sizes() -> None:
+    """Rounded, the two sizes would look the same."""
+    block = 1024 * BYTES_PER_TOKEN
+    with pytest.raises(ConfigError, match=rf"\({block - 1:,} bytes\) is less .* takes {block:,} bytes"):
+        EngineConfig(kv_cache_memory=block - 1, block_size=1024).pool_blocks(tiny_config(), 2)
+
+
 def test_by_default_the_pool_is_no_larger_than_max_num_seqs_full_contexts() -> None:
     config = EngineConfig(max_num_seqs=3, max_num_batched_tokens=64)
     assert config.pool_blocks(tiny_config(), 2) == 3 * CONTEXT // 16

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from tiny_llm_checkpoints.errors import ConfigError, shown
 from tiny_llm_checkpoints.model_config import ModelConfig
-from tiny_llm_checkpoints.sizes import shown_bytes
+from tiny_llm_checkpoints.sizes import shown_apart, shown_bytes
 from tiny_llm_checkpoints.suggestions import did_you_mean, suggests_fields
 
 from .errors import is_integer
@@ -173,10 +173,8 @@ class EngineConfig:
         block_bytes = self._block_bytes(model, bytes_per_value)
         blocks = self._wanted_blocks(model, block_bytes)
         if blocks * block_bytes > _memory_bytes():
-            raise ConfigError(
-                f"a pool of {blocks} blocks takes {shown_bytes(blocks * block_bytes)}; "
-                f"this machine has {shown_bytes(_memory_bytes())}"
-            )
+            needed, memory = shown_apart(blocks * block_bytes, _memory_bytes())
+            raise ConfigError(f"a pool of {blocks} blocks takes {needed}; this machine has {memory}")
         return blocks
 
     def pool_bytes(self, model: ModelConfig, bytes_per_value: int) -> int:
@@ -191,10 +189,10 @@ class EngineConfig:
             return self.pool_blocks(model, bytes_per_value)
         block_bytes = self._block_bytes(model, bytes_per_value)
         if self.swap_space < block_bytes or self.swap_space > _memory_bytes():
+            wanted, block, memory = shown_apart(self.swap_space, block_bytes, _memory_bytes())
             raise ConfigError(
-                f"swap_space ({shown_bytes(self.swap_space)}) must be at least one block "
-                f"({shown_bytes(block_bytes)}) and at most this machine's memory "
-                f"({shown_bytes(_memory_bytes())})"
+                f"swap_space ({wanted}) must be at least one block ({block}) and at most this machine's "
+                f"memory ({memory})"
             )
         return self.swap_space // block_bytes
 
@@ -241,9 +239,10 @@ class EngineConfig:
         if self.kv_cache_memory is not None:
             blocks = self.kv_cache_memory // block_bytes
             if blocks < 1:
+                wanted, block = shown_apart(self.kv_cache_memory, block_bytes)
                 raise ConfigError(
-                    f"kv_cache_memory ({shown_bytes(self.kv_cache_memory)}) is less than one block of "
-                    f"{self.block_size} tokens, which takes {shown_bytes(block_bytes)}"
+                    f"kv_cache_memory ({wanted}) is less than one block of {self.block_size} tokens, "
+                    f"which takes {block}"
                 )
             return blocks
         of_longest = self._most_blocks(model, self.wanted_len(model))
