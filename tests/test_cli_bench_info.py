@@ -137,6 +137,12 @@ def test_info_without_a_model_still_describes_the_machine(plain_cli: Run) -> Non
     assert "/nowhere.gguf" in done.err
 
 
+def test_info_names_the_device_as_mlx_users_do(plain_cli: Run) -> None:
+    arguments = ("info", "--model", "/nowhere.gguf")
+    assert json.loads(plain_cli(*arguments, "--json").out)["machine"]["device"] in ("cpu", "gpu")
+    assert "Device(" not in plain_cli(*arguments).out
+
+
 def test_info_names_the_learners_modules(
     tmp_path: Path, plain_cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
