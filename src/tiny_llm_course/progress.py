@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from tiny_llm_checkpoints.suggestions import did_you_mean
+from tiny_llm_checkpoints.suggestions import closest
 
 from .errors import CourseError
 from .repo import Repo
@@ -66,7 +66,8 @@ def own_modules(repo: Repo) -> list[str]:
     known = {file.stem for file in repo.reference.glob("*.py")}
     for name in own:
         if name not in known:
-            hint = did_you_mean(f"{name}.py", [f"{one}.py" for one in sorted(known)])
+            meant = closest(name, sorted(known))
+            hint = f"; did you mean {meant[0]}.py?" if meant else ""
             raise CourseError(
                 f"{repo.shown(repo.overlay / name)}.py does not replace any module of the engine{hint} "
                 "(name your own helper files my_*.py)"
