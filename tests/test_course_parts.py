@@ -359,11 +359,11 @@ def test_progress_and_map_show_the_parts(course: Repo) -> None:
     remember(course, syllabus.day("1.1"), passed=True)
     start(course, part(course, "b"))
     lines = progress_text(course, syllabus).splitlines()
-    assert lines[1].startswith("1.2     [s...]  ")
+    assert lines[1].startswith("1.2     [s...]  3 blank, 1 skipped  ")
     assert lines[2:5] == [
-        "  1.2a  [s]     not tested  Upwards",
-        "  1.2b  [..]    blank       Faster",
-        "  1.2c  [.]     blank       And back",
+        "  1.2a  [s]     not tested          Upwards",
+        "  1.2b  [..]    blank               Faster",
+        "  1.2c  [.]     blank               And back",
     ]
     assert lines[-1] == "next: pdm run test 1.2b"
     remember(course, part(course, "b"), passed=True)
