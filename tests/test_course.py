@@ -119,9 +119,9 @@ def test_start_never_overwrites_and_again_moves_files_aside(repo: Repo) -> None:
     assert (repo.overlay / "counting.py").read_text("utf-8") == "mine = 1\n"
     set_aside(repo, day)
     start(repo, day)
-    assert (repo.overlay / "counting.py.1.bak").read_text("utf-8") == "mine = 1\n"
+    assert (repo.overlay / ".backups/counting.py.1.bak").read_text("utf-8") == "mine = 1\n"
     set_aside(repo, day)
-    assert (repo.overlay / "counting.py.2.bak").exists()
+    assert (repo.overlay / ".backups/counting.py.2.bak").exists()
 
 
 def test_reset_moves_files_aside(repo: Repo) -> None:
