@@ -38,7 +38,7 @@ def cli(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     def run_cli(*arguments: str, stdin: str | None = "") -> CommandResult:
         for module in map(import_module, ("tiny_llm_cli.chat", "tiny_llm_cli.generate")):
             monkeypatch.setattr(module, "load", lambda options: llm)
-        for module in map(import_module, ("tiny_llm_cli.bench", "tiny_llm_cli.info")):
+        for module in map(import_module, ("tiny_llm_cli.bench_checks", "tiny_llm_cli.info")):
             monkeypatch.setattr(module, "load", lambda options: llm)
         if stdin is not None:
             monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))

@@ -45,6 +45,9 @@ class ServerConfig:
     max_prompts: the maximum number of prompts in one request to /v1/completions.
     max_sequences: the maximum number of sequences of one request: its prompts times n. This bounds how long
         a later request waits for this one.
+    ignore_unknown_fields: ignore the fields of a request that are in neither OpenAI's API nor vLLM's, and
+        log the name of each once; otherwise they are errors. A known field that is not supported is an error
+        anyway, because it would change the answer.
     scheduling_policy: `fcfs` serves requests in order of arrival and refuses those with a priority;
         `priority` lets clients set one. Priorities age: each step lets at most 32 later requests pass.
     request_timeout: seconds after which a request is aborted, waiting or running; None: no limit.
@@ -52,9 +55,6 @@ class ServerConfig:
         proxies keep the connection open.
     override_generation_config: sampling parameters for the fields that a request leaves out, by the names of
         generation_config.json. They replace the model's recommendation.
-    ignore_unknown_fields: ignore the fields of a request that are in neither OpenAI's API nor vLLM's, and
-        log the name of each once; otherwise they are errors. A known field that is not supported is an error
-        anyway, because it would change the answer.
     live: serve the page at `/` and its event stream `/live`.
     log_requests: log prompts and sampling parameters; otherwise no text of a request is logged.
     """
@@ -75,11 +75,11 @@ class ServerConfig:
     max_stop: int = 16
     max_prompts: int = 64
     max_sequences: int = 128
+    ignore_unknown_fields: bool = False
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     request_timeout: float | None = 600.0
     keep_alive: float = 15.0
     override_generation_config: Mapping[str, Any] = field(default_factory=dict)
-    ignore_unknown_fields: bool = False
     live: bool = True
     log_requests: bool = False
 
