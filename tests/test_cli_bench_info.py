@@ -128,7 +128,7 @@ def test_bench_throughput_prints_a_unit_with_each_figure(cli: Run) -> None:
 def test_bench_rejects_wrong_arguments_before_it_loads_a_model(
     arguments: list[str], expected: str, plain_cli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench_checks, "load", lambda _: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(bench_checks, "load_silently", lambda _: pytest.fail("the model was loaded"))
     done = plain_cli("bench", *arguments)
     assert (done.code, done.out) == (1 if "/nowhere" in expected else 2, "")
     assert expected in done.err

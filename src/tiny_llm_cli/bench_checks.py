@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
-from .engine import load
+from .engine import load_silently
+from .loading_notice import loading_notice
 from .model_check import check_model
 from .options import EngineOptions
 
@@ -25,10 +26,11 @@ def load_for(engine: EngineOptions, *requests: LongestRequest) -> "LLM":
 
     The context is known before the model is loaded, unless the model may have to be downloaded.
     """
-    context = check_model(engine)
-    if context is not None:
-        _check_lengths(requests, context)
-    llm = load(engine)
+    with loading_notice():
+        context = check_model(engine)
+        if context is not None:
+            _check_lengths(requests, context)
+        llm = load_silently(engine)
     _check_lengths(requests, llm.max_model_len)
     return llm
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .engine import load
+from .engine import load_silently
 from .model_check import check_model
 from .options import EngineOptions, parse_bytes, takes_groups
 
@@ -307,7 +307,7 @@ def serve(
             f"tiny-llm: warning: other machines may reach {host}, and requests need no key: see --api-key",
             file=sys.stderr,
         )
-    app = make_app(partial(load, engine, seed=seed), config)
+    app = make_app(partial(load_silently, engine, seed=seed), config)
     GracefulServer(app, host, port, grace, log_level).run(listen(host, port))
 
 
