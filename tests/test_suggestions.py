@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiny_llm_checkpoints.suggestions import closest, did_you_mean
+from tiny_llm_checkpoints.suggestions import closest, did_you_mean, unknown_name
 
 KNOWN = ["temperature", "top_p", "top_k", "max_tokens", "--num-blocks"]
 
@@ -38,3 +38,9 @@ def test_a_message_without_a_suggestion_says_something_else() -> None:
     assert did_you_mean("xyzzy", KNOWN) == ""
     assert did_you_mean("xyzzy", KNOWN, "see --help") == "; see --help"
     assert did_you_mean("top", KNOWN, "see --help") == "; did you mean top_p or top_k?"
+
+
+def test_an_error_about_an_unknown_name_suggests_a_known_one_or_lists_all() -> None:
+    assert unknown_name("option", "topp", KNOWN) == "unknown option 'topp'; did you mean top_p?"
+    listed = "temperature, top_p, top_k, max_tokens, --num-blocks"
+    assert unknown_name("option", "xyzzy", KNOWN) == f"unknown option 'xyzzy'; known: {listed}"

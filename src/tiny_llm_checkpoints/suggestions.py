@@ -45,6 +45,25 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
     return f"; {text}" if text else ""
 
 
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message about an unknown name: it suggests the closest known names, or else lists all of them.
+
+    >>> unknown_name("field", "tmp", ["temperature", "seed"])
+    "unknown field 'tmp'; known: temperature, seed"
+    """
+    known = list(known)
+    listed = f"known: {', '.join(known)}"
+    return f"unknown {kind} {name!r}{did_you_mean(name, known, listed)}"
+
+
+def check_fields(cls: type, names: Iterable[str], kind: str, error: type[Exception]) -> None:
+    """Raise `error` for the first of these names that is not a field of the dataclass `cls`."""
+    known = [field.name for field in fields(cls)]
+    for name in names:
+        if name not in known:
+            raise error(unknown_name(kind, name, known))
+
+
 def suggests_fields(cls: Class) -> Class:
     """Decorate a dataclass: its constructor's TypeError for an unknown field suggests a known one."""
     init = cls.__init__  # type: ignore[misc]

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from tiny_llm import SamplingParams
-from tiny_llm_checkpoints.suggestions import did_you_mean
+from tiny_llm_checkpoints.suggestions import unknown_name
 
 from .engine import AskedSampling
 from .lines import Line, parsed
@@ -87,8 +87,7 @@ def _from_json(line: Line, asked: AskedSampling) -> PromptRequest:
     known = ["prompt", "messages", "id", *(field.name for field in fields(SamplingParams))]
     for name in found:
         if name not in known:
-            hint = did_you_mean(name, known, f"known: {', '.join(known)}")
-            raise ValueError(f"unknown field {name!r}{hint}")
+            raise ValueError(unknown_name("field", name, known))
     own = asked.but(**found)
     own.params()  # raises for parameters that cannot work with any model
     return PromptRequest(prompt, own, messages, line.place, ids)

@@ -2,7 +2,7 @@
 
 import os
 from bisect import bisect_right
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from operator import index
 from typing import Any, Self
@@ -10,7 +10,7 @@ from typing import Any, Self
 from tiny_llm_checkpoints.errors import ConfigError, shown
 from tiny_llm_checkpoints.model_config import ModelConfig
 from tiny_llm_checkpoints.sizes import shown_apart, shown_bytes
-from tiny_llm_checkpoints.suggestions import did_you_mean, suggests_fields
+from tiny_llm_checkpoints.suggestions import check_fields, suggests_fields
 
 from .errors import is_integer
 from .layer_groups import group_layers, layers_per_block
@@ -158,11 +158,7 @@ class EngineConfig:
     @classmethod
     def from_options(cls, **options: Any) -> Self:
         """Make a configuration from keyword options. Raises `ConfigError` for an unknown name."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                hint = did_you_mean(name, known, f"known: {', '.join(known)}")
-                raise ConfigError(f"unknown engine option {name!r}{hint}")
+        check_fields(cls, options, "engine option", ConfigError)
         return cls(**options)
 
     def pool_blocks(self, model: ModelConfig, bytes_per_value: int) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Self
 
-from tiny_llm_checkpoints.suggestions import did_you_mean, suggests_fields
+from tiny_llm_checkpoints.suggestions import check_fields, suggests_fields
 
 from .errors import SamplingParamsError
 from .parameter_checks import (
@@ -151,11 +151,7 @@ class SamplingParams:
     @classmethod
     def from_options(cls, **options: Any) -> Self:
         """Make parameters from keyword options. Raises `SamplingParamsError` for an unknown name."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                hint = did_you_mean(name, known, f"known: {', '.join(known)}")
-                raise SamplingParamsError(f"unknown sampling parameter {name!r}{hint}")
+        check_fields(cls, options, "sampling parameter", SamplingParamsError)
         return cls(**options)
 
     @property
