@@ -107,8 +107,13 @@ def test_a_misspelled_option_is_rejected_with_the_one_that_was_meant() -> None:
         EngineConfig.from_options(blocksize=16)
     with pytest.raises(TypeError, match=r"'blocksize'; did you mean block_size\?"):
         EngineConfig(blocksize=16)  # type: ignore[call-arg]
-    with pytest.raises(ConfigError, match=r"'max_model_length'; did you mean max_model_len\?"):
-        LLM(max_model_length=16)
+    for misspelled, meant in (
+        ("max_model_length", "max_model_len"),
+        ("modle", "model"),
+        ("chat_template_format", "chat_template_content_format"),
+    ):
+        with pytest.raises(ConfigError, match=rf"unknown option '{misspelled}'; did you mean {meant}\?"):
+            LLM(**{misspelled: 16})  # type: ignore[arg-type]
 
 
 def test_the_engine_configuration_is_frozen() -> None:

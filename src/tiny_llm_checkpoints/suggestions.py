@@ -56,9 +56,14 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}{did_you_mean(name, known, listed)}"
 
 
-def check_fields(cls: type, names: Iterable[str], kind: str, error: type[Exception]) -> None:
-    """Raise `error` for the first of these names that is not a field of the dataclass `cls`."""
-    known = [field.name for field in fields(cls)]
+def check_fields(
+    cls: type, names: Iterable[str], kind: str, error: type[Exception], others: Iterable[str] = ()
+) -> None:
+    """Raise `error` for the first of these names that is not a field of the dataclass `cls`.
+
+    others: names that are valid too.
+    """
+    known = [*(field.name for field in fields(cls)), *others]
     for name in names:
         if name not in known:
             raise error(unknown_name(kind, name, known))

@@ -262,7 +262,7 @@ def serve(
         str,
         typer.Option(
             help="info logs a line for each finished request and the throughput every 10 s; debug adds "
-            "requests for the page, /health and /metrics.",
+            "requests for the page, /health and /metrics, and the lines of the HTTP server itself (uvicorn).",
             metavar="|".join(_LOG_LEVELS),
             rich_help_panel=_LOGGING,
         ),
