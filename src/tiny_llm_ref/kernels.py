@@ -37,7 +37,8 @@ class KernelInfo(NamedTuple):
 def kernel_info() -> KernelInfo:
     """Return whether the compiled kernels run here, and how. Does not warn if they do not."""
     if mx.default_device() != mx.Device(mx.cpu):
-        return KernelInfo(False, None, None, f"they run on the CPU; MLX's device is {mx.default_device()}")
+        device = mx.default_device().type.name.upper()
+        return KernelInfo(False, None, None, f"they run on the CPU; MLX's default device is the {device}")
     import tiny_llm_kernels
 
     if not tiny_llm_kernels.available():

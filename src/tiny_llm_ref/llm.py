@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from tiny_llm_checkpoints.chat_template import CONTENT_FORMATS, ChatTemplate
 from tiny_llm_checkpoints.errors import ConfigError, reading, shown
+from tiny_llm_checkpoints.suggestions import check_fields
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 from .beam_search import BeamSearchParams
@@ -35,6 +36,8 @@ from .prompts import PromptType, parse_prompts
 from .resources import return_free_memory
 from .sampling_params import SamplingParams
 from .search_state import SearchState
+
+_OWN_OPTIONS = ("model", "chat_template_content_format")  # of `LLM`; all others are those of `EngineConfig`
 
 
 class LLM:
@@ -69,6 +72,7 @@ class LLM:
         chat_template_content_format: str = "auto",
         **engine_options: Any,
     ) -> None:
+        check_fields(EngineConfig, engine_options, "option", ConfigError, _OWN_OPTIONS)
         self.engine_config = EngineConfig.from_options(**engine_options)
         _check_model(model)
         if chat_template_content_format not in CONTENT_FORMATS:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Self
 
+from tiny_llm_checkpoints.suggestions import check_fields, suggests_fields
+
 from .errors import SamplingParamsError
 from .parameter_checks import (
     MAX_COUNT,
@@ -62,6 +64,7 @@ class _DefaultMaxTokens(int):
     """
 
 
+@suggests_fields
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Sampling parameters of one request, checked on creation and then frozen. Each request has its own.
@@ -148,10 +151,7 @@ class SamplingParams:
     @classmethod
     def from_options(cls, **options: Any) -> Self:
         """Make parameters from keyword options. Raises `SamplingParamsError` for an unknown name."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise SamplingParamsError(f"unknown sampling parameter {name!r}; known: {', '.join(known)}")
+        check_fields(cls, options, "sampling parameter", SamplingParamsError)
         return cls(**options)
 
     @property
