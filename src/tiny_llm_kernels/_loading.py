@@ -18,7 +18,7 @@ import mlx.core as mx
 
 INSTRUCTION_SETS = ("auto", "off", "portable", "avx2", "avx512")
 MAX_THREADS = 1024
-MAX_DIGITS = 9  # in a number of threads
+MAX_DIGITS = 9  # in TINY_LLM_NUM_THREADS
 EXTENSION = "tiny_llm_kernels._kernels"
 
 

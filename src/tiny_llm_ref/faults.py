@@ -20,7 +20,7 @@ class Failure(NamedTuple):
 
 
 class FaultIsolation:
-    """Undoes failed steps of a batch manager, and retries each suspect alone until one fails or all succeed.
+    """Undoes failed steps of a batch manager, and retries the suspects one by one: any that fails again ends.
 
     Requests that fail only together are ended one at a time, the last first, until the others succeed.
     """

@@ -165,7 +165,7 @@ def quantized_linear(
 
     Packing changes none of the matrix's numbers: scales and biases are stored in float16 if it holds all of
     them exactly, otherwise in float32. A matrix stays in MLX's layout if its group size is not a multiple of
-    the kernels'.
+    `PACKED_GROUP`.
     """
     packs = use_compiled() and is_reference(quantized_matmul) and group_size % PACKED_GROUP == 0
     if not packs:

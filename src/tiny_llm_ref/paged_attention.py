@@ -14,7 +14,7 @@ from .errors import DoubleFreeError, OutOfBlocksError, UnknownBlockError
 
 
 class BlockCopy(NamedTuple):
-    """A copy to make: the first `length` tokens of block `src` to `dst`, before new tokens go to either."""
+    """A copy of the first `length` tokens of block `src` to `dst`; make it before new tokens are written."""
 
     src: int
     dst: int
