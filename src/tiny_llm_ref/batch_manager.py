@@ -15,7 +15,7 @@ from .sampling_params import SamplingParams
 from .sequence import Sequence
 from .step import StepLogits
 
-MAX_PROMPT_ROWS = 64  # rows of logits per step: 64 x 150,000 numbers take 38 MB
+MAX_PROMPT_ROWS = 64  # rows of prompt logits per sequence and step: 64 x 150,000 numbers take 38 MB
 
 
 class Capacity(NamedTuple):

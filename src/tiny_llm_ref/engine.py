@@ -201,7 +201,10 @@ class Engine:
         return self._inbox.post(partial(self._loop.cancel, [request_id]))
 
     def forget(self, requests: Seq[Request]) -> None:
-        """Cancel submitted requests that have not ended; returns when their blocks are free."""
+        """Cancel submitted requests that have not ended; returns when their blocks are free.
+
+        In the engine's own thread it returns at once.
+        """
         forgotten = self._inbox.post(partial(self._loop.forget, requests))
         # A generator may be garbage-collected, and so closed, in the engine's thread: do not wait there.
         if threading.current_thread() is not self._thread:

@@ -1,7 +1,7 @@
 """Chooses between a readable reference function and a fast function that replaces it.
 
 On MLX's CPU device the fast functions are the compiled kernels of `tiny_llm_kernels`. On other devices, or
-without these kernels, they are MLX's own fused operators, if MLX has one. A fast function replaces only a
+without these kernels, they are MLX's own fused operators, if there are any. A fast function replaces only a
 *reference* function: a learner's function in the overlay always runs. The readable function, called the
 fast one's twin, is available as `function.__wrapped__`, for tests and for devices without a kernel.
 """
