@@ -57,8 +57,8 @@ class Engine:
     prompts of `chat`; None: there is no chat template. defaults: the parameters of requests that have none of
     their own; None: `SamplingParams()`.
 
-    Calls that wait for the engine raise `WrongThreadError` in the engine's own thread, and
-    `ForkedProcessError` in a forked process.
+    A call that would wait for the engine forever raises an error instead: `WrongThreadError` in the engine's
+    own thread, `ForkedProcessError` in a forked process.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Find the request that made a step fail: retry the requests of the step one by one.
 
 Scheduling never changes the answer, so a request that is computed again on its own gets the same tokens. The
-kind of error does not matter here.
+kind of error matters only for a `StuckRequestError`, which names its request.
 """
 
 from collections import deque

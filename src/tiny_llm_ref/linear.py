@@ -147,7 +147,7 @@ def stack_packed(parts: Sequence[LinearLike]) -> PackedLinear | None:
 
 
 def dense_linear(weight: mx.array) -> LinearLike:
-    """Make a dense matrix of weight [N, K], evaluated, so that the arrays it was made from can be freed."""
+    """Make a dense matrix from weight [N, K]; evaluate it, so that the arrays it came from can be freed."""
     mx.eval(weight)
     return Linear(weight)
 

@@ -71,9 +71,9 @@ class NaiveKVCache:
     def copy_from(self, source: "NaiveKVCache") -> None:
         """Replace the stored tokens by a copy of those of `source`.
 
-        For two completions of one prompt: the first computes the prompt, and the second copies its cache.
-        Afterwards the caches are independent: later updates of one do not show in the other. The prompt's
-        keys and values are in memory twice, which sharing pages (week 3) avoids.
+        Used for two completions of one prompt: the first computes the prompt, and the second copies its
+        cache. Afterwards the caches are independent: later updates of one do not show in the other. The
+        prompt's keys and values are in memory twice, which sharing pages (week 3) avoids.
 
         Both caches have the same heads and head size; `max_seq_len` and type may differ. Copying a cache from
         itself changes nothing. Raises ValueError, and changes nothing, if the source's tokens do not fit.

@@ -95,7 +95,7 @@ class BlockAllocator:
     def resize(self, num_blocks: int) -> None:
         """Grow or shrink to the ids 0 .. num_blocks - 1, for a pool whose size follows its load.
 
-        Raises ValueError, and changes nothing, if a block beyond the new end is held, or for num_blocks below 1.
+        Raises ValueError, and changes nothing, if a block beyond the new end is held or num_blocks is 0.
         """
         if num_blocks < 1 or any(self._ref_counts[num_blocks:]):
             raise ValueError(

@@ -142,7 +142,7 @@ class PagedSequence(Sequence):
 
     @property
     def table(self) -> BlockTable:
-        """The block table; if there are several, the first, which is that of the layers without a window."""
+        """The first block table; if any layers have no window, it is theirs."""
         return self.tables[0]
 
     @property

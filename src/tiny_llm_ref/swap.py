@@ -133,7 +133,7 @@ class SwapSpace:
         return copies
 
     def blocks_to_swap_in(self, sequence: PagedSequence) -> int:
-        """Return how many blocks of the pool `swap_in(sequence)` would take, called without `at_hand`.
+        """Return how many blocks of the pool `swap_in(sequence)`, without `at_hand`, would take.
 
         The sequence may have found its first tokens in the prefix cache again. They count as computed
         (`num_computed`, a multiple of the block size), and their blocks need no copy. Sum over all tables the
