@@ -64,16 +64,16 @@ class EngineConfig:
         type that their file has, and `kv_cache_dtype` is the type of the KV pool.
     kv_cache_dtype: the type in which keys and values are stored.
     activation_bits: the bits that the compiled kernels round activations to if weights are quantized. 16
-        gives the accuracy of float32; 8 loses some accuracy, as in other engines, and computes prompts and
-        batches up to twice as fast. benches/RESULTS.md has figures for both.
-    min_num_blocks: the initial number of blocks. The pool doubles when pages run short, and halves when three
-        quarters of it are idle, which frees the memory. None: all blocks are allocated at the start.
+        gives the accuracy of float32; 8, which other engines use, loses some accuracy and computes prompts
+        and batches up to twice as fast. benches/RESULTS.md has figures for both.
+    min_num_blocks: the initial number of blocks. The pool doubles when pages run short, and halves when less
+        than a quarter of it is in use, which frees the memory. None: all blocks are allocated at the start.
     enable_prefix_caching: keep full blocks of sequences that have ended, so that requests that share a prefix
         reuse its KV blocks. When pages run short, the least recently used blocks are evicted.
-    preemption_mode: what happens when pages run out. The newest sequence is preempted, and its KV cache is
-        restored later: "recompute" computes it again; "swap" copies it to host memory and back, and
-        recomputes it if the host memory is full. "none" never preempts: it admits a request only when its
-        longest possible output fits.
+    preemption_mode: what happens when pages run out. The newest sequence (with priorities: the one that is
+        served last) is preempted, and its KV cache is restored later: "recompute" computes it again; "swap"
+        copies it to host memory and back, and recomputes it if the host memory is full. "none" never
+        preempts: it admits a request only when its longest possible output fits.
     swap_space: bytes of host memory for preemption_mode="swap"; None: as many as the pool has.
     batching: how keys and values are stored. "paged": in blocks, which sequences allocate as they grow, and
         share. "dense", the baseline: one contiguous cache of `max_model_len` tokens for each sequence, as

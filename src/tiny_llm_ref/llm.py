@@ -169,10 +169,10 @@ class LLM:
         or one for each; None: `get_default_sampling_params`. use_tqdm: show a progress bar on standard error
         if that is a terminal.
 
-        Without a `max_tokens`, an output has at most 16 tokens, as in vLLM. A completion that fails does not
-        end the others: its finish_reason is "error" and its `error` has the message. Raises ValueError for a
-        prompt or parameters that cannot run; no prompt has run then. Raises `RequestFailedError` if every
-        completion of every prompt has failed.
+        Without a `max_tokens`, from the caller or from the model, an output has at most 16 tokens, as in
+        vLLM. A completion that fails does not end the others: its finish_reason is "error" and its `error`
+        has the message. Raises ValueError for a prompt or parameters that cannot run; no prompt has run then.
+        Raises `RequestFailedError` if every completion of every prompt has failed.
         """
         self._check_open("LLM.generate")
         parsed = parse_prompts(prompts)
