@@ -5,13 +5,13 @@ Exit codes: 0: done. 1: the benchmark failed. 2: the command line is wrong.
 """
 
 import ast
-import difflib
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+from tiny_llm_checkpoints.suggestions import did_you_mean
 from tiny_llm_course.mistake import one_line
 
 FOLDER = Path(__file__).parent
@@ -59,9 +59,8 @@ def main() -> int:
     if name in OF_TINY_LLM:
         return subprocess.call([sys.executable, "-m", "tiny_llm_cli", "bench", *arguments])
     if name not in known:
-        guess = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {guess[0]}?" if guess else "`pdm run bench` lists them"
-        print(f"pdm run bench: error: there is no benchmark {name!r}; {hint}", file=sys.stderr)
+        hint = did_you_mean(name, known, "`pdm run bench` lists them")
+        print(f"pdm run bench: error: there is no benchmark {name!r}{hint}", file=sys.stderr)
         return 2
     path = FOLDER / f"{name}.py"
     sys.argv = [str(path), *arguments[1:]]

@@ -30,6 +30,19 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return made
 
 
+def peers_parser(doc: str) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark that also measures other engines."""
+    made = parser(doc)
+    made.add_argument(
+        "--peers",
+        type=Path,
+        default=Path(".peers"),
+        help="folder of the other engines' environments (default: .peers)",
+    )
+    made.add_argument("--llama-server", type=Path, help="path of llama-server (default: in --peers)")
+    return made
+
+
 def positive(text: str) -> int:
     """Parse a command-line count. Raises `ArgumentTypeError` unless it is a whole number of 1 or more."""
     if not text.isdecimal() or int(text) < 1:
@@ -67,6 +80,11 @@ def machine() -> dict[str, Any]:
         "kernels": kernels.instruction_set() if kernels.available() else "none",
         "threads": kernels.num_threads() if kernels.available() else None,
     }
+
+
+def print_progress(text: str) -> None:
+    """Print to stderr what is running, for benchmarks whose rounds take minutes."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def show(result: dict[str, Any], *, as_json: bool, text: str) -> None:

@@ -172,7 +172,7 @@ def one_round(workers: list[Worker], seed: int, left_out: dict[str, str]) -> dic
             try:
                 figures[worker.name] = work(worker)
             except WorkerError as error:
-                print_progress(f"{worker.name} is left out: {error}")
+                harness.print_progress(f"{worker.name} is left out: {error}")
                 left_out[worker.name] = str(error)
         return figures
 
@@ -195,7 +195,7 @@ def compare(workers: list[Worker], repetitions: int, left_out: dict[str, str]) -
     """Medians of all rounds except the first, which warms up, and our ratios to the others by round."""
     rounds = []
     for seed in range(repetitions + 1):
-        print_progress(f"round {seed} of {repetitions}" if seed else "warm-up round")
+        harness.print_progress(f"round {seed} of {repetitions}" if seed else "warm-up round")
         rounds.append(one_round(workers, seed, left_out))
     rounds = rounds[1:]
     names = [worker.name for worker in workers if worker.name not in left_out]
@@ -260,22 +260,10 @@ def draw(rows: dict[str, Any], file: Path) -> None:
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
-def print_progress(text: str) -> None:
-    """Print to stderr what is running: a round takes minutes."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     """Start the installed engines, measure them in interleaved rounds, and print which are left out."""
-    options = harness.parser(__doc__ or "")
-    options.add_argument(
-        "--peers",
-        type=Path,
-        default=Path(".peers"),
-        help="folder of the engines' environments (default: .peers)",
-    )
+    options = harness.peers_parser(__doc__ or "")
     options.add_argument("--plot", type=Path, help="also draw a plot: .svg or .png file")
-    options.add_argument("--llama-server", type=Path, help="path of llama-server (default: in --peers)")
     args = options.parse_args()
     if args.plot and (args.plot.suffix not in (".svg", ".png") or not args.plot.absolute().parent.is_dir()):
         options.error(f"--plot {args.plot}: give a .svg or .png file in an existing folder")
@@ -286,7 +274,7 @@ def main() -> None:
     try:
         for peer in peers:
             if peer.name not in left_out:
-                print_progress(f"starting {peer.name}")
+                harness.print_progress(f"starting {peer.name}")
                 try:
                     workers.append(Worker(peer, model, threads))
                 except WorkerError as error:

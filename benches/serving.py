@@ -12,10 +12,8 @@ engine's, round by round.
 
 import asyncio
 import random
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -65,7 +63,7 @@ def compare(engines: dict[str, Callable[[ServeRun], Figures]], repetitions: int)
     """Medians of all rounds except the first, and our server's throughput over each engine's."""
     rounds = []
     for seed in range(repetitions + 1):
-        print_progress(f"round {seed} of {repetitions}" if seed else "warm-up round")
+        harness.print_progress(f"round {seed} of {repetitions}" if seed else "warm-up round")
         rounds.append(one_round(engines, seed))
     rounds = rounds[1:]
     rows: dict[str, Any] = {}
@@ -99,22 +97,9 @@ def as_text(rows: dict[str, Any], left_out: dict[str, str]) -> str:
     return "\n".join(lines + [f"left out: {name}: {why}" for name, why in left_out.items()])
 
 
-def print_progress(text: str) -> None:
-    """Print to stderr what is running: a round takes minutes."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> None:
     """Start the installed servers, measure them in interleaved rounds, and print which are left out."""
-    options = harness.parser(__doc__ or "")
-    options.add_argument(
-        "--peers",
-        type=Path,
-        default=Path(".peers"),
-        help="folder of the servers' environments (default: .peers)",
-    )
-    options.add_argument("--llama-server", type=Path, help="path of llama-server (default: in --peers)")
-    args = options.parse_args()
+    args = harness.peers_parser(__doc__ or "").parse_args()
     model, threads = embedded_model_path(), tiny_llm_kernels.num_threads()
     llm = LLM(model, max_num_seqs=SLOTS)
     left_out: dict[str, str] = {}
@@ -123,7 +108,7 @@ def main() -> None:
     }
     with ExitStack() as stack:
         for server in (tiny_llm_server(), *other_servers(args.peers.absolute(), args.llama_server, SLOTS)):
-            print_progress(f"starting {server.name}")
+            harness.print_progress(f"starting {server.name}")
             try:
                 if (why := server.why_missing()) is not None:
                     raise ServerError(why)

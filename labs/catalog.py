@@ -7,11 +7,11 @@ importing the lab, so that an error in a learner's module does not hide any lab.
 import ast
 import importlib
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple, cast
 
 from result import Result
+from tiny_llm_checkpoints.suggestions import did_you_mean
 
 PREFIX = "lab_"
 
@@ -48,9 +48,7 @@ def find(name: str) -> Lab:
     labs = {lab.name: lab for lab in all_labs()}
     if name in labs:
         return labs[name]
-    matches = get_close_matches(name, labs, n=1)
-    guess = f"; did you mean {matches[0]}?" if matches else ""
-    raise UnknownLabError(f"there is no lab {name!r}{guess} (labs: {', '.join(labs)})")
+    raise UnknownLabError(f"there is no lab {name!r}{did_you_mean(name, labs)} (labs: {', '.join(labs)})")
 
 
 def _read(file: Path) -> Lab:

@@ -36,10 +36,10 @@ def cli(llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     """Run a command line in this process, with the shared engine instead of one that it loads."""
 
     def run_cli(*arguments: str, stdin: str | None = "") -> CommandResult:
-        for module in map(import_module, ("tiny_llm_cli.chat", "tiny_llm_cli.generate")):
+        for module in map(import_module, ("tiny_llm_cli.chat", "tiny_llm_cli.generate", "tiny_llm_cli.info")):
             monkeypatch.setattr(module, "load", lambda options: llm)
-        for module in map(import_module, ("tiny_llm_cli.bench", "tiny_llm_cli.info")):
-            monkeypatch.setattr(module, "load", lambda options: llm)
+        bench_checks = import_module("tiny_llm_cli.bench_checks")
+        monkeypatch.setattr(bench_checks, "load_silently", lambda options: llm)
         if stdin is not None:
             monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         code = run(arguments)

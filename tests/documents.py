@@ -10,7 +10,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{file.name}" for file in ROOT.glob("docs/*.md")))
 HELPS = (
-    *(f"tiny_llm_cli{words}" for words in ("", " chat", " generate", " serve", " info", " bench")),
+    *(f"tiny_llm_cli{words}" for words in ("", " chat", " generate", " serve", " models", " info", " bench")),
     *(f"tiny_llm_cli bench {name}" for name in ("latency", "throughput", "serve")),
     *(f"tiny_llm_course{words}" for words in ("", " start", " test", " hint", " try", " compare", " diff")),
     *(f"tiny_llm_course {name}" for name in ("progress", "map", "skip", "reset", "restore", "doctor")),

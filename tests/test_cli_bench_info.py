@@ -11,6 +11,7 @@ import tiny_llm
 from command_line import Run, check_blocks_are_freed, cli, llm, plain_cli
 from tiny_checkpoints import CONFIGS, random_weights, write_folder, write_tokenizer
 from tiny_llm import LLM
+from tiny_llm_cli import bench_checks
 from tiny_llm_cli.bench_latency import LatencyRun, measure_latency
 from tiny_llm_cli.bench_throughput import ThroughputRun, measure_throughput
 from tiny_llm_cli.engine import control_token_ids
@@ -100,6 +101,55 @@ def test_bench_throughput_prints_a_unit_with_each_figure(cli: Run) -> None:
     assert "num prompts " in run
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["latency", "--prefill-tokens", "9000"], "--prefill-tokens: 9000 prompt tokens and 1 output token"),
+        (
+            ["latency", "--prompt-tokens", "8100"],
+            "--prompt-tokens, --output-tokens: 8100 prompt tokens and 128 output tokens exceed the context",
+        ),
+        (
+            ["throughput", "--max-input-tokens", "9000", "--shared-prefix", "7"],
+            "--shared-prefix, --max-input-tokens, --output-tokens: 9007 prompt tokens and 64 output tokens",
+        ),
+        (["throughput", "--num-blocks", "8"], "exceed the context of 128"),
+        (["throughput", "--kv-cache-memory", "1KiB"], "--kv-cache-memory (1 KiB) is less than one block"),
+        (["throughput", "--swap-space", "1GiB"], "--swap-space (1 GiB) needs"),
+        (["latency", "--model", "/nowhere.gguf"], "/nowhere.gguf: no such file"),
+        (
+            ["throughput", "--max-concurrency", "9", "--max-num-seqs", "4", "--max-num-waiting", "4"],
+            "--max-concurrency: 9 is more than --max-num-seqs (4) and --max-num-waiting (4) together",
+        ),
+        (["serve", "--api-key", "geheimnis-\u00fc"], "--api-key: must have only printable ASCII"),
+        (["serve", "--api-key", "a\nb"], "--api-key: must have only printable ASCII"),
+    ],
+)
+def test_bench_rejects_wrong_arguments_before_it_loads_a_model(
+    arguments: list[str], expected: str, plain_cli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_checks, "load_silently", lambda _: pytest.fail("the model was loaded"))
+    done = plain_cli("bench", *arguments)
+    assert (done.code, done.out) == (1 if "/nowhere" in expected else 2, "")
+    assert expected in done.err
+
+
+def test_bench_accepts_as_many_requests_as_the_queue_holds(cli: Run) -> None:
+    few = ["--num-prompts", "3", "--max-input-tokens", "32", "--output-tokens", "2"]
+    limits = ["--max-num-seqs", "1", "--max-num-waiting", "2"]
+    assert cli("bench", "throughput", *few, *limits, "--json").code == 0
+
+
+def test_bench_checks_the_lengths_for_a_model_that_had_to_be_downloaded(
+    cli: Run, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its context is known only after the download."""
+    monkeypatch.setattr(bench_checks, "check_model", lambda _: None)
+    done = cli("bench", "latency", "--prefill-tokens", str(llm.max_model_len))
+    assert done.code == 2
+    assert f"exceed the context of {llm.max_model_len}" in done.err
+
+
 def test_info_describes_model_and_pool(cli: Run, llm: LLM) -> None:
     found = json.loads(cli("info", "--json").out)
     assert found["model"]["parameters"] == 134_515_008  # SmolLM2-135M's own figure
@@ -135,6 +185,12 @@ def test_info_without_a_model_still_describes_the_machine(plain_cli: Run) -> Non
     assert done.code == 1
     assert "mlx" in json.loads(done.out)["machine"]
     assert "/nowhere.gguf" in done.err
+
+
+def test_info_names_the_device_as_mlx_users_do(plain_cli: Run) -> None:
+    arguments = ("info", "--model", "/nowhere.gguf")
+    assert json.loads(plain_cli(*arguments, "--json").out)["machine"]["device"] in ("cpu", "gpu")
+    assert "Device(" not in plain_cli(*arguments).out
 
 
 def test_info_names_the_learners_modules(

@@ -27,7 +27,10 @@ __all__ = ["plain_cli"]
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["chat"], ["generate"], ["info"], ["bench"], ["bench", "latency"], ["bench", "throughput"]],
+    [
+        *([], ["chat"], ["generate"], ["models"], ["info"]),
+        *(["bench"], ["bench", "latency"], ["bench", "throughput"]),
+    ],
 )
 def test_help_shows_an_example(command: list[str], plain_cli: Run) -> None:
     done = plain_cli(*command, "--help")
@@ -69,8 +72,8 @@ def test_help_imports_neither_mlx_nor_the_engine() -> None:
     code = """if True:
         import sys
         from tiny_llm_cli.main import run
-        for command in ([], ["chat"], ["generate"], ["info"], ["serve"], ["bench"], ["bench", "latency"]):
-            assert run([*command, "--help"]) == 0
+        for command in "", "chat", "generate", "info", "models", "serve", "bench", "bench latency":
+            assert run([*command.split(), "--help"]) == 0
         heavy = {"mlx", "tiny_llm", "tiny_llm_ref", "tiny_llm_kernels", "tokenizers", "jinja2", "rich"}
         heavy |= {"fastapi", "tiny_llm_server"}
         print("imported:", sorted(heavy & set(sys.modules)))

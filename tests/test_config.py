@@ -10,6 +10,7 @@ from tiny_llm.layer_groups import group_layers
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.sampling_params import SamplingParams
 
+from tiny_llm import LLM
 from tiny_llm_checkpoints.errors import ConfigError
 from tiny_llm_checkpoints.sizes import shown_bytes
 from tiny_model import CONTEXT, tiny_config
@@ -100,8 +101,22 @@ def test_max_num_batched_tokens_must_be_at_least_max_num_seqs() -> None:
 
 
 def test_an_unknown_option_is_rejected_with_the_list_of_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"unknown engine option 'blocksize'.*block_size"):
+    with pytest.raises(ConfigError, match=r"unknown engine option 'xyzzy'; known: block_size, num_blocks, "):
+        EngineConfig.from_options(xyzzy=16)
+
+
+def test_a_misspelled_option_is_rejected_with_the_one_that_was_meant() -> None:
+    with pytest.raises(ConfigError, match=r"unknown engine option 'blocksize'; did you mean block_size\?"):
         EngineConfig.from_options(blocksize=16)
+    with pytest.raises(TypeError, match=r"'blocksize'; did you mean block_size\?"):
+        EngineConfig(blocksize=16)  # type: ignore[call-arg]
+    for misspelled, meant in (
+        ("max_model_length", "max_model_len"),
+        ("modle", "model"),
+        ("chat_template_format", "chat_template_content_format"),
+    ):
+        with pytest.raises(ConfigError, match=rf"unknown option '{misspelled}'; did you mean {meant}\?"):
+            LLM(**{misspelled: 16})  # type: ignore[arg-type]
 
 
 def test_the_engine_configuration_is_frozen() -> None:
@@ -124,6 +139,13 @@ def test_the_pool_has_as_many_whole_blocks_as_fit_into_kv_cache_memory(block_siz
 def test_memory_for_less_than_one_block_is_rejected_with_both_sizes() -> None:
     with pytest.raises(ConfigError, match=rf"100 bytes.*which takes {shown_bytes(16 * BYTES_PER_TOKEN)}"):
         EngineConfig(kv_cache_memory=100).pool_blocks(tiny_config(), 2)
+
+
+def test_memory_for_one_byte_less_than_a_block_is_rejected_with_exact_sizes() -> None:
+    """Rounded, the two sizes would look the same."""
+    block = 1024 * BYTES_PER_TOKEN
+    with pytest.raises(ConfigError, match=rf"\({block - 1:,} bytes\) is less .* takes {block:,} bytes"):
+        EngineConfig(kv_cache_memory=block - 1, block_size=1024).pool_blocks(tiny_config(), 2)
 
 
 def test_by_default_the_pool_is_no_larger_than_max_num_seqs_full_contexts() -> None:

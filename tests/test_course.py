@@ -119,9 +119,9 @@ def test_start_never_overwrites_files_but_moves_them_aside_if_told_to_start_agai
     assert (repo.overlay / "counting.py").read_text("utf-8") == "mine = 1\n"
     set_aside(repo, day)
     start(repo, day)
-    assert (repo.overlay / "counting.py.1.bak").read_text("utf-8") == "mine = 1\n"
+    assert (repo.overlay / ".backups/counting.py.1.bak").read_text("utf-8") == "mine = 1\n"
     set_aside(repo, day)
-    assert (repo.overlay / "counting.py.2.bak").exists()
+    assert (repo.overlay / ".backups/counting.py.2.bak").exists()
 
 
 def test_reset_moves_files_aside(repo: Repo) -> None:
@@ -401,6 +401,24 @@ def test_progress_is_read_from_the_files(repo: Repo) -> None:
     assert "- file missing" in text
     assert "1 of 2 days pass." in text
     assert "next: pdm run test 1.2" in text
+
+
+def test_progress_shows_a_day_without_the_learners_code_as_blank_or_skipped(repo: Repo) -> None:
+    """Its tests fail because of the blanks, which says nothing about the learner's code."""
+    syllabus = syllabus_of(repo)
+    day = syllabus.day("1.2")
+    start(repo, day)
+    remember(repo, day, passed=False)
+    assert progress(repo, syllabus)[1]["tests"] == "blank"
+    skip(repo, day, day.exercises[:1])
+    remember(repo, day, passed=False)
+    assert progress(repo, syllabus)[1]["tests"] == "1 blank, 1 skipped"
+    assert "1.2  [s.]  1 blank, 1 skipped  " in progress_text(repo, syllabus)
+    write(repo, "counting", COUNTING)
+    remember(repo, day, passed=False)
+    assert progress(repo, syllabus)[1]["tests"] == "fails"
+    skip(repo, day, day.exercises)
+    assert "changed since its tests ran" in progress(repo, syllabus)[1]["tests"]
 
 
 def test_progress_names_a_day_that_was_left_out(repo: Repo) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tiny_llm_course import views
+from tiny_llm_course.backups import backups
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.overview import progress_text
 from tiny_llm_course.progress import remember
@@ -33,9 +34,40 @@ def test_restore_brings_back_the_newest_copy_and_a_second_restore_undoes_it(repo
     assert (repo.overlay / "counting.py").read_text("utf-8") == "x = 'first'\n"
     restore(repo, day)
     assert (repo.overlay / "counting.py").read_text("utf-8") == "x = 'third'\n"
-    backups = {file.read_text("utf-8") for file in repo.overlay.glob("*.bak")}
+    backups = {file.read_text("utf-8") for file in repo.overlay.rglob("*.bak")}
     assert backups == {"x = 'first'\n"}, "nothing is lost"
     assert restore(repo, syllabus_of(repo).day("1.1")) == []
+
+
+def versions(repo: Repo) -> list[str]:
+    """The backups of counting.py, the oldest first."""
+    return [file.read_text("utf-8").strip() for file in backups(repo.overlay / "counting.py")]
+
+
+def test_the_five_newest_versions_of_each_file_are_kept(repo: Repo) -> None:
+    day = syllabus_of(repo).day("1.2")
+    for number in range(12):
+        write(repo, "counting", f"{number}\n")
+        write(repo, "doubling", "x = 1\n")
+        set_aside(repo, day)
+    assert versions(repo) == ["7", "8", "9", "10", "11"]
+    write(repo, "counting", "now\n")
+    for expected in ("11\n", "now\n"):
+        restore(repo, day)
+        assert (repo.overlay / "counting.py").read_text("utf-8") == expected
+    assert versions(repo) == ["7", "8", "9", "10", "11"]
+    assert [file.name for file in repo.overlay.iterdir() if file.suffix == ".bak"] == []
+
+
+def test_blank_starters_do_not_displace_older_work_from_the_backups(repo: Repo) -> None:
+    """Each `start --again` makes a backup, and most of these are the same blank file."""
+    day = syllabus_of(repo).day("1.2")
+    write(repo, "counting", "mine\n")
+    for _ in range(12):
+        set_aside(repo, day)
+        start(repo, day)
+    assert versions(repo)[0] == "mine"
+    assert len(versions(repo)) == 2
 
 
 def test_a_learners_helper_file_is_not_a_module(repo: Repo) -> None:
@@ -106,7 +138,7 @@ def test_git_ignores_the_learners_files() -> None:
     """Modules, backups, stubs, kernels and libraries are ignored; the package itself is not."""
     names = [
         "attention.py",
-        "attention.py.1.bak",
+        ".backups/attention.py.1.bak",
         "my_tools.py",
         "norm.pyi",
         "quantized_matmul.cpp",

@@ -101,7 +101,9 @@ def test_a_kernel_in_cpp_can_be_started_and_skipped(tmp_path: Path) -> None:
     assert (tmp_path / "flash_attention.cpp").read_text("utf-8").startswith("// 2.5.3: write absorb and ")
     assert "pdm run diff 2.5 --anyway" in run(["hint", "2.5.3", "3"], tmp_path).stdout
     assert "the reference's flash_attention.cpp runs" in run(["skip", "2.5.3"], tmp_path).stdout
-    assert [file.name for file in tmp_path.iterdir()] == ["flash_attention.cpp.1.bak"]
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [
+        tmp_path / ".backups" / "flash_attention.cpp.1.bak"
+    ]
     assert run(["skip", "2.5.3"], tmp_path).stderr.startswith("error: flash_attention.cpp is not started: ")
 
 

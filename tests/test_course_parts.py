@@ -214,8 +214,9 @@ def test_starting_a_part_again_keeps_a_copy_and_blanks_only_the_part(course: Rep
     again = "back to the reference: doubling.py, 1.2.2 in counting.py"
     assert after_reset(part(course, "b"), aside) == again
     assert [moved_aside(course, file) for file in aside] == [
-        "copied counting.py to src/tiny_llm/counting.py.1.bak; counting.py keeps your work of other parts",
-        "moved doubling.py to src/tiny_llm/doubling.py.1.bak",
+        "copied counting.py to src/tiny_llm/.backups/counting.py.1.bak; counting.py keeps your work of other "
+        "parts",
+        "moved doubling.py to src/tiny_llm/.backups/doubling.py.1.bak",
     ]
     start(course, part(course, "b"))
     assert states(course) == [State.WRITTEN, State.BLANK, State.BLANK, State.BLANK]
@@ -245,7 +246,7 @@ def test_a_renamed_function_stops_a_reset(course: Repo) -> None:
     with pytest.raises(CourseError, match=r"counting\.py does not define Counter\.leap \(exercise 1\.2\.2\)"):
         set_aside(course, part(course, "b"))
     assert own(course) == before
-    assert not list(course.overlay.glob("*.bak"))
+    assert not list(course.overlay.rglob("*.bak"))
 
 
 def test_starting_a_day_after_its_part_blanks_the_rest(course: Repo) -> None:
@@ -311,7 +312,7 @@ def test_a_partly_written_part_is_listed_with_states(course: Repo) -> None:
     assert "1.2.2  counting.py  Counter.leap(steps): written\n" in shown
     assert "1.2.3  doubling.py  double(x): blank\n" in shown
     assert restart_advice(course, part(course, "b"), done) == [
-        "restart: pdm run start 1.2b --again (keeps your files as *.bak)"
+        "restart: pdm run start 1.2b --again (keeps your files in .backups/)"
     ]
     assert restart_advice(course, part(course, "c"), start(course, part(course, "c"))) == [], "it is blank"
 
@@ -359,11 +360,11 @@ def test_progress_and_map_show_the_parts(course: Repo) -> None:
     remember(course, syllabus.day("1.1"), passed=True)
     start(course, part(course, "b"))
     lines = progress_text(course, syllabus).splitlines()
-    assert lines[1].startswith("1.2     [s...]  ")
+    assert lines[1].startswith("1.2     [s...]  3 blank, 1 skipped  ")
     assert lines[2:5] == [
-        "  1.2a  [s]     not tested  Upwards",
-        "  1.2b  [..]    blank       Faster",
-        "  1.2c  [.]     blank       And back",
+        "  1.2a  [s]     not tested          Upwards",
+        "  1.2b  [..]    blank               Faster",
+        "  1.2c  [.]     blank               And back",
     ]
     assert lines[-1] == "next: pdm run test 1.2b"
     remember(course, part(course, "b"), passed=True)

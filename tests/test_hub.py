@@ -73,6 +73,13 @@ class Machine:
             check=False,
         )
 
+    def cached_models(self) -> list[dict[str, object]]:
+        """The models in the cache, as `tiny-llm models` lists them."""
+        command = [sys.executable, "-m", "tiny_llm_cli", "models", "--json"]
+        done = subprocess.run(command, env=self._environment, capture_output=True, check=True)
+        found: list[dict[str, object]] = json.loads(done.stdout)["cached"]
+        return found
+
     def error(self, model: str, **environment: str) -> str:
         """The last line of the output if the model cannot be loaded."""
         done = self.run(model, **environment)
@@ -99,11 +106,14 @@ def test_a_repository_is_downloaded_once_and_then_found_offline(
     hub.requests.clear()
     again = machine.run("owner/tiny", HF_HUB_OFFLINE="1")
     assert (again.stdout, hub.requests) == (first.stdout, [])
+    weights = (folder / "model.safetensors").stat().st_size
+    assert machine.cached_models() == [{"name": "owner/tiny", "bytes": weights}]
 
 
 def test_a_single_gguf_of_a_repository_can_be_loaded(machine: Machine, folder: Path) -> None:
     fetched = machine.run("owner/tiny/tiny.gguf")
     assert fetched.stdout.split()[1:] == machine.run(str(folder)).stdout.split()[1:], fetched.stderr
+    assert [model["name"] for model in machine.cached_models()] == ["owner/tiny/tiny.gguf"]
 
 
 def fetched_weights(hub: Hub) -> set[str]:

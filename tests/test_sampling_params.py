@@ -1,6 +1,7 @@
 """SamplingParams: vLLM's names and defaults; an error names the parameter and its value."""
 
 import dataclasses
+import inspect
 import tracemalloc
 from collections.abc import Iterator
 from decimal import Decimal
@@ -154,6 +155,21 @@ def test_an_unknown_parameter_is_rejected_with_the_list_of_known_ones() -> None:
     with pytest.raises(TypeError, match="best_of"):
         SamplingParams(best_of=2)  # type: ignore[call-arg]
     assert SamplingParams.from_options(top_k=3) == SamplingParams(top_k=3)
+
+
+@pytest.mark.parametrize(
+    ("misspelled", "meant"), [("temprature", "temperature"), ("topP", "top_p"), ("max_token", "max_tokens")]
+)
+def test_a_misspelled_parameter_is_rejected_with_the_one_that_was_meant(misspelled: str, meant: str) -> None:
+    with pytest.raises(SamplingParamsError, match=rf"'{misspelled}'; did you mean {meant}\?"):
+        SamplingParams.from_options(**{misspelled: 1})
+    with pytest.raises(TypeError, match=rf"'{misspelled}'; did you mean {meant}\?"):
+        SamplingParams(**{misspelled: 1})  # type: ignore[arg-type]
+
+
+def test_the_signature_of_sampling_params_lists_every_parameter() -> None:
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    assert list(inspect.signature(SamplingParams).parameters) == names
 
 
 def test_sampling_params_are_frozen() -> None:

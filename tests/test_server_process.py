@@ -257,6 +257,21 @@ def test_the_log_shows_startup_defaults_and_draining() -> None:
     assert "/health" not in log, "a probe is not logged"
 
 
+@pytest.mark.parametrize(("level", "shown"), [("info", False), ("debug", True)])
+def test_the_log_starts_with_the_address_unless_its_level_is_debug(level: str, shown: bool) -> None:
+    with process("--log-level", level) as server:
+        with httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
+            ready(client)
+        server.popen.send_signal(signal.SIGINT)
+        assert server.exit_code(SECONDS) == 0
+        server.reader.join(SECONDS)
+    phases = ("Started server", "application startup", "startup complete", "application shutdown")
+    log = "".join(server.lines)
+    assert [phase in log for phase in phases] == [shown] * len(phases)
+    assert ("Listening on http" in server.lines[0]) is not shown
+    assert "Finished server process" in server.lines[-1]
+
+
 def test_the_log_shows_how_many_requests_a_second_signal_aborts() -> None:
     with process() as server, httpx.Client(base_url=server.url(), timeout=SECONDS) as client:
         ready(client)
@@ -348,7 +363,8 @@ def test_a_host_that_this_machine_does_not_have_is_refused_in_one_line(host: str
         (["--log-level", "loud"], "'loud' is not one of critical, error, warning, info, debug"),
         (["--override-generation-config", "{"], "is not JSON"),
         (["--override-generation-config", "[]"], "is not a JSON object"),
-        (["--override-generation-config", '{"temp": 1}'], "unknown parameter 'temp'; known: temperature, "),
+        (["--override-generation-config", '{"temp": 1}'], "'temp'; did you mean temperature?"),
+        (["--override-generation-config", '{"xyzzy": 1}'], "'xyzzy'; known: temperature, "),
         (["--override-generation-config", '{"top_p": 2}'], "--override-generation-config: top_p must be"),
         (["--max-n", "0"], "--max-n must be at least 1, not 0"),
         (["--max-body", "lots"], "'lots' is not a size"),

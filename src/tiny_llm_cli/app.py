@@ -11,6 +11,7 @@ from .chat import chat
 from .command import Command, Group
 from .generate import generate
 from .info import info
+from .models import models
 from .serve import serve
 
 
@@ -24,7 +25,7 @@ def command() -> TyperGroup:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True)(_tiny_llm)
-    for function in (chat, generate, serve, info):
+    for function in (chat, generate, serve, models, info):
         app.command(cls=Command)(function)
     app.add_typer(bench_app, name="bench")
     whole = get_command(app)
@@ -54,7 +55,9 @@ def _tiny_llm(
     tiny-llm generate "Once upon a time" "The sky is"
     tiny-llm serve
 
-    A model comes with the installation. `tiny-llm COMMAND --help` explains a command.
+    \b
+    A model comes with the installation; `tiny-llm models` lists others.
+    `tiny-llm COMMAND --help` explains a command.
     """
     if context.invoked_subcommand is None:
         print(context.get_help())

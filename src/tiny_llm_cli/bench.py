@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .bench_checks import LongestRequest, check_api_key, check_concurrency, load_for
 from .command import Command, Group
-from .engine import load
 from .options import EngineOptions, takes_groups
 from .serve_address import Backend, address_of
 
@@ -59,11 +59,16 @@ def latency(
     prompt, divided by the time to its first output token. ttft: time to the first token, for a prompt of
     --prompt-tokens. Prompts are random tokens.
     """
+    llm = load_for(
+        engine,
+        LongestRequest("--prefill-tokens", prefill_tokens, 1),
+        LongestRequest("--prompt-tokens, --output-tokens", prompt_tokens, output_tokens),
+    )
     from .bench_latency import LatencyRun, measure_latency
     from .bench_tables import as_latency_table
 
     run = LatencyRun(prefill_tokens, prompt_tokens, output_tokens, repetitions, warmups, seed)
-    _show(measure_latency(load(engine), run, _progress), as_json, as_latency_table)
+    _show(measure_latency(llm, run, _progress), as_json, as_latency_table)
 
 
 @bench_app.command(cls=Command)
@@ -92,18 +97,21 @@ def throughput(
     time per output token after it, itl the time between two tokens, e2el the time to the last token. A new
     request arrives when another one ends. Prompts are random tokens, the same for the same --seed.
     """
-    from .bench_tables import as_throughput_table
-    from .bench_throughput import ThroughputRun, measure_throughput
-
     if min_input_tokens > max_input_tokens:
         raise typer.BadParameter(
             f"{min_input_tokens} is more than --max-input-tokens ({max_input_tokens})",
             param_hint="--min-input-tokens",
         )
+    check_concurrency(engine, min(max_concurrency, num_prompts))
+    options = "--shared-prefix, --max-input-tokens, --output-tokens"
+    llm = load_for(engine, LongestRequest(options, shared_prefix + max_input_tokens, output_tokens))
+    from .bench_tables import as_throughput_table
+    from .bench_throughput import ThroughputRun, measure_throughput
+
     run = ThroughputRun(
         num_prompts, max_concurrency, min_input_tokens, max_input_tokens, output_tokens, shared_prefix, seed
     )
-    _show(measure_throughput(load(engine), run, _progress), as_json, as_throughput_table)
+    _show(measure_throughput(llm, run, _progress), as_json, as_throughput_table)
 
 
 def _only_random(name: str) -> str:
@@ -211,6 +219,7 @@ def serve(
     """
     if not request_rate > 0:
         raise typer.BadParameter(f"must be above 0, not {request_rate}", param_hint="--request-rate")
+    check_api_key(api_key)
     from .bench_serve import measure_server
     from .bench_tables import as_serve_table
     from .serve_load import ServeRun

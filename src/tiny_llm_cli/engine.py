@@ -4,13 +4,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from .loading_notice import loading_notice
 from .options import EngineOptions, SamplingOptions
 
 if TYPE_CHECKING:
     from tiny_llm import LLM, SamplingParams
 
 
-def load(options: EngineOptions, **others: Any) -> "LLM":
+def load(options: EngineOptions) -> "LLM":
+    """Load the model of `options` into an engine; on a terminal, say so if it takes long."""
+    with loading_notice():
+        return load_silently(options)
+
+
+def load_silently(options: EngineOptions, **others: Any) -> "LLM":
     """Load the model of `options` into an engine. others: engine options that only some commands have."""
     from tiny_llm import LLM
 

@@ -41,7 +41,7 @@ def machine() -> dict[str, object]:
         "mlx": metadata.version("mlx"),
         "platform": platform.platform(),
         "processor": _processor(),
-        "device": str(mx.default_device()),
+        "device": mx.default_device().type.name,
         "kernels": "compiled" if kernels.available else "MLX's own operators",
         "instruction_set": kernels.instruction_set,
         "threads": kernels.num_threads,

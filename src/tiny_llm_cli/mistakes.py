@@ -1,11 +1,12 @@
 """Explains a wrong command line in one line: the value, what is expected, and the option that was meant."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from typer.exceptions import TyperException
+
+from tiny_llm_checkpoints.suggestions import closest, letters
 
 if TYPE_CHECKING:
     from typer._click import Context, Parameter
@@ -31,8 +32,6 @@ _OTHER_NAMES = {
     "--reverse-prompt": "--stop",
     "--system-prompt": "--system",
 }
-_MAX_GUESSES = 3
-_LIKENESS = 0.75  # of two names without dashes, from 0 to 1
 
 
 class OptionError(TyperException):
@@ -128,31 +127,18 @@ def _unknown_option(name: str, params: Sequence["Parameter"]) -> str:
         return "there is no option --prompt: give the prompt as an argument"
     if not name.startswith("--") and any(param.param_type_name == "argument" for param in params):
         return f"there is no option {name}: put -- in front of a prompt that starts with -"
-    guesses = list(_guesses(name, [option for option in known if option.startswith("--")]))[:_MAX_GUESSES]
+    guesses = _guesses(name, [option for option in known if option.startswith("--")])
     if not guesses:
         return f"there is no option {name}"
     return f"there is no option {name}; did you mean {' or '.join(guesses)}?"
 
 
-def _guesses(name: str, known: list[str]) -> Iterator[str]:
-    """The options that a name may mean; just one if only its case, dashes or underscores are wrong."""
-    plain = _letters(name)
-    by_letters = {_letters(option): option for option in known}
-    other = {_letters(one): option for one, option in _OTHER_NAMES.items() if option in known}
-    if plain in by_letters:
-        yield by_letters[plain]
-    elif plain in other:
-        yield other[plain]
-    elif longer := [option for letters, option in by_letters.items() if letters.startswith(plain)]:
-        yield from longer
-    else:
-        for letters in get_close_matches(plain, by_letters, _MAX_GUESSES, _LIKENESS):
-            yield by_letters[letters]
-
-
-def _letters(option: str) -> str:
-    """An option's name in lower case, without dashes and underscores."""
-    return re.sub(r"[-_]", "", option).lower()
+def _guesses(name: str, known: list[str]) -> list[str]:
+    """The options that a name may stand for; only one if it is the name that another program uses."""
+    plain = letters(name)
+    other = {letters(one): option for one, option in _OTHER_NAMES.items() if option in known}
+    is_known = plain in map(letters, known)
+    return [other[plain]] if plain in other and not is_known else closest(name, known)
 
 
 def _is_number(param: "Parameter") -> bool:

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from tiny_llm_checkpoints.recommendation import Recommendation
 
 
-def check_model(options: EngineOptions, **others: Any) -> None:
+def check_model(options: EngineOptions, **others: Any) -> int | None:
     """Check the engine's options, and that the model's files describe a model that can run with them.
 
-    No weights are read. The files are not checked if they may have to be downloaded. others: engine options
-    that only some commands have. Raises `ConfigError` and `ModelFileError`, as loading the model would.
+    Returns the longest prompt + output in tokens. No weights are read. If the files may have to be
+    downloaded, they are not checked, and the result is None. others: engine options that only some commands
+    have. Raises `ConfigError` and `ModelFileError`, as loading the model would.
     """
     from tiny_llm.loader import LOADING_BYTES
     from tiny_llm.resources import requiring
@@ -27,12 +28,13 @@ def check_model(options: EngineOptions, **others: Any) -> None:
 
     config = _engine_config(options, others)
     if options.model is not None and _may_be_on_hub(options.model):
-        return
+        return None
     path = find_model(options.model)
     with requiring(f"the model {path}", LOADING_BYTES):
         model, recommended = _description(path)
-    _check_pool(config, model)
+    context = _check_pool(config, model)
     _check_sampling_defaults(config.generation_config, recommended)
+    return context
 
 
 def _engine_config(options: EngineOptions, others: dict[str, Any]) -> "EngineConfig":
@@ -78,13 +80,16 @@ def _description(path: "Path") -> "tuple[ModelConfig, Recommendation]":
         return gguf_config(file, frozenset()), of_gguf(path, file.metadata)
 
 
-def _check_pool(config: "EngineConfig", model: "ModelConfig") -> None:
-    """Raise `ConfigError` if the KV pool, or the host's part of it, does not fit the model or the machine."""
+def _check_pool(config: "EngineConfig", model: "ModelConfig") -> int:
+    """The longest prompt + output in tokens.
+
+    Raises `ConfigError` if the KV pool, or the host's part of it, does not fit the model or the machine.
+    """
     from tiny_llm.kv_pool import DTYPES
 
     size = DTYPES[config.kv_cache_dtype].size
-    config.model_len(model, size)
     config.swap_blocks(model, size)
+    return config.model_len(model, size)
 
 
 def _check_sampling_defaults(generation_config: str, of_model: "Recommendation") -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import typer
 
 from tiny_llm import SamplingParams
+from tiny_llm_checkpoints.suggestions import unknown_name
 
 from .engine import AskedSampling
 from .lines import Line, parsed
@@ -83,10 +84,10 @@ def _from_json(line: Line, asked: AskedSampling) -> PromptRequest:
         raise ValueError(
             f'"prompt" must be a non-empty string or a non-empty list of token ids, not {prompt!r}'
         )
-    known = [field.name for field in fields(SamplingParams)]
+    known = ["prompt", "messages", "id", *(field.name for field in fields(SamplingParams))]
     for name in found:
         if name not in known:
-            raise ValueError(f"unknown field {name!r}; known: prompt, messages, id, {', '.join(known)}")
+            raise ValueError(unknown_name("field", name, known))
     own = asked.but(**found)
     own.params()  # raises for parameters that cannot work with any model
     return PromptRequest(prompt, own, messages, line.place, ids)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .engine import load
+from .engine import load_silently
 from .model_check import check_model
 from .options import EngineOptions, parse_bytes, takes_groups
 
@@ -155,6 +155,15 @@ class ServerOptions:
         int,
         typer.Option(help="The most sequences in one request: its prompts times n.", rich_help_panel=_LIMITS),
     ] = 128
+    ignore_unknown_fields: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-unknown-fields",
+            help="Ignore fields of a request that are in neither OpenAI's API nor vLLM's, and log the name "
+            "of each once, instead of answering with 400. Known fields that are not supported still get 400.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = False
     scheduling_policy: Annotated[
         str,
         typer.Option(
@@ -253,7 +262,7 @@ def serve(
         str,
         typer.Option(
             help="info logs a line for each finished request and the throughput every 10 s; debug adds "
-            "requests for the page, /health and /metrics.",
+            "requests for the page, /health and /metrics, and the lines of the HTTP server itself (uvicorn).",
             metavar="|".join(_LOG_LEVELS),
             rich_help_panel=_LOGGING,
         ),
@@ -298,7 +307,7 @@ def serve(
             f"tiny-llm: warning: other machines may reach {host}, and requests need no key: see --api-key",
             file=sys.stderr,
         )
-    app = make_app(partial(load, engine, seed=seed), config)
+    app = make_app(partial(load_silently, engine, seed=seed), config)
     GracefulServer(app, host, port, grace, log_level).run(listen(host, port))
 
 

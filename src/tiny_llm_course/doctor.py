@@ -67,7 +67,7 @@ def _mlx(repo: Repo) -> Finding:
         return Finding("MLX", False, f"cannot be used ({error})", "run `pdm install`")
     works = total == 3 and installed == pinned
     advice = "" if works else f"{pinned} is pinned: run `pdm install`"
-    return Finding("MLX", works, f"{installed} on {mx.default_device()}", advice)
+    return Finding("MLX", works, f"{installed} on {mx.default_device().type.name}", advice)
 
 
 def _pinned(repo: Repo) -> str:

@@ -1,5 +1,6 @@
 """`pdm run progress` and `pdm run map`: the learner's progress over all days."""
 
+from collections import Counter
 from typing import Any
 
 from .cpp import build_of, own_kernels
@@ -41,15 +42,24 @@ def _row(repo: Repo, unit: Unit) -> dict[str, Any]:
     states = {exercise.id: state(repo, exercise) for exercise in unit.exercises}
     started = len(missing_modules(repo, unit)) < len(unit.modules)
     outcome = result(repo, unit) if started else Result.UNKNOWN
-    all_blank = set(states.values()) == {State.BLANK}
     return {
         "title": unit.title,
         "started": started,
         "written": sum(s in (State.WRITTEN, State.SKIPPED) for s in states.values()),
         "exercises": {exercise_id: found.value for exercise_id, found in states.items()},
-        "tests": State.BLANK.value if all_blank else _tests_text(repo, unit, outcome),
+        "tests": _unwritten_text(list(states.values())) or _tests_text(repo, unit, outcome),
         "done": started and outcome is Result.PASSING,
     }
+
+
+def _unwritten_text(states: list[State]) -> str:
+    """`blank`, or `2 blank, 1 skipped`, if no exercise has the learner's code; empty if the tests matter."""
+    counts = Counter(states)
+    if State.BLANK not in counts or counts.keys() - {State.BLANK, State.SKIPPED}:
+        return ""
+    if State.SKIPPED not in counts:
+        return State.BLANK.value
+    return ", ".join(f"{counts[one]} {one.value}" for one in (State.BLANK, State.SKIPPED))
 
 
 def _tests_text(repo: Repo, unit: Unit, outcome: Result) -> str:

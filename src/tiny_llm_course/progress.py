@@ -9,9 +9,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
+
+from tiny_llm_checkpoints.suggestions import closest
 
 from .errors import CourseError
 from .repo import Repo
@@ -65,10 +66,11 @@ def own_modules(repo: Repo) -> list[str]:
     known = {file.stem for file in repo.reference.glob("*.py")}
     for name in own:
         if name not in known:
-            guess = get_close_matches(name, known, n=1)
+            meant = closest(name, sorted(known))
+            hint = f"; did you mean {meant[0]}.py?" if meant else ""
             raise CourseError(
-                f"{repo.shown(repo.overlay / name)}.py does not replace any module of the engine"
-                f"{f'; did you mean {guess[0]}.py?' if guess else ''} (name your own helper files my_*.py)"
+                f"{repo.shown(repo.overlay / name)}.py does not replace any module of the engine{hint} "
+                "(name your own helper files my_*.py)"
             )
     return own
 

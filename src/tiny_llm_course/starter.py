@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .backups import back_up, backups
 from .cpp import libraries
 from .errors import CourseError
 from .imports import with_imports, without_unused_imports
@@ -125,10 +126,10 @@ def _without_helpers(own: str, reference: str, removed: tuple[str, ...]) -> str:
 
 
 def set_aside(repo: Repo, unit: Unit) -> list[Path]:
-    """Rename the unit's files in the overlay to `NAME.py.1.bak`, `.2.bak` and so on; returns the new paths.
+    """Move the unit's files in the overlay to the folder of backups; returns the new paths.
 
     A file with work of other parts is copied instead, and the unit's exercises in it get the reference's
-    code. If a kernel is renamed, the learner's library is deleted; it can be built again.
+    code. If a kernel is moved, the learner's library is deleted; it can be built again.
     """
     files = [repo.overlay / f"{module}.py" for module in unit.modules]
     moved = [aside for file in files if file.exists() and (aside := _set_aside(repo, unit, file))]
@@ -140,61 +141,48 @@ def _set_aside(repo: Repo, unit: Unit, file: Path) -> Path | None:
     """The path of the moved or copied file; None if its exercises contain the reference's code already."""
     of_others = [one for one in unit.day.of_module(file.stem) if one not in unit.exercises]
     if all(_is_reference_code(repo, one) or state(repo, one) is State.BLANK for one in of_others):
-        return _rename(file)  # the learner has written nothing else in it
+        return back_up(file)  # the learner has written nothing else in it
     of_unit = [one for one in unit.of_module(file.stem) if not _is_reference_code(repo, one)]
     if not of_unit:
         return None
     refuse_missing(repo, of_unit)
     sources = filled(repo, unit.day, of_unit)
-    aside = _rename(file)
+    aside = back_up(file)
     file.write_text(sources[file.stem], encoding="utf-8")
     return aside
 
 
 def set_aside_kernel(repo: Repo, kernel: Kernel) -> list[Path]:
-    """Rename a kernel's file and delete the library; returns a list of the new path, empty if not started."""
+    """Move a kernel's file to the backups and delete the library.
+
+    Returns a list of the new path, empty if the kernel is not started.
+    """
     file = repo.overlay / kernel.file
     if not file.exists():
         return []
     for library in libraries(repo):
         library.unlink()
-    return [_rename(file)]
+    return [back_up(file)]
 
 
 def restore(repo: Repo, unit: Unit) -> list[Path]:
-    """Bring back the newest moved copy of each of the unit's files, and return the restored paths.
+    """Bring back the newest backup of each of the unit's files, and return the restored paths.
 
-    An existing file swaps places with its copy, so that a second `restore` undoes the first.
+    An existing file swaps places with its backup, so that a second `restore` undoes the first.
     """
     names = [f"{module}.py" for module in unit.modules] + [kernel.file for kernel in unit.kernels]
     restored = []
     for name in names:
-        newest = _newest_aside(repo.overlay / name)
-        if newest is None:
-            continue
         current = repo.overlay / name
-        aside = current.with_name(f"{name}.restoring")
-        newest.rename(aside)
+        found = backups(current)
+        if not found:
+            continue
+        aside = found[-1].rename(current.with_name(f"{name}.restoring"))
         if current.exists():
-            _rename(current)
+            back_up(current)
         restored.append(aside.rename(current))
     link_stubs(repo)
     return restored
-
-
-def _newest_aside(file: Path) -> Path | None:
-    """The moved copy of a file with the highest number, or None."""
-    number = 1
-    while file.with_name(f"{file.name}.{number}.bak").exists():
-        number += 1
-    return file.with_name(f"{file.name}.{number - 1}.bak") if number > 1 else None
-
-
-def _rename(file: Path) -> Path:
-    number = 1
-    while (target := file.with_name(f"{file.name}.{number}.bak")).exists():
-        number += 1
-    return file.rename(target)
 
 
 def skip(repo: Repo, day: Day, exercises: tuple[Exercise, ...]) -> list[Exercise]:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from textwrap import fill
 
+from .backups import FOLDER, original
 from .cpp import RULE, job, sources
 from .errors import CourseError
 from .interfaces import Interface
@@ -50,20 +51,20 @@ def restart_advice(repo: Repo, unit: Unit, done: StartResult) -> list[str]:
     """How to start over, as a list of at most one line; empty if the unit was not started or is blank."""
     if not done.changed_nothing or is_untouched(repo, unit):
         return []
-    return [f"restart: pdm run start {unit.id} --again (keeps your files as *.bak)"]
+    return [f"restart: pdm run start {unit.id} --again (keeps your files in {FOLDER}/)"]
 
 
 def moved_aside(repo: Repo, file: Path) -> str:
     """The line about a file that was moved aside, or copied because it contains work of other parts."""
-    name = _name_before(file)
-    if file.with_name(name).exists():
-        return f"copied {name} to {repo.shown(file)}; {name} keeps your work of other parts"
-    return f"moved {name} to {repo.shown(file)}"
+    before = original(file)
+    if before.exists():
+        return f"copied {before.name} to {repo.shown(file)}; {before.name} keeps your work of other parts"
+    return f"moved {before.name} to {repo.shown(file)}"
 
 
 def after_reset(unit: Unit, moved: list[Path]) -> str:
     """The line about what now runs the reference's code: whole files, or exercises in a file that stays."""
-    names = {_name_before(file): file.with_name(_name_before(file)).exists() for file in moved}
+    names = {original(file).name: original(file).exists() for file in moved}
     whole = [name for name, stays in names.items() if not stays]
     some = [
         f"{exercise.id} in {name}"
@@ -71,11 +72,6 @@ def after_reset(unit: Unit, moved: list[Path]) -> str:
         for exercise in (unit.of_module(name.removesuffix(".py")) if stays else ())
     ]
     return f"back to the reference: {', '.join(whole + some)}"
-
-
-def _name_before(file: Path) -> str:
-    """The name before the move: `norm.py` for `norm.py.1.bak`."""
-    return file.name.partition(f"{file.suffixes[0]}.")[0] + file.suffixes[0]
 
 
 def tasks(repo: Repo, unit: Unit) -> str:

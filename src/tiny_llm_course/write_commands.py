@@ -25,7 +25,7 @@ def on_start(
 
     \b
     pdm run start 1.1
-    pdm run start 1.1 --again     # start over: your file becomes attention.py.1.bak
+    pdm run start 1.1 --again     # start over: your attention.py moves to src/tiny_llm/.backups
     pdm run start 2.4 --cpp       # write a kernel in C++: quantized_matmul.cpp
 
     In these files the exercises are blank: their bodies raise NotImplementedError. Everything else is the
@@ -38,7 +38,7 @@ def on_start(
     \b
     pdm run start 3.2             # all parts
     pdm run start 3.2b            # one part
-    pdm run start 3.2b --again    # blank only this part; your old files are kept as *.bak
+    pdm run start 3.2b --again    # blank only this part; your old files are kept in .backups
 
     If the part has already been started, the command changes nothing and lists which exercises are written.
 
@@ -73,7 +73,7 @@ def on_skip(
     pdm run skip 1.1.2            # one exercise
     pdm run skip 1.1              # every blank exercise of a day
     pdm run skip 3.2b             # every blank exercise of a part; `pdm run start 3.2b` blanks them again
-    pdm run skip 2.4.6            # the kernel in C++: moves your file aside, so the reference's kernel runs
+    pdm run skip 2.4.6            # the kernel in C++: moves your file to .backups; the reference's runs
 
     Exercises that you have written stay as they are.
     """
@@ -110,9 +110,11 @@ def on_reset(day: ADay) -> None:
     """Go back to the reference for a day; your files are kept.
 
     \b
-    pdm run reset 1.1             # attention.py becomes attention.py.1.bak
-    pdm run restore 1.1           # attention.py.1.bak becomes attention.py again
+    pdm run reset 1.1             # attention.py moves to src/tiny_llm/.backups/attention.py.1.bak
+    pdm run restore 1.1           # and back again
     pdm run reset 3.2b            # one part
+
+    The folder .backups keeps the five newest versions of each file; older ones are deleted.
 
     If a file also contains work of other parts, it is copied instead, and only the exercises of this part get
     the reference's code.
@@ -129,10 +131,11 @@ def on_restore(day: ADay) -> None:
     """Bring back the files that `reset` or `start --again` moved.
 
     \b
-    pdm run restore 1.1           # attention.py.1.bak becomes attention.py
+    pdm run restore 1.1           # the newest src/tiny_llm/.backups/attention.py.N.bak
     pdm run restore 3.2b          # whole files, including exercises of other parts
 
-    The newest copy comes back. It swaps places with the current file, so a second `restore` undoes the first.
+    The newest version comes back. It swaps places with the current file, so a second `restore` undoes the
+    first. The folder .backups keeps the five newest versions of each file.
     """
     repo, syllabus = open_course()
     unit = syllabus.to_start(day)

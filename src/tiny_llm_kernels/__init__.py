@@ -13,7 +13,7 @@ however many threads run, as long as the instruction set is the same. Other inst
 differently.
 
 Environment variables, read at import: TINY_LLM_KERNELS = auto | off | portable | avx2 | avx512, and
-TINY_LLM_NUM_THREADS.
+TINY_LLM_NUM_THREADS. An invalid value raises ValueError.
 """
 
 from pathlib import Path
@@ -82,7 +82,7 @@ def pack(weight: mx.array, scales: mx.array, biases: mx.array, *, group_size: in
 
 
 def stack_packed(parts: list[mx.array]) -> mx.array:
-    """Join the packed weights of matrices over the same inputs into one matrix, with their outputs in order.
+    """Join the packed weights of matrices with the same inputs into one matrix; outputs keep their order.
 
     The number of outputs of each must be a multiple of 16, so that all tiles are full.
     """
@@ -230,7 +230,7 @@ def write_and_attend(
     -> (out [1, H, T, D], key_pool, value_pool), out stored as [1, T, H, D].
 
     All writes are done before the first read, and every token reads the stored values, even for its own K and
-    V. The returned pools share *the same memory* with the arguments, which must not be used again: every
+    V. The returned pools share *their memory* with the arguments, which must not be used again: every
     reference to them sees the writes. A write costs the tokens' bytes, not the pools'.
 
     D is even, from 2 to 512. Slots, tables, rows and positions are not checked before the kernel runs: a
@@ -242,7 +242,10 @@ def write_and_attend(
 
 
 def zeros(count: int, shape: tuple[int, ...], dtype: mx.Dtype) -> list[mx.array]:
-    """`count` arrays of zeros that are read together; on huge pages if the system has them."""
+    """Return `count` arrays of zeros; adjacent ones are put on huge pages if the system has them.
+
+    Use it for arrays that are read together, such as the keys and values of a pool.
+    """
     return native.zeros(count, shape, dtype)
 
 
@@ -263,7 +266,7 @@ def copy_blocks(
 
 
 class TransformerBlock:
-    """A transformer block as one operator, run as one task, with the same bits as the operators above.
+    """A transformer block as one operator, run as one task; the operators above give the same bits.
 
     x = x + attention(norm(x)), x = x + mlp(norm(x)); with `attention_out_norm` and `mlp_out_norm` the output
     of each half is normalized before it is added. gelu: use `geglu` in the MLP instead of `swiglu`.

@@ -18,7 +18,7 @@ import mlx.core as mx
 
 INSTRUCTION_SETS = ("auto", "off", "portable", "avx2", "avx512")
 MAX_THREADS = 1024
-MAX_DIGITS = 9  # in a number of threads
+MAX_DIGITS = 9  # in TINY_LLM_NUM_THREADS
 EXTENSION = "tiny_llm_kernels._kernels"
 
 
@@ -39,8 +39,8 @@ class Unavailable:
 def load(wanted: str, threads: str | None) -> ModuleType:
     """Load the extension and apply TINY_LLM_KERNELS and TINY_LLM_NUM_THREADS.
 
-    Raises `UnavailableError` if it is off or not built, ValueError for an invalid setting, and ImportError
-    for an extension that was built for another MLX version.
+    Raises `UnavailableError` if it is off, not built, or cannot be loaded, ValueError for an invalid setting,
+    and ImportError for an extension that was built for another MLX version.
     """
     if wanted not in INSTRUCTION_SETS:
         raise ValueError(f"TINY_LLM_KERNELS must be auto, off, portable, avx2 or avx512, got {wanted!r}")

@@ -15,7 +15,7 @@ from .sampling_params import SamplingParams
 from .sequence import Sequence
 from .step import StepLogits
 
-MAX_PROMPT_ROWS = 64  # rows of logits per step: 64 x 150,000 numbers take 38 MB
+MAX_PROMPT_ROWS = 64  # rows of prompt logits per sequence and step: 64 x 150,000 numbers take 38 MB
 
 
 class Capacity(NamedTuple):
@@ -35,7 +35,7 @@ class Capacity(NamedTuple):
 
 
 class PrefixStats(NamedTuple):
-    """Prompt tokens of the requests that have started, and how many of them were in the prefix cache."""
+    """Tokens of the prompts that are complete, and how many of them came from the prefix cache."""
 
     queries: int = 0
     hits: int = 0
@@ -50,7 +50,7 @@ class BatchManager(Protocol):
 
     @property
     def prefix_stats(self) -> PrefixStats:
-        """How many prompt tokens there were, and how many of them were in the prefix cache."""
+        """How many prompt tokens there were, and how many of them came from the prefix cache."""
 
     @property
     def waiting(self) -> Seq[Sequence]:
@@ -58,7 +58,7 @@ class BatchManager(Protocol):
 
     @property
     def running(self) -> Seq[Sequence]:
-        """The running sequences, oldest first."""
+        """The running sequences, oldest first; with priorities, in the order in which they are served."""
 
     @property
     def num_waiting_requests(self) -> int:
@@ -120,9 +120,9 @@ def max_sequence_length(
 ) -> int:
     """Return the maximum number of tokens of a sequence of this request, prompt and outputs.
 
-    context: the longest sequence, in tokens. max_seqs: the maximum number of sequences at once. Raises
-    ValueError for an empty prompt, and `RequestTooLargeError` for a request that can never run within these
-    limits.
+    context: the maximum number of tokens of any sequence. max_seqs: the maximum number of sequences at once.
+    Raises ValueError for an empty prompt, and `RequestTooLargeError` for a request that can never run within
+    these limits.
     """
     if not tokens:
         raise ValueError(f"the prompt of request {request_id!r} has no tokens: there is nothing to continue")

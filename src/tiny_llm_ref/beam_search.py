@@ -250,8 +250,8 @@ class BeamSearch:
         """True if no beam is left, or if no beam can still enter a full `ended`.
 
         `ended` is full if it has `beam_width` hypotheses; a beam must then beat the worst of them. A beam's
-        sum can only fall, so its best possible score is that of its sum now, at its length now, or at
-        `max_tokens` if the penalty rewards length.
+        sum can only fall, so its best possible score is that of its present sum at its present length, or at
+        length `max_tokens` if the penalty rewards length.
         """
         if not self.beams or len(self.ended) < self.params.beam_width:
             return not self.beams

@@ -1,4 +1,4 @@
-"""What each step changed in a pool, for a watcher: its blocks, and the sequences that hold them.
+"""What each step changed in a pool, for a watcher: the blocks, and the sequences that hold them.
 
 Changes are found by comparing the bookkeeping before and after a step, so the pool and the scheduler need no
 extra code, and an engine without watchers does no extra work.
@@ -117,7 +117,7 @@ class BlockWatch:
         return holders, set(self._manager.prefix.blocks)
 
     def _views(self) -> dict[str, SequenceView]:
-        """Return views of the running sequences, oldest first, and of the first waiting ones."""
+        """Return views of the running sequences, in their order, and of the first waiting ones."""
         shown: Iterable[PagedSequence] = (
             *self._manager.running,
             *self._manager.first_waiting(MAX_WAITING_SHOWN),

@@ -18,7 +18,7 @@ Messages = Sequence[Mapping[str, Any]]
 class ChatOptions(NamedTuple):
     """How a conversation becomes a prompt; the names are those of vLLM's `LLM.chat`.
 
-    add_generation_prompt: end the prompt at the start of an answer; None: True unless
+    add_generation_prompt: end the prompt with the start of an answer; None: True unless
         `continue_final_message` is True.
     continue_final_message: end the prompt inside the last message, which the model continues.
     add_special_tokens: add the tokenizer's own special tokens; most templates already write them.

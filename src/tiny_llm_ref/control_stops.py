@@ -52,7 +52,7 @@ class ControlStop:
 class ControlStops:
     """All stop strings of one completion that contain control tokens.
 
-    patterns: the patterns by their texts. detokenizer: a detokenizer that has read the prompt.
+    patterns: the pattern of each stop string, by its text. detokenizer: one that has read the prompt.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """Continuous batching over contiguous caches: a request joins or leaves between any two steps.
 
 Each running sequence has a slot: one cache per layer, long enough for the longest sequence. The tokens of all
-sequences in a step are packed: they pass through every matrix as one row. Each sequence attends to its own
-caches. Source: Yu et al., "Orca" (OSDI 2022).
+sequences in a step are packed into one row, [1, T], so each matrix is read once for all of them. Each
+sequence attends to its own caches. Source: Yu et al., "Orca" (OSDI 2022).
 """
 
 from collections.abc import Mapping
@@ -228,7 +228,7 @@ class DenseBatchManager(QueueViews[Sequence]):
         return plan.conclude(self.compute(plan), self._fork)
 
     def commit(self, tokens: Mapping[str, int]) -> None:
-        """Append each sequence's sampled token, by sequence id. Its key is computed in the next step."""
+        """Append each sequence's sampled token, by sequence id; the next step computes its key and value."""
         for seq_id, token in tokens.items():
             self._queues[seq_id].outputs.append(token)
 
@@ -271,12 +271,12 @@ class DenseBatchManager(QueueViews[Sequence]):
 
     @property
     def capacity(self) -> Capacity:
-        """The slots, counted as blocks: how many, of how many tokens, and how many are free."""
+        """The slots, counted as blocks: their number, their size in tokens, the free ones, their bytes."""
         nbytes = sum(cache.allocated_bytes() for slot in self._slots for cache in slot)
         return Capacity(self.max_slots, self.max_seq_len, len(self._free), nbytes)
 
     def _fork(self, leader: Sequence) -> list[Sequence]:
-        """Return a ready sequence and, if it is a leader, its new forks, each with a copy of its caches."""
+        """Return a ready sequence; if it is a leader, also its new forks, which get copies of its caches."""
         sequences = self._queues.fork(leader)
         for fork in sequences[1:]:
             self._take_slot(fork)

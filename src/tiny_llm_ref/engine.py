@@ -52,13 +52,13 @@ class Engine:
 
     make_core: makes the core, in the engine's thread; the constructor raises its errors. The thread ends when
     the engine is garbage-collected, so `make_core` must not refer to an object that refers to the engine: the
-    thread would keep both alive. max_model_len: the longest prompt + output in tokens, so that a longer
-    prompt is rejected before it is tokenized; None: the core rejects it. chat_prompts: makes the prompts of
-    `chat`; None: there is no chat template. defaults: the parameters of requests that have none of their own;
-    None: `SamplingParams()`.
+    thread would keep both alive. max_model_len: the longest prompt + output in tokens; a prompt that is
+    clearly longer is rejected before it is tokenized. None: the core rejects it. chat_prompts: makes the
+    prompts of `chat`; None: there is no chat template. defaults: the parameters of requests that have none of
+    their own; None: `SamplingParams()`.
 
-    Calls that wait for the engine raise `WrongThreadError` in the engine's own thread, and
-    `ForkedProcessError` in a forked process.
+    A call that would wait for the engine forever raises an error instead: `WrongThreadError` in the engine's
+    own thread, `ForkedProcessError` in a forked process.
     """
 
     def __init__(
@@ -201,7 +201,10 @@ class Engine:
         return self._inbox.post(partial(self._loop.cancel, [request_id]))
 
     def forget(self, requests: Seq[Request]) -> None:
-        """Cancel submitted requests that have not ended; returns when their blocks are free."""
+        """Cancel submitted requests that have not ended; returns when their blocks are free.
+
+        In the engine's own thread it returns at once.
+        """
         forgotten = self._inbox.post(partial(self._loop.forget, requests))
         # A generator may be garbage-collected, and so closed, in the engine's thread: do not wait there.
         if threading.current_thread() is not self._thread:
@@ -244,11 +247,12 @@ class Engine:
         has ended: "abort" if the request was cancelled, "error" if that completion failed while others go on.
 
         The client may leave at any time, even while it waits for the request to be queued: by `break`,
-        `aclose`, an exception, or the cancellation of its task. Then post `_loop.forget` to the inbox (not
-        `self.forget`, which waits): it cancels the request before the next step. Await nothing after that.
-        Cancelling the wait does not cancel the posted `_loop.add`; it still runs, and `forget` runs after it.
-        A request has ended once its event with a `usage` has arrived. Post nothing then, not even if the
-        client leaves at that event. A `forget` for a request that was rejected or has failed is harmless.
+        `aclose`, an exception, or the cancellation of its task. In that case post `_loop.forget` to the inbox
+        (not `self.forget`, which waits): it cancels the request before the next step. Await nothing after
+        that. Cancelling the wait does not cancel the posted `_loop.add`; it still runs, and `forget` runs
+        after it. A request has ended once its event with a `usage` has arrived. Post nothing then, not even
+        if the client leaves at that event. A `forget` for a request that was rejected or has failed is
+        harmless.
 
         Nothing happens until the caller asks for the first event. The first `anext` raises `WrongThreadError`
         in the engine's own thread (`refuse_to_wait("Engine.generate")`), and the errors of `request` and
@@ -516,7 +520,7 @@ def _stack_of(nbytes: int) -> Iterator[None]:
 
 
 def _stop(inbox: Inbox, loop: EngineLoop, thread: threading.Thread) -> None:
-    """End the thread of a garbage-collected engine, or at exit; wait, so that no step is interrupted."""
+    """End the engine's thread when the engine is garbage-collected or at exit; wait for the current step."""
     inbox.post(loop.stop)
     if threading.current_thread() is not thread:
         thread.join(EXIT_SECONDS)

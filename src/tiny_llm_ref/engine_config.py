@@ -2,14 +2,15 @@
 
 import os
 from bisect import bisect_right
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from operator import index
 from typing import Any, Self
 
 from tiny_llm_checkpoints.errors import ConfigError, shown
 from tiny_llm_checkpoints.model_config import ModelConfig
-from tiny_llm_checkpoints.sizes import shown_bytes
+from tiny_llm_checkpoints.sizes import shown_apart, shown_bytes
+from tiny_llm_checkpoints.suggestions import check_fields, suggests_fields
 
 from .errors import is_integer
 from .layer_groups import group_layers, layers_per_block
@@ -43,6 +44,7 @@ _COUNTS = (
 _NAMES = ("dtype", "kv_cache_dtype", "preemption_mode", "batching")
 
 
+@suggests_fields
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Sizes, limits and policies. Every field has a default that works.
@@ -62,16 +64,16 @@ class EngineConfig:
         type that their file has, and `kv_cache_dtype` is the type of the KV pool.
     kv_cache_dtype: the type in which keys and values are stored.
     activation_bits: the bits that the compiled kernels round activations to if weights are quantized. 16
-        gives the accuracy of float32; 8 loses some accuracy, as in other engines, and computes prompts and
-        batches up to twice as fast. benches/RESULTS.md has figures for both.
-    min_num_blocks: the initial number of blocks. The pool doubles when pages run short, and halves when three
-        quarters of it are idle, which frees the memory. None: all blocks are allocated at the start.
+        gives the accuracy of float32; 8, which other engines use, loses some accuracy and computes prompts
+        and batches up to twice as fast. benches/RESULTS.md has figures for both.
+    min_num_blocks: the initial number of blocks. The pool doubles when pages run short, and halves when less
+        than a quarter of it is in use, which frees the memory. None: all blocks are allocated at the start.
     enable_prefix_caching: keep full blocks of sequences that have ended, so that requests that share a prefix
         reuse its KV blocks. When pages run short, the least recently used blocks are evicted.
-    preemption_mode: what happens when pages run out. The newest sequence is preempted, and its KV cache is
-        restored later: "recompute" computes it again; "swap" copies it to host memory and back, and
-        recomputes it if the host memory is full. "none" never preempts: it admits a request only when its
-        longest possible output fits.
+    preemption_mode: what happens when pages run out. The newest sequence (with priorities: the one that is
+        served last) is preempted, and its KV cache is restored later: "recompute" computes it again; "swap"
+        copies it to host memory and back, and recomputes it if the host memory is full. "none" never
+        preempts: it admits a request only when its longest possible output fits.
     swap_space: bytes of host memory for preemption_mode="swap"; None: as many as the pool has.
     batching: how keys and values are stored. "paged": in blocks, which sequences allocate as they grow, and
         share. "dense", the baseline: one contiguous cache of `max_model_len` tokens for each sequence, as
@@ -156,10 +158,7 @@ class EngineConfig:
     @classmethod
     def from_options(cls, **options: Any) -> Self:
         """Make a configuration from keyword options. Raises `ConfigError` for an unknown name."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"unknown engine option {name!r}; known: {', '.join(known)}")
+        check_fields(cls, options, "engine option", ConfigError)
         return cls(**options)
 
     def pool_blocks(self, model: ModelConfig, bytes_per_value: int) -> int:
@@ -171,9 +170,10 @@ class EngineConfig:
         block_bytes = self._block_bytes(model, bytes_per_value)
         blocks = self._wanted_blocks(model, block_bytes)
         if blocks * block_bytes > _memory_bytes():
+            needed, memory = shown_apart(blocks * block_bytes, _memory_bytes())
             raise ConfigError(
-                f"a pool of {blocks} blocks takes {shown_bytes(blocks * block_bytes)}; "
-                f"this machine has {shown_bytes(_memory_bytes())}: lower num_blocks or kv_cache_memory"
+                f"a pool of {blocks} blocks takes {needed}; this machine has {memory}: lower num_blocks or "
+                "kv_cache_memory"
             )
         return blocks
 
@@ -193,10 +193,10 @@ class EngineConfig:
             return self.pool_blocks(model, bytes_per_value)
         block_bytes = self._block_bytes(model, bytes_per_value)
         if self.swap_space < block_bytes or self.swap_space > _memory_bytes():
+            wanted, block, memory = shown_apart(self.swap_space, block_bytes, _memory_bytes())
             raise ConfigError(
-                f"swap_space ({shown_bytes(self.swap_space)}) must be at least one block "
-                f"({shown_bytes(block_bytes)}) and at most this machine's memory "
-                f"({shown_bytes(_memory_bytes())})"
+                f"swap_space ({wanted}) must be at least one block ({block}) and at most this machine's "
+                f"memory ({memory})"
             )
         return self.swap_space // block_bytes
 
@@ -243,9 +243,10 @@ class EngineConfig:
         if self.kv_cache_memory is not None:
             blocks = self.kv_cache_memory // block_bytes
             if blocks < 1:
+                wanted, block = shown_apart(self.kv_cache_memory, block_bytes)
                 raise ConfigError(
-                    f"kv_cache_memory ({shown_bytes(self.kv_cache_memory)}) is less than one block of "
-                    f"{self.block_size} tokens, which takes {shown_bytes(block_bytes)}"
+                    f"kv_cache_memory ({wanted}) is less than one block of {self.block_size} tokens, "
+                    f"which takes {block}"
                 )
             return blocks
         of_longest = self._most_blocks(model, self.wanted_len(model))

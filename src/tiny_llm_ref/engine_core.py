@@ -32,7 +32,7 @@ class EngineStats:
 
     num_swapped: waiting sequences whose keys and values are in host memory. num_cached_blocks: idle blocks
     that the prefix cache keeps, because their tokens may come again. prefix_cache_queries: prompt tokens of
-    requests that have started; prefix_cache_hits: those that were found in the pool. num_host_blocks:
+    requests whose prompt is complete; prefix_cache_hits: those that were found in the pool. num_host_blocks:
     capacity of the host memory for swapped-out blocks. num_tokens: tokens computed in all steps. steps_of:
     a histogram: how many steps computed 1 token, 2, 3 to 4, 5 to 8, ... tokens. num_waiting_requests:
     requests that have a waiting sequence.

@@ -258,7 +258,7 @@ class EngineLoop:
         3. Call `step` once, if a request is active and no task has set `_stopping`. Do not catch what it
            raises: that ends the thread.
         4. Call `_tell_watchers`, for changes in the pool, and `_deliver`, which calls the listeners. Call
-           both in every iteration: a cancelled request has its last event without a step.
+           both in every iteration: a cancelled request gets its last event without a step.
         5. If no request is active now, `_end_drains(None)` ends all drains: a drain is over when the last
            events have been delivered.
 
@@ -292,14 +292,14 @@ class EngineLoop:
         except BaseException as error:  # unexpected, and no client may wait forever
             self._end(error)
 
-    # Draining and stopping, also by tasks.
+    # Draining and stopping; `drain` and `stop` are tasks too.
 
     def drain(self, timeout: float | None, drained: Future[None]) -> None:
         """Reject new requests from now on; `drained` is done once no request is active.
 
         Set `self.refusal` to `draining_error`, unless a refusal is already set. Append `drained` to
         `_drained`, whose futures `run_once` completes. After `timeout` seconds, requests that are still
-        active are cancelled: set `_deadline` to that time, as `time.monotonic()` gives it. If there are
+        active are cancelled: set `_deadline` to that time, on the clock of `time.monotonic()`. If there are
         several drains, the earliest deadline counts. A timeout of None sets no deadline; one of 0 or less
         cancels in this iteration.
 
@@ -347,7 +347,7 @@ class EngineLoop:
         """Show a watcher the content of the pool, and its changes from now on. ValueError without a pool."""
         if not isinstance(self.core.manager, PagedBatchManager):
             raise ValueError("only batching='paged' has blocks to watch")
-        self._tell_watchers()  # about earlier changes, which the content for the new watcher includes
+        self._tell_watchers()  # the others first: the new watcher's snapshot has these changes already
         watch = self._watch or BlockWatch(self.core.manager)
         watcher(watch.snapshot())
         self._watch = watch

@@ -1,7 +1,8 @@
 """The named errors of the engine; errors about a model's files are in `tiny_llm_checkpoints.errors`.
 
-Each message names the offending value and the limit. Errors that a caller can cause are also `ValueError`s,
-so that a front end can catch all of them with `except ValueError`. A call that raises has changed nothing.
+Each message names the offending value and the limit. Errors in a request (its prompt, parameters, id or size)
+are also `ValueError`s, so that a front end can catch all of them with `except ValueError`. A call that raises
+has changed nothing.
 """
 
 from collections.abc import Iterator

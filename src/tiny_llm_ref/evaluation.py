@@ -1,4 +1,4 @@
-"""Evaluate a model on a text: compute the logits after each token, over pages, as the engine does."""
+"""Evaluate a model on a text: compute the logits after each token with paged attention, like the engine."""
 
 from collections.abc import Sequence as Seq
 

@@ -1,7 +1,7 @@
 """Find the request that made a step fail: retry the requests of the step one by one.
 
 Scheduling never changes the answer, so a request that is computed again on its own gets the same tokens. The
-kind of error does not matter here.
+kind of error matters only for a `StuckRequestError`, which names its request.
 """
 
 from collections import deque
@@ -20,7 +20,7 @@ class Failure(NamedTuple):
 
 
 class FaultIsolation:
-    """Undoes failed steps of a batch manager, and retries each suspect alone until one fails or all succeed.
+    """Undoes failed steps of a batch manager, and retries the suspects one by one: any that fails again ends.
 
     Requests that fail only together are ended one at a time, the last first, until the others succeed.
     """

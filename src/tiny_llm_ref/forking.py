@@ -13,7 +13,7 @@ from .errors import ForkedProcessError
 
 
 class _Lineage:
-    """The ids of the process that computes and of the last that made an engine; a fork inherits both."""
+    """The ids of the process that computes and of the last one that made an engine; a fork inherits both."""
 
     def __init__(self) -> None:
         self.computing = os.getpid()  # the process in which MLX's default stream has its thread

@@ -1,4 +1,7 @@
-"""Gemma's block: attention and MLP are normalized before and after. Source: Gemma 3's report (2025)."""
+"""Gemma's block: the inputs and the outputs of attention and MLP are normalized.
+
+Source: Gemma 3's report (2025).
+"""
 
 from dataclasses import dataclass
 

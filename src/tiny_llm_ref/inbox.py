@@ -135,7 +135,7 @@ def _run(task: Task[Any]) -> None:
     """Run a task, even if its future was cancelled."""
     try:
         value = task.function()
-    except BaseException as error:  # for the caller, who gets it from the future
+    except BaseException as error:  # for the caller, which gets it from the future
         fail(task.answer, error)
     else:
         resolve(task.answer, value)

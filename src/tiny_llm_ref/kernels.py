@@ -1,9 +1,9 @@
 """Chooses between a readable reference function and a fast function that replaces it.
 
 On MLX's CPU device the fast functions are the compiled kernels of `tiny_llm_kernels`. On other devices, or
-without these kernels, they are MLX's own fused operators, if MLX has one. A fast function replaces only a
-*reference* function: a learner's function in the overlay always runs. The readable function (the fast one's
-readable twin) is available as `function.__wrapped__`, for tests and for devices without a kernel.
+without these kernels, they are MLX's own fused operators, if there are any. A fast function replaces only a
+*reference* function: a learner's function in the overlay always runs. The readable function, called the
+fast one's twin, is available as `function.__wrapped__`, for tests and for devices without a kernel.
 """
 
 import inspect
@@ -37,7 +37,8 @@ class KernelInfo(NamedTuple):
 def kernel_info() -> KernelInfo:
     """Return whether the compiled kernels run here, and how. Does not warn if they do not."""
     if mx.default_device() != mx.Device(mx.cpu):
-        return KernelInfo(False, None, None, f"they run on the CPU; MLX's device is {mx.default_device()}")
+        device = mx.default_device().type.name.upper()
+        return KernelInfo(False, None, None, f"they run on the CPU; MLX's default device is the {device}")
     import tiny_llm_kernels
 
     if not tiny_llm_kernels.available():
@@ -49,7 +50,8 @@ def kernel_info() -> KernelInfo:
 def compiled_available() -> bool:
     """True if the compiled kernels can run: they are built, and MLX's default device is the CPU.
 
-    The first call that returns False on a CPU warns how much slower MLX's own operators are.
+    The first call that returns False on a CPU warns how much slower MLX's own operators are, unless
+    TINY_LLM_KERNELS=off.
     """
     if mx.default_device() != mx.Device(mx.cpu):
         return False

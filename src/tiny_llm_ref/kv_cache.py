@@ -33,8 +33,8 @@ def attention_without_cache(prompt_len: int, gen_len: int) -> int:
 def attention_with_cache(prompt_len: int, gen_len: int) -> int:
     """Count the keys computed per head and layer if each token's key is computed once and kept.
 
-    Like the formula above, it counts every token, including the last one, whose key `generate_with_cache`
-    never computes.
+    Like `attention_without_cache`, it counts every token, including the last one, whose key
+    `generate_with_cache` never computes.
 
     >>> attention_with_cache(3, 2)
     5

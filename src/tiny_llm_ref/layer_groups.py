@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-# A group has as many layers as the most frequent kind if that has less than this many times as many as the
-# rarest kind.
+# If the most frequent kind of layer has fewer layers than this ratio times those of the rarest kind, groups
+# have the size of the most frequent kind; otherwise they have the size of the rarest kind.
 MAX_SIZE_RATIO = 1.25
 
 
@@ -40,9 +40,10 @@ class LayerGroup(NamedTuple):
 def group_layers(windows: Seq[int | None]) -> tuple[LayerGroup, ...]:
     """Divide the layers 0 .. len(windows) - 1 into groups of one window each, layers without a window first.
 
-    Layers with the same window are of one kind. A group has as many layers as the rarest kind has; but if the
-    most frequent kind has less than `MAX_SIZE_RATIO` times as many, a group has as many as that kind. The
-    last group of a kind may have fewer layers; it leaves part of its blocks empty.
+    Layers with the same window are of one kind. A group has as many layers as the rarest kind has. But if the
+    most frequent kind has fewer than `MAX_SIZE_RATIO` times as many layers as the rarest, a group has as many
+    as the most frequent kind. The last group of a kind may have fewer layers; it leaves part of its blocks
+    empty.
 
     >>> [tuple(group) for group in group_layers([512, 512, None, 512, 512, None])]
     [((2, 5), None), ((0, 1), 512), ((3, 4), 512)]

@@ -147,7 +147,7 @@ def stack_packed(parts: Sequence[LinearLike]) -> PackedLinear | None:
 
 
 def dense_linear(weight: mx.array) -> LinearLike:
-    """Make a dense matrix of weight [N, K], evaluated, so that the arrays it was made from can be freed."""
+    """Make a dense matrix from weight [N, K]; evaluate it, so that the arrays it came from can be freed."""
     mx.eval(weight)
     return Linear(weight)
 
@@ -165,7 +165,7 @@ def quantized_linear(
 
     Packing changes none of the matrix's numbers: scales and biases are stored in float16 if it holds all of
     them exactly, otherwise in float32. A matrix stays in MLX's layout if its group size is not a multiple of
-    the kernels'.
+    `PACKED_GROUP`.
     """
     packs = use_compiled() and is_reference(quantized_matmul) and group_size % PACKED_GROUP == 0
     if not packs:

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from tiny_llm_checkpoints.chat_template import CONTENT_FORMATS, ChatTemplate
 from tiny_llm_checkpoints.errors import ConfigError, reading, shown
+from tiny_llm_checkpoints.suggestions import check_fields
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 from .beam_search import BeamSearchParams
@@ -35,6 +36,8 @@ from .prompts import PromptType, parse_prompts
 from .resources import return_free_memory
 from .sampling_params import SamplingParams
 from .search_state import SearchState
+
+_OWN_OPTIONS = ("model", "chat_template_content_format")  # of `LLM`; all others are those of `EngineConfig`
 
 
 class LLM:
@@ -69,6 +72,7 @@ class LLM:
         chat_template_content_format: str = "auto",
         **engine_options: Any,
     ) -> None:
+        check_fields(EngineConfig, engine_options, "option", ConfigError, _OWN_OPTIONS)
         self.engine_config = EngineConfig.from_options(**engine_options)
         _check_model(model)
         if chat_template_content_format not in CONTENT_FORMATS:
@@ -165,10 +169,10 @@ class LLM:
         or one for each; None: `get_default_sampling_params`. use_tqdm: show a progress bar on standard error
         if that is a terminal.
 
-        Without a `max_tokens`, an output has at most 16 tokens, as in vLLM. A completion that fails does not
-        end the others: its finish_reason is "error" and its `error` has the message. Raises ValueError for a
-        prompt or parameters that cannot run; no prompt has run then. Raises `RequestFailedError` if every
-        completion of every prompt has failed.
+        Without a `max_tokens`, from the caller or from the model, an output has at most 16 tokens, as in
+        vLLM. A completion that fails does not end the others: its finish_reason is "error" and its `error`
+        has the message. Raises ValueError for a prompt or parameters that cannot run; no prompt has run then.
+        Raises `RequestFailedError` if every completion of every prompt has failed.
         """
         self._check_open("LLM.generate")
         parsed = parse_prompts(prompts)

@@ -50,8 +50,9 @@ def load_model(
 
     activation_bits, generation_config: as in `EngineConfig`.
 
-    Raises `ModelFileError` naming the file, what was found and what was expected; ValueError if the
-    environment asks for kernels that are missing; `OutOfResourcesError` if memory is short.
+    Raises `ModelFileError` naming the file, what was found and what was expected; ValueError if
+    TINY_LLM_KERNELS or TINY_LLM_NUM_THREADS has a value that is not valid here; ImportError if the kernels
+    were built for another MLX version; `OutOfResourcesError` if memory is short.
     """
     compiled_available()  # first, so that an error about the kernels does not look like one about the file
     path = find_model(model)

@@ -21,9 +21,9 @@ class KeysValues(NamedTuple):
 class NaiveKVCache:
     """Memory for `max_seq_len` tokens of one layer, allocated at once: two arrays [Hkv, max_seq_len, D].
 
-    Heads come first, then tokens, as in q, k and v. Attention reads the tokens of one head after another, so
-    every cache of this course has this order, and nothing is transposed. (Many other engines put tokens
-    first.)
+    Heads come first, then tokens, as in q, k and v. Attention reads all tokens of one head, then those of the
+    next, so every cache of this course has this order, and nothing is transposed. (Many other engines put
+    tokens first.)
 
     num_heads: heads of keys and values (Hkv). k_cache: the keys, [Hkv, max_seq_len, D]. v_cache: the values,
     [Hkv, max_seq_len, D]. current_len: the number of stored tokens; they come first in both arrays, and the
@@ -71,9 +71,9 @@ class NaiveKVCache:
     def copy_from(self, source: "NaiveKVCache") -> None:
         """Replace the stored tokens by a copy of those of `source`.
 
-        For two completions of one prompt: the first computes the prompt, and the second copies its cache.
-        Afterwards the caches are independent: later updates of one do not show in the other. The prompt's
-        keys and values are in memory twice, which sharing pages (week 3) avoids.
+        Used for two completions of one prompt: the first computes the prompt, and the second copies its
+        cache. Afterwards the caches are independent: later updates of one do not show in the other. The
+        prompt's keys and values are in memory twice, which sharing pages (week 3) avoids.
 
         Both caches have the same heads and head size; `max_seq_len` and type may differ. Copying a cache from
         itself changes nothing. Raises ValueError, and changes nothing, if the source's tokens do not fit.
@@ -107,7 +107,7 @@ class Reservation(NamedTuple):
     """The result of giving every sequence a cache of the same size.
 
     num_caches: caches that fit into the memory. num_refused: sequences that are too long for a cache.
-    wasted: the share, from 0 to 1, of the other sequences' caches that holds no token.
+    wasted: the share, from 0 to 1, of the other sequences' cache memory that holds no token.
     """
 
     num_caches: int
@@ -123,8 +123,8 @@ def reserve(lengths: Sequence[int], max_seq_len: int, token_bytes: int, memory: 
     check this.
 
     A sequence is refused if it is longer than `max_seq_len`; one of exactly that length fits. `wasted` counts
-    one cache for each other sequence, whether or not all of these caches fit into the memory at once. It is
-    0.0 if every sequence is refused, or if there are none.
+    one cache for each sequence that is not refused, whether or not all of these caches fit into the memory at
+    once. It is 0.0 if every sequence is refused, or if there are none.
 
     In the example the caches of 500 tokens hold 100 and 300: 600 of 1,000 places are wasted.
 

@@ -18,8 +18,8 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
     x [..., E], weight [E] -> [..., E]; the mean is over the last axis. eps is under the root, so that a row
     of zeros gives zeros. Square and average in float32: the largest float16 is 65,504, so in float16 300
-    squared is inf, and 0.001 squared keeps hardly a digit. The result has x's type, even if the weight is
-    float32 (in MLX float16 times float32 is float32).
+    squared is inf, and 0.001 squared is off by 1%. The result has x's type, even if the weight is float32 (in
+    MLX float16 times float32 is float32).
 
     >>> row = mx.array([[0.0, 0.0, 0.0, 8.0]])  # its root mean square is sqrt(64 / 4) = 4
     >>> rms_norm(row, mx.array([1.0, 1.0, 1.0, 10.0]), 0.0).tolist()

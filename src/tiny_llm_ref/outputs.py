@@ -34,7 +34,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Times of a request, in seconds on the monotonic clock; None for what has not happened yet.
+    """Times of a request, in seconds on the monotonic clock; None for an event that has not happened yet.
 
     scheduled: when the request first ran; set with its first token.
     """

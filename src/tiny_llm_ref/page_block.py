@@ -78,7 +78,7 @@ def copy_block(src_page: PageBlock, dst_page: PageBlock, src_start: int, dst_sta
 def pack_last_tokens(tables: Seq[BlockTable], length: int, place_of: Mapping[int, int]) -> PackedBatch:
     """Pack the last `length` tokens of each of B tables, for a small pool with other block numbers.
 
-    place_of: the number in the small pool of each block in which a table has tokens.
+    place_of: maps the id of each block in which a table has tokens to its number in the small pool.
 
     Call `pack_batch` with B spans, in the order of the tables, and replace the batch's `tables` by the small
     pool's numbers, int32: row b has one number for each block of table b that holds tokens (the given
@@ -108,8 +108,9 @@ def paged_attention_kernel(
 ) -> mx.array:
     """Attend with query [B, H, L, D] to the pages of B tables -> [B, H, L, D], in the query's type.
 
-    The L queries of row b are the last L tokens of table b; their keys and values are in the pages already.
-    Each query sees the tokens of its sequence up to itself. Tables may differ in length and may share pages.
+    The L queries of row b belong to the last L tokens of table b, whose keys and values are in the pages
+    already. Each query sees the tokens of its sequence up to itself. Tables may differ in length and may
+    share pages.
     page_blocks: pages by block id, each [Hkv, block_size, D], all of one shape and type; pages that no table
     names are ignored. H is a multiple of Hkv. scale: None means D**-0.5; 0.0 is a valid scale. Compute the
     attention in float32.

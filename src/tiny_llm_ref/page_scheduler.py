@@ -95,8 +95,8 @@ class PageScheduler:
     def undo(self) -> list[str]:
         """After a step that failed, put all running sequences back into the queue.
 
-        Copies to the host that the step planned count as lost. Returns the ids of the requests that the step
-        was to compute.
+        The copies to the host that the step had planned are treated as lost. Returns the ids of the requests
+        that the step was to compute.
         """
         swapped_in = {sequence.seq_id for sequence in self._current_plan.swapped_in_sequences}
         half_out = [sequence for sequence in self._queues.running if sequence.seq_id not in swapped_in]
@@ -251,7 +251,7 @@ class PageScheduler:
             self.prefix.evict(num_blocks - self._allocator.num_free)
 
     def _preempt(self, sequence: PagedSequence, plan: Plan[PagedSequence]) -> None:
-        """Release a running sequence's pages; it waits at the head of the queue.
+        """Release a running sequence's pages; it waits again, at its place in the order of service.
 
         Its keys and values are swapped to the host if that has enough free blocks, or recomputed later. The
         beams of a search are preempted together, because they can only advance together; when they are
@@ -272,7 +272,10 @@ class PageScheduler:
             self._swapped = still | {sequence}
 
     def _swap_out(self, sequence: PagedSequence, plan: Plan[PagedSequence]) -> None:
-        """Plan to copy a sequence's computed blocks to the host, unless they are there or do not fit."""
+        """Plan to copy a sequence's computed blocks to the host, unless they are already there.
+
+        Plans nothing if the host has too few free blocks.
+        """
         if self.swap_space is None or sequence.swapped is not None or sequence.num_computed == 0:
             return
         chunks = (chunk for chunk in plan.chunks if chunk.sequence is sequence)

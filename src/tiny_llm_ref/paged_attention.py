@@ -14,7 +14,7 @@ from .errors import DoubleFreeError, OutOfBlocksError, UnknownBlockError
 
 
 class BlockCopy(NamedTuple):
-    """A copy to make: the first `length` tokens of block `src` to `dst`, before new tokens go to either."""
+    """A copy of the first `length` tokens of block `src` to `dst`; make it before new tokens are written."""
 
     src: int
     dst: int
@@ -95,7 +95,7 @@ class BlockAllocator:
     def resize(self, num_blocks: int) -> None:
         """Grow or shrink to the ids 0 .. num_blocks - 1, for a pool whose size follows its load.
 
-        Raises ValueError, and changes nothing, if a block beyond the new end is held.
+        Raises ValueError, and changes nothing, if a block beyond the new end is held or num_blocks is 0.
         """
         if num_blocks < 1 or any(self._ref_counts[num_blocks:]):
             raise ValueError(

@@ -314,7 +314,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
 
     @property
     def prefix_stats(self) -> PrefixStats:
-        """How many prompt tokens there were, and how many of them were in the prefix cache."""
+        """How many prompt tokens there were, and how many of them came from the prefix cache."""
         return self._scheduler.prefix_stats
 
     @property
@@ -338,7 +338,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         return self.last_plan
 
     def _swap(self, pool: KVPool, plan: Plan[PagedSequence]) -> None:
-        """Copy a plan's swapped blocks to the host, then others back; nothing without a swap pool."""
+        """Copy the blocks that a plan swaps out to the host, then copy back those that it swaps in."""
         if self._swap_pool is not None:
             self._swap_pool.fill_from(pool, plan.swapped_out)
             pool.fill_from(self._swap_pool, [(host, block) for block, host in plan.swapped_in.items()])

@@ -2,7 +2,7 @@
 
 A packed step holds the tokens of prompt chunks (prefill) and of decodes in one row, [1, T], without padding.
 It writes this step's keys and values to the pool first, then reads everything from the pool, in the pool's
-type. So the result has the same bits whether an earlier token was computed in this step or in a step before.
+type. So the result has the same bits whether an earlier token was computed in this step or in an earlier one.
 """
 
 from collections.abc import Sequence as Seq
@@ -179,7 +179,7 @@ def write_and_attend(
     >>> table.blocks, table.num_tokens = [2, 0], 2
     >>> kv, pool = mx.array([[[[4.0, 1.0], [6.0, 1.0]]]]), mx.zeros((3, 1, 1, 2))
     >>> batch = pack_batch([Span(table, 0, 2)])
-    >>> other = pool + 0  # a second array: keys and values are not the same one
+    >>> other = pool + 0  # a second array: keys and values must not be the same one
     >>> out, keys, values = write_and_attend(kv, kv, kv, pool, other, batch, scale=0.0)
     >>> out.tolist(), values.flatten().tolist()  # a scale of 0: each token gets the mean so far
     ([[[[4.0, 1.0], [5.0, 1.0]]]], [6.0, 1.0, 0.0, 0.0, 4.0, 1.0])
@@ -216,7 +216,7 @@ class PagedContext:
 
     @property
     def fuses(self) -> bool:
-        """True if compiled kernels write and attend, so that a compiled block may do it too."""
+        """True if compiled kernels write and attend, so that a compiled block may do both."""
         return is_reference(write_and_attend) and use_compiled()
 
     def run_block(self, layer: int, block: "FusedBlock", x: mx.array) -> mx.array:

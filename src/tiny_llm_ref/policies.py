@@ -56,19 +56,19 @@ class PrefixPolicy(Protocol):
         """Let a sequence share the first tokens of one more block, which its next write will copy."""
 
     def next_block(self, sequence: PagedSequence) -> bytes | None:
-        """The key of the block that a sequence will fill next; sequences with the same key wait for it."""
+        """The hash of the block that a sequence will fill next; later sequences with the same one wait."""
 
     def keep(self, sequence: PagedSequence, start: int) -> None:
         """Cache the blocks that a sequence has filled since it had `start` computed tokens."""
 
     def released(self, blocks: Seq[int]) -> None:
-        """A table has released these blocks, listed in the table's order."""
+        """Note that a table has released these blocks, listed in the table's order."""
 
     def evict(self, num_blocks: int) -> int:
         """Free up to `num_blocks` idle blocks; none for a number below 1. Returns how many were freed."""
 
     def rename_blocks(self, moved: Mapping[int, int]) -> None:
-        """Blocks have moved in the pool; moved: from old ids to new ids."""
+        """Replace the ids of blocks that have moved in the pool; moved: from old ids to new ids."""
 
 
 class NoPrefixSharing:
@@ -114,8 +114,8 @@ class Policies:
     """One object for each decision; frozen, so that a manager's behaviour never changes while it runs.
 
     preemption: the preemption policy. prefix: a function or class that makes the prefix policy from the
-    manager's allocator and block size. swap_blocks: blocks in host memory for preempted sequences; if they do
-    not fit, they are recomputed. priority_key: a function that makes a request's priority key from its
+    manager's allocator and block size. swap_blocks: blocks in host memory for preempted sequences; a sequence
+    that does not fit is recomputed. priority_key: a function that makes a request's priority key from its
     arrival number and its priority; the lowest key is served first.
     """
 

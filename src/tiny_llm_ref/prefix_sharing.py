@@ -10,7 +10,7 @@ from .paged_attention import BlockAllocator
 from .prefix_cache import PrefixCache, TokenBlocks
 from .sequence import PagedSequence
 
-MIN_TOKENS_TO_COPY = 4  # sharing fewer is not worthwhile: copying the block costs as much as computing two
+MIN_TOKENS_TO_COPY = 4  # fewer are not worth sharing: copying the block costs as much as computing 2 tokens
 
 
 class PrefixSharing:

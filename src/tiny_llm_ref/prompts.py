@@ -13,7 +13,7 @@ from tiny_llm_checkpoints.errors import shown
 
 from .errors import is_integer
 
-MAX_TOKENS = 10_000_000  # in a prompt; more than any model's context
+MAX_TOKENS = 10_000_000  # in a prompt; no supported model has a longer context
 FORMS = "a string, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids'"
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _WHOLE = frozenset("bBhHiIlLqQnN")  # the struct module's format characters for integers
@@ -115,7 +115,7 @@ def token_list(ids: object, place: str) -> list[int]:
         raise ValueError(f"{place} must be a list of token ids, not {shown(ids)}")
     if len(ids) > MAX_TOKENS:
         raise ValueError(f"{place}: {len(ids)} token ids are more than {MAX_TOKENS}")
-    values = list(islice(ids, len(ids)))  # a sequence's iterator may have more elements than len()
+    values = list(islice(ids, len(ids)))  # a sequence's iterator may yield more elements than len()
     if set(map(type, values)) <= {int}:
         return values
     return [_number(one, f"{place}[{at}]") for at, one in enumerate(values)]

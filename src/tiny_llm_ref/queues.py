@@ -122,7 +122,7 @@ class RequestQueues(Generic[S]):
         return sequence
 
     def remove_pending_forks(self, request_id: str) -> list[str]:
-        """Remove the ids of completions that are not forked yet; returns the ids of existing ones."""
+        """Remove the ids of completions that are not forked yet; returns the ids of existing sequences."""
         of_request = dict(self._of_request.get(request_id, {}))
         for seq_id, sequence in of_request.items():
             if seq_id != sequence.seq_id:

@@ -63,7 +63,7 @@ def return_free_memory() -> None:
 
 
 def limits() -> str:
-    """The limits of this process and their sources, such as "ulimit -v", as a text."""
+    """The machine's memory and this process's limits with their sources, such as "ulimit -v", as a text."""
     memory, processes = (
         resource.getrlimit(resource.RLIMIT_AS)[0],
         resource.getrlimit(resource.RLIMIT_NPROC)[0],

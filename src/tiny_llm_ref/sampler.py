@@ -196,13 +196,13 @@ def log_probabilities(logits: mx.array) -> mx.array:
 
     A request with the parameter `logprobs` gets these values, computed from the logits before any change.
 
-    Compute a difference, logit - max - log(sum of e^(logit - max)): for a token 200 below the best one, the
-    softmax itself would be 0, and its log -inf. A logit of -inf gives -inf.
+    Compute a difference, logit - max - log(sum of e^(logit - max)): for a logit that is 200 below the
+    largest, the softmax itself would be 0, and its log -inf. A logit of -inf gives -inf.
 
     Sum the exponentials in two rounds: first each group of `SUM_GROUP_SIZE` (256) neighbours, then these
     sums. Append zeros if V is not a multiple of 256. In one long float32 sum, each small number is rounded
-    against a large total: with 49,152 tokens the result can be off by 0.001 (also with `mx.logsumexp`), in
-    two rounds by less than 0.00005.
+    against a large total: with 49,152 tokens the result can be off by 0.001 (also with `mx.logsumexp`), but
+    by less than 0.00005 with two rounds.
 
     >>> log_probabilities(mx.array([0.0, 0.0, -200.0, -mx.inf])).tolist()
     [-0.6931471824645996, -0.6931471824645996, -200.69314575195312, -inf]

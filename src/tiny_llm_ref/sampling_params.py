@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Self
 
+from tiny_llm_checkpoints.suggestions import check_fields, suggests_fields
+
 from .errors import SamplingParamsError
 from .parameter_checks import (
     MAX_COUNT,
@@ -18,14 +20,14 @@ from .parameter_checks import (
     whole_number,
 )
 
-MIN_TEMPERATURE = 1e-5  # dividing a logit by less overflows float32
-MAX_TEMPERATURE = 1e30  # dividing -inf by more gives a NaN in float32
+MIN_TEMPERATURE = 1e-5  # vLLM's: less is greedy (dividing a logit by 1e-38 would overflow float32)
+MAX_TEMPERATURE = 1e30  # far below 3.4e38: beyond that, float32 has inf, and -inf / inf is a NaN
 MIN_REPETITION, MAX_REPETITION = 0.01, 100.0  # a logit times or divided by these stays finite in float32
 MAX_BIAS = 100.0  # of a logit; OpenAI's limit
 MAX_DIGITS = 18  # in a token id that is a string
 MAX_SEED = 2**64 - 1
 
-# Lists cost time in every step, so their lengths are limited. If vLLM has a limit, it is used.
+# Lists cost time in every step, so their lengths have limits: vLLM's, if it has one.
 MAX_BIASES = 1024
 MAX_STOP_IDS = 128
 MAX_LOGPROBS = 20
@@ -62,6 +64,7 @@ class _DefaultMaxTokens(int):
     """
 
 
+@suggests_fields
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Sampling parameters of one request, checked on creation and then frozen. Each request has its own.
@@ -148,10 +151,7 @@ class SamplingParams:
     @classmethod
     def from_options(cls, **options: Any) -> Self:
         """Make parameters from keyword options. Raises `SamplingParamsError` for an unknown name."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise SamplingParamsError(f"unknown sampling parameter {name!r}; known: {', '.join(known)}")
+        check_fields(cls, options, "sampling parameter", SamplingParamsError)
         return cls(**options)
 
     @property

@@ -9,8 +9,8 @@ progress.
 class AgedPriority:
     """Makes priority keys.
 
-    patience: for each level of priority between two requests, how many later arrivals may overtake the less
-    urgent one. 0: requests are served in the order of arrival. Raises ValueError for a patience below 0.
+    patience: a request that is less urgent by k levels of priority is overtaken by fewer than k * patience
+    later arrivals. 0: requests are served in the order of arrival. Raises ValueError for a patience below 0.
     """
 
     def __init__(self, patience: int = 32) -> None:
@@ -21,9 +21,10 @@ class AgedPriority:
     def key(self, number: int, priority: int) -> int:
         """The priority key of the `number`-th arrival, counted from 0. The lowest key is served first.
 
-        A lower priority is more urgent, and may be negative. A request of priority p + 1 is overtaken by
-        requests of priority p that arrive fewer than `patience` arrivals later, and by no others. Requests
-        with the same key, or with the same priority, are served in the order of arrival.
+        A lower priority is more urgent, and may be negative. A request of priority p + k is overtaken by
+        those requests of priority p that arrive fewer than k * `patience` arrivals later, and by no others of
+        that priority. Requests with the same key, or with the same priority, are served in the order of
+        arrival.
 
         >>> policy = AgedPriority(patience=3)
         >>> [policy.key(number, priority) for number, priority in enumerate([1, 0, 0, 0])]

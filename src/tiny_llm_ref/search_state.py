@@ -51,7 +51,7 @@ class SearchState:
         return self._search is not None and not self._search.beams
 
     def end(self, reason: str = "stop") -> list[RequestEvent]:
-        """End the search; return its only event. `output` has the texts that have ended so far."""
+        """End the search; return its only event. `output` has the hypotheses that have ended so far."""
         self._has_ended = True
         num_tokens = sum(len(one.hypothesis.tokens) for one in self._ended)
         metrics = RequestMetrics(self._arrival, None, monotonic())

@@ -16,7 +16,7 @@ from .sampling_params import SamplingParams
 
 
 class SequenceState(Enum):
-    """The states of a sequence between its admission and its end."""
+    """The states of a sequence, from its arrival in the queue to its end."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -142,7 +142,7 @@ class PagedSequence(Sequence):
 
     @property
     def table(self) -> BlockTable:
-        """The block table; if there are several, the first, which is that of the layers without a window."""
+        """The first block table; if any layers have no window, it is theirs."""
         return self.tables[0]
 
     @property
@@ -229,5 +229,5 @@ class Parked(NamedTuple):
 
 
 def completion_ids(request_id: str, n: int) -> list[str]:
-    """Return the sequence ids of a request's n completions; if n is 1, it is the request's id."""
+    """Return the sequence ids of a request's n completions; if n is 1, the only one is the request's id."""
     return [request_id] if n == 1 else [f"{request_id}/{index}" for index in range(n)]

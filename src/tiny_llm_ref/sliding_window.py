@@ -273,7 +273,7 @@ class WindowedContext:
 
         1. `pool.lend(index)` returns the pool's keys and values.
         2. Write and attend, with the group's batch and the scale: `write_and_attend` (day 3.2) for a layer
-           without a window, the given `write_and_attend_window` for another. Both return an `Attended`.
+           without a window, the given `write_and_attend_window` for any other. Both return an `Attended`.
         3. `pool.put_back(index, keys, values)`, with the arrays of the `Attended`.
         4. `_compute(layer, attended)`: lets MLX start to compute.
         5. Return the output.
@@ -297,7 +297,7 @@ class WindowedContext:
 
     @property
     def fuses(self) -> bool:
-        """True if compiled kernels write and attend, so that a compiled block may do it too."""
+        """True if compiled kernels write and attend, so that a compiled block may do both."""
         attending = (write_and_attend, write_and_attend_window)
         return all(is_reference(one) for one in attending) and use_compiled()
 

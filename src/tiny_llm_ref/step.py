@@ -1,4 +1,4 @@
-"""The data of a batch manager's step: the plan that scheduling makes, and the logits that result."""
+"""The data of a batch manager's step: the plan that scheduling makes, and the resulting logits."""
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -17,8 +17,9 @@ class StepLogits(Mapping[str, mx.array]):
     """The logits of a step by sequence id, kept as one array: `rows` [R, vocab_size].
 
     row_of: the index in `rows` of each sequence's row; sequences that were just forked share one.
-    prompt_rows: by sequence id, the indices in `rows` of the rows for prompt log-probabilities: one for each
-    position that `Sequence.prompt_positions` returned, in order. num_tokens: tokens that the step computed.
+    prompt_rows: by sequence id, the indices in `rows` from which prompt log-probabilities are computed: one
+    for each position that `Sequence.prompt_positions` returned, in order. num_tokens: tokens that the step
+    computed.
     """
 
     def __init__(

@@ -133,7 +133,7 @@ class SwapSpace:
         return copies
 
     def blocks_to_swap_in(self, sequence: PagedSequence) -> int:
-        """Return how many blocks of the pool `swap_in(sequence)` would take, called without `at_hand`.
+        """Return how many blocks of the pool `swap_in(sequence)`, without `at_hand`, would take.
 
         The sequence may have found its first tokens in the prefix cache again. They count as computed
         (`num_computed`, a multiple of the block size), and their blocks need no copy. Sum over all tables the
@@ -157,8 +157,9 @@ class SwapSpace:
         """Extend a sequence's tables by the blocks that were swapped out; return the copies to make.
 
         The caller makes the copies next. `sequence.num_computed` is the number of tokens that the sequence
-        has found in the prefix cache since then: call it `found`; it is a multiple of the block size.
-        `sequence.swapped.num_computed` is the number when it was swapped out: call it `old`. For each table:
+        has found in the prefix cache since it was swapped out: call it `found`; it is a multiple of the block
+        size. `sequence.swapped.num_computed` is the number of computed tokens when it was swapped out: call
+        it `old`. For each table:
 
         1. Find the block of the text, `place`, at which the table continues: the first one after the `found`
            tokens, or the `SwappedTable`'s `first` if that is later. If it is later, the table is a
@@ -177,8 +178,8 @@ class SwapSpace:
 
         at_hand: full blocks of the pool by their hash, held by other sequences of the same request. If a host
         block has one of these hashes (`_hash_of`), do not copy it: share the pool's block with
-        `table.share_block`, with as many tokens. (Hashes suffice here: a client that found two texts with one
-        hash would harm only its own request.)
+        `table.share_block`, with the same number of tokens. (Hashes suffice here: a client that found two
+        texts with one hash would harm only its own request.)
 
         At the end, after all tables, set `num_computed` and `num_cached_tokens` to the old numbers of
         `sequence.swapped`. Do not release the host blocks: the caller calls `forget` when the copies are

@@ -110,7 +110,7 @@ def likeliest(logprobs: mx.array, num_top: int) -> list[tuple[int, float]]:
 
 
 def _candidates(logprobs: mx.array, num_top: int) -> mx.array:
-    """A subset of a row's token ids with the `num_top` most likely ones; only these must be partitioned.
+    """Return a subset of a row's token ids that includes the `num_top` most likely; search only this subset.
 
     Each of the `num_top` largest values is in one of the `num_top` blocks with the largest maxima.
     """

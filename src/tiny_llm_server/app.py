@@ -23,6 +23,7 @@ from .request_log import RequestLog
 from .service import Service
 from .sse import REQUEST_ID, ClientDisconnectedError
 from .throughput import ThroughputLog
+from .unknown_fields import IgnoredFields
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorBody, "description": description}
@@ -72,6 +73,7 @@ def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> Fas
         redirect_slashes=False,  # `PlainPaths` removes extra slashes; a redirect would lose the body
     )
     app.state.service = service
+    app.state.validation_context = IgnoredFields() if service.config.ignore_unknown_fields else None
     for part in (completions, chat, status):
         app.include_router(part.router(service))
     if service.config.live:

@@ -44,12 +44,12 @@ class JsonRoute(APIRoute):
 
         async def read_and_handle(request: Request) -> Response:
             check_type(request.headers.get("content-type", ""))
-            body = await request.body()
+            body, context = await request.body(), request.app.state.validation_context
             if len(body) <= SHORT:
-                value = read_json(body, model)
+                value = read_json(body, model, context)
             else:
                 async with reading:
-                    value = await asyncio.to_thread(read_json, body, model)
+                    value = await asyncio.to_thread(read_json, body, model, context)
             return await handle(_ParsedRequest(request, value))
 
         return read_and_handle
@@ -78,8 +78,11 @@ def check_type(content_type: str) -> None:
         raise ApiError(415, f"JSON must be UTF-8, not {charsets[0][:100]}", code="unsupported_charset")
 
 
-def read_json(body: bytes, model: type[BaseModel]) -> BaseModel:
-    """Parse a body. Raises `ApiError` if it is not JSON, `RequestValidationError` for invalid fields."""
+def read_json(body: bytes, model: type[BaseModel], context: object = None) -> BaseModel:
+    """Parse a body. Raises `ApiError` if it is not JSON, `RequestValidationError` for invalid fields.
+
+    context: an object for the model's validators.
+    """
     body = body.removeprefix(BOM)
     _check_size(body)
     try:
@@ -90,7 +93,7 @@ def read_json(body: bytes, model: type[BaseModel]) -> BaseModel:
         kinds = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
         raise refused(f"the body must be a JSON object, not {kinds.get(type(fields), 'a number')}")
     try:
-        return model.model_validate(fields)
+        return model.model_validate(fields, context=context)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
         raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in found]) from None

@@ -45,6 +45,9 @@ class ServerConfig:
     max_prompts: the maximum number of prompts in one request to /v1/completions.
     max_sequences: the maximum number of sequences of one request: its prompts times n. This bounds how long
         a later request waits for this one.
+    ignore_unknown_fields: ignore the fields of a request that are in neither OpenAI's API nor vLLM's, and
+        log the name of each once; otherwise they are errors. A known field that is not supported is an error
+        anyway, because it would change the answer.
     scheduling_policy: `fcfs` serves requests in order of arrival and refuses those with a priority;
         `priority` lets clients set one. Priorities age: each step lets at most 32 later requests pass.
     request_timeout: seconds after which a request is aborted, waiting or running; None: no limit.
@@ -72,6 +75,7 @@ class ServerConfig:
     max_stop: int = 16
     max_prompts: int = 64
     max_sequences: int = 128
+    ignore_unknown_fields: bool = False
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     request_timeout: float | None = 600.0
     keep_alive: float = 15.0

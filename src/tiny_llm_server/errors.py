@@ -18,6 +18,7 @@ from tiny_llm import (
 )
 
 from .invalid_fields import invalid
+from .unknown_fields import UNKNOWN
 
 LONGEST_MESSAGE = 1000  # characters; a message may quote the request
 LONGEST_PARAM = 200
@@ -187,8 +188,9 @@ def _of_validation(error: RequestValidationError) -> ApiError:
         return refused(first["msg"], field, UNSUPPORTED)
     if first["type"] == "missing":
         return refused(f"{field} is required", field)
-    if first["type"] == "extra_forbidden":
-        return refused(f"{field} is not supported", field, UNSUPPORTED)
+    if first["type"] == UNKNOWN:
+        field = ".".join(map(str, first["loc"][1:]))
+        return refused(f"{field} {first['msg']}", field, UNSUPPORTED)
     if first["type"] != "value_error":
         return refused(f"{field}: {_of_types(first, of_field)}", field)
     message = str(first["ctx"]["error"])

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tiny_llm import ConfigError, SamplingParams
+from tiny_llm_checkpoints.suggestions import unknown_name
 
 PARAMETERS = {  # from the names of generation_config.json, as in vLLM, to those of `SamplingParams`
     "temperature": "temperature",
@@ -24,9 +25,8 @@ def checked_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name, value in overrides.items():
         if name not in PARAMETERS:
-            raise ConfigError(
-                f"override_generation_config: unknown parameter {name[:60]!r}; known: {', '.join(PARAMETERS)}"
-            )
+            problem = unknown_name("parameter", name[:60], PARAMETERS)
+            raise ConfigError(f"override_generation_config: {problem}")
         try:
             if value is None:
                 raise ValueError(f"{name} must be a number, not null")

@@ -15,10 +15,13 @@ from pydantic import (
     ConfigDict,
     Field,
     GetCoreSchemaHandler,
+    ValidationInfo,
     WithJsonSchema,
     model_validator,
 )
 from pydantic_core import CoreSchema, PydanticCustomError
+
+from .unknown_fields import IgnoredFields, unknown_field
 
 MAX_LOGPROBS = 20
 MAX_METADATA = 16
@@ -123,7 +126,10 @@ def _fail_fast(schema: Any) -> None:
 
 
 class Body(BaseModel):
-    """A request body without unknown fields. IDLE: for each field, the values that count as not sent."""
+    """A request body without unknown fields. IDLE: for each field, the values that count as not sent.
+
+    If the validation's context is an `IgnoredFields`, unknown fields are logged there and dropped.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -138,13 +144,20 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_at_most_one_unknown_field(cls, fields: Any) -> Any:
-        """Keep only the first unknown field: an error for each would take gigabytes."""
-        if not isinstance(fields, dict) or len(fields) <= len(cls.model_fields):
+    def _without_unknown_fields(cls, fields: Any, info: ValidationInfo) -> Any:
+        """Raise an error for the first unknown field only: an error for each would take gigabytes."""
+        if not isinstance(fields, dict):
             return fields
-        known = {*cls.model_fields, *cls.IDLE}
-        unknown = [name for name in fields if name not in known]
-        return {name: fields[name] for name in [*(known & {*fields}), *unknown[:1]]}
+        ignored: IgnoredFields | None = info.context
+        unknown = [name for name in fields if name not in cls.model_fields]
+        for name in unknown:
+            if name in FIELDS | REJECTED:  # spelled correctly, and never ignored: it could change the answer
+                raise unknown_field(name, cls.__name__, ())
+            if ignored is None:
+                raise unknown_field(name, cls.__name__, cls.model_fields)
+        if ignored is not None:
+            ignored.log(unknown)
+        return {name: value for name, value in fields.items() if name in cls.model_fields}
 
     @model_validator(mode="before")
     @classmethod
@@ -432,6 +445,15 @@ class DetokenizeRequest(Body):
     tokens: list[TokenId] = Field(max_length=MAX_TOKENS)
 
 
+# Fields of OpenAI's or vLLM's API that no endpoint accepts.
+REJECTED = frozenset(
+    (
+        *("audio", "moderation", "web_search_options"),
+        *("chat_template", "structured_outputs"),
+        *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        *("prompt_logprobs", "allowed_token_ids", "request_id", "thinking_token_budget"),
+    )
+)
 FIELDS = frozenset(  # the fields of all requests, whose names may be logged
     name
     for body in (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)

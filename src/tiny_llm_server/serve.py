@@ -26,6 +26,13 @@ LINGER = 5.0  # seconds that clients have to read the rest of their answers afte
 LINGER_AFTER_ABORT = 0.5  # the same after a second signal
 TICKS_PER_CHECK = 5  # uvicorn ticks ten times a second; connections are checked at every fifth tick
 LOG = logging.getLogger("uvicorn.error")
+_OF_UVICORN = (  # lines about its own phases; our "Listening on ..." and "is ready" say what a user needs
+    "Started server process [%d]",
+    "Waiting for application startup.",
+    "Application startup complete.",
+    "Waiting for application shutdown.",
+    "Application shutdown complete.",
+)
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -63,6 +70,10 @@ def _listen_error(host: str, port: int, error: Exception) -> OSError:
     return OSError(f"cannot listen on {host}, port {port}: {reason}; see --host, --port")
 
 
+def _is_for_users(record: logging.LogRecord) -> bool:
+    return record.msg not in _OF_UVICORN
+
+
 class GracefulServer(uvicorn.Server):
     """Serves until its engine has drained, or until the model has failed to load.
 
@@ -88,6 +99,7 @@ class GracefulServer(uvicorn.Server):
                 timeout_keep_alive=app.state.service.config.timeout_keep_alive,
             )
         )
+        (LOG.removeFilter if log_level == "debug" else LOG.addFilter)(_is_for_users)
         raise_file_limit()
         self._service: Service = app.state.service
         self._connections = Connections(self, self._service.config)

@@ -1,8 +1,8 @@
 """Continuous batching over contiguous caches: a request joins or leaves between any two steps.
 
 Each running sequence has a slot: one cache per layer, long enough for the longest sequence. The tokens of all
-sequences in a step are packed: they pass through every matrix as one row. Each sequence attends to its own
-caches. Source: Yu et al., "Orca" (OSDI 2022).
+sequences in a step are packed into one row, [1, T], so each matrix is read once for all of them. Each
+sequence attends to its own caches. Source: Yu et al., "Orca" (OSDI 2022).
 """
 
 import mlx.core as mx

@@ -3,7 +3,7 @@
 
 A packed step holds the tokens of prompt chunks (prefill) and of decodes in one row, [1, T], without padding.
 It writes this step's keys and values to the pool first, then reads everything from the pool, in the pool's
-type. So the result has the same bits whether an earlier token was computed in this step or in a step before.
+type. So the result has the same bits whether an earlier token was computed in this step or in an earlier one.
 """
 
 from collections.abc import Sequence as Seq

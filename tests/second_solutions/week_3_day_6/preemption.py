@@ -1,6 +1,7 @@
 """Preemption: when blocks run out, the newest sequence releases its blocks and waits.
 
-It goes back to the head of the queue. When memory is free again, its keys and values are recomputed, or
+It goes back to the head of the queue. (With priorities, "newest" means last in the order of service, and it
+waits at its place in that order.) When memory is free again, its keys and values are recomputed, or
 copied back from host memory (`swap`). The oldest sequence is never preempted while another runs, so it always
 advances, and every sequence finishes. Source: section 4.5 of the PagedAttention paper.
 """

@@ -1,6 +1,6 @@
 """Limit how many requests may wait. Further ones are rejected immediately, in the thread that submits them.
 
-This module sees nothing of the engine except the occupancy that it publishes after each task and step.
+This module sees only the occupancy that the engine publishes after each task and step.
 """
 
 
