@@ -287,7 +287,10 @@ def _seconds_per_run(pool: int) -> float:
 
 
 def _best(take: Callable[[], Callable[[], None]], repetitions: int = 5) -> float:
-    """Seconds per block, best of several runs; `take` allocates `TIMED` blocks and returns their release."""
+    """Seconds per block, best of several runs.
+
+    take: allocates `TIMED` blocks and returns a function that frees them.
+    """
     seconds = []
     for _ in range(repetitions):
         start = perf_counter()

@@ -21,7 +21,7 @@ from tiny_llm import PagedKVCache
 
 DTYPE = mx.bfloat16
 SEQ = "long"
-SHORTEST, EXAMPLE = 63, 500  # positions to read at: the first, about doubled repeatedly, and one more
+SHORTEST, EXAMPLE = 63, 500  # the first of the positions 63, 127, 255, ..., and one additional position
 FEW_BLOCKS, FEW_WINDOW = 8, 3  # blocks of the sequence whose block pairs are counted, and of its window
 
 Read = Callable[[], tuple[mx.array, mx.array]]

@@ -104,7 +104,8 @@ def show_c() -> Lines:
     loaded = load_model(None)
     tokens = loaded.tokenizer.encode(STORY)
     search = BeamSearch(BeamSearchParams(beam_width=width, max_tokens=12), loaded.tokenizer.eos_token_ids)
-    pages = BeamSearchPageManager(2 * width, BlockAllocator(96), size)  # parents and children, for a moment
+    # Twice the width, because parents and children exist together until the parents are pruned.
+    pages = BeamSearchPageManager(2 * width, BlockAllocator(96), size)
     pages.expand_beam(0, tokens)
     living = [0]
     yield f"the real model, a prompt of {len(tokens)} tokens, beams of width {width}, blocks of {size}"

@@ -160,7 +160,7 @@ class _Watched:
             yield name, "".join(marks.get(name, " ") for marks in self.steps[::every])
 
     def after_the_cancel(self, name: str) -> tuple[int, int]:
-        """The blocks of a cancelled request, and the steps started after the cancel that computed it."""
+        """A cancelled request's blocks, and the number of steps after the cancel that still contained it."""
         return self.blocks[name], sum(name in marks for marks in self.steps[self.asked_at :])
 
 
