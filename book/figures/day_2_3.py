@@ -76,8 +76,8 @@ def _gather() -> Drawing:
         236,
         "The order of a gather",
         "Gathered, the numbers are in the order block, head, token: 0 and 1 of head 0, then 0 and 1 of head "
-        "1, then 2 and 3 of head 0, then 2 and 3 of head 1. Attention needs tokens 0 to 3 of head 0, then those "
-        "of head 1.",
+        "1, then 2 and 3 of head 0, then 2 and 3 of head 1. Attention needs tokens 0 to 3 of head 0, then "
+        "those of head 1.",
     )
     gathered = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3), (1, 2), (1, 3))
     wanted = tuple((head, token) for head in range(2) for token in range(4))
