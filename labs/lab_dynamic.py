@@ -176,10 +176,10 @@ def _table_of_refusals(contiguous: Fullness, anywhere: Fullness, shown: list[int
         "Requests for which enough blocks were free, by how full the pool was; gaps: runs of free blocks",
         [
             Column("full", "pool full"),
-            Column("requests", "contiguous:\nrequests"),
+            Column("requests", "requests,\ncontiguous"),
             Column("gaps", "gaps", "{:.1f}".format),
             Column("refused", "refused", percent),
-            Column("requests_anywhere", "anywhere:\nrequests"),
+            Column("requests_anywhere", "requests,\nanywhere"),
             Column("refused_anywhere", "refused", percent),
         ],
         rows,

@@ -1,4 +1,4 @@
-"""3.4: What each cache design wastes in the same memory, how many users it serves, what allocation costs.
+"""3.4: What each cache design wastes in the same memory, how many users it serves and what allocation costs.
 
 Users arrive, hold memory for their tokens, and leave. Some user always waits, and users are admitted in order
 of arrival. All prompts start with the same tokens, a system prompt. Every design has the same memory:

@@ -64,7 +64,7 @@ for line in sys.stdin:
 """
 
 
-def test_a_peer_that_fails_is_left_out_with_its_reason(
+def test_a_peer_that_fails_is_left_out_and_the_reason_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHES))

@@ -310,7 +310,7 @@ def test_the_first_task_to_fix_is_the_lowest_that_fails(repo: Repo) -> None:
     assert first_to_fix(Outcome(2, ("test_week_1_day_2.py",)), day) is None
 
 
-def test_a_traceback_shows_the_learners_lines_without_the_references(
+def test_a_traceback_shows_lines_of_the_learner_but_not_of_the_reference(
     repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
     syllabus = syllabus_of(repo)

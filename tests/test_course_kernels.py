@@ -138,7 +138,7 @@ PLAIN_MATMUL = """
 @pytest.mark.install
 @pytest.mark.skipif(not tiny_llm_kernels.available(), reason="no C++ compiler")
 @pytest.mark.deep  # compiles two libraries
-def test_a_learners_kernel_replaces_the_references(tmp_path: Path) -> None:
+def test_a_learners_kernel_replaces_that_of_the_reference(tmp_path: Path) -> None:
     """A plain solution is built into a separate library, and passes its day (about a minute)."""
     assert run(["start", "2.4", "--cpp"], tmp_path).returncode == 0
     replace(

@@ -193,7 +193,7 @@ def test_start_keeps_the_learners_code_unless_told_to_start_again(course: Repo) 
     assert own(course) == mine
 
 
-def test_changed_reference_code_counts_as_the_learners(course: Repo) -> None:
+def test_changed_reference_code_counts_as_learner_code(course: Repo) -> None:
     start(course, part(course, "c"))
     replace(course.overlay / "counting.py", "range(steps)", "range(0, steps)")
     before = own(course)
@@ -222,7 +222,7 @@ def test_starting_a_part_again_keeps_a_copy_and_blanks_only_the_part(course: Rep
     assert own(course) == with_blank(mine, "Counter.leap", part(course, "b").exercises[0].message)
 
 
-def test_reset_of_a_part_uses_the_references_code_and_restore_brings_back_the_learners(course: Repo) -> None:
+def test_reset_of_a_part_uses_reference_code_and_restore_brings_back_the_learners_code(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     mine = solved(solved(own(course), "Counter.count", COUNT), "Counter.leap", LEAP)
     write(course, "counting", mine)

@@ -24,7 +24,7 @@ def real() -> Syllabus:
     return read_syllabus(here.syllabus)
 
 
-def test_a_part_from_start_to_restore(tmp_path: Path) -> None:
+def test_a_part_can_be_started_tested_reset_and_restored(tmp_path: Path) -> None:
     """What a learner types for one part of a long day."""
     started = run(["start", "3.2b"], tmp_path)
     assert "part 3.2b: " in started.stdout, started.stderr

@@ -265,7 +265,7 @@ def test_requests_are_recomputed_when_the_pools_arrays_cannot_be_evaluated(
     check_all_returned(engine.manager)
 
 
-def test_only_the_faulty_request_fails_with_dense_batching_too() -> None:
+def test_with_dense_batching_only_the_faulty_request_fails() -> None:
     requests = {name: REQUESTS_WITH_POISON[name] for name in ("greedy", "three", "late", "poisoned")}
     clean, _ = serve(EngineCore(DenseBatchManager(6, 64, model=tiny_model()), (EOS,)), requests)
     engine = EngineCore(DenseBatchManager(6, 64, model=model_with_fault(tiny_model(), raise_error)), (EOS,))

@@ -68,14 +68,14 @@ def our_logits(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_gives_transformers_logits(name: str, tmp_path: Path) -> None:
+def test_the_logits_of_a_folder_match_transformers(name: str, tmp_path: Path) -> None:
     path = write_folder(tmp_path, WINDOWED_CONFIGS[name], random_weights(WINDOWED_CONFIGS[name]))
     assert np.abs(our_logits(path) - golden_logits(name)).max() < TOLERANCE
     with twins():
         assert np.abs(our_logits(path) - golden_logits(name)).max() < TOLERANCE
 
 
-def test_a_gguf_gives_transformers_logits(tmp_path: Path) -> None:
+def test_the_logits_of_a_gguf_match_transformers(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", GEMMA, random_weights(GEMMA))
     assert np.abs(our_logits(path) - golden_logits("gemma3")).max() < TOLERANCE
 
@@ -379,7 +379,7 @@ def real_model(gemma: Checkpoint) -> Model:
     return build(gemma)
 
 
-def test_the_real_models_continuations_equal_transformers(gemma: Checkpoint, real_model: Model) -> None:
+def test_the_real_models_continuations_match_transformers(gemma: Checkpoint, real_model: Model) -> None:
     """Oracle: greedy continuations of short prompts, all steps in one pass; log-probabilities within 0.01."""
     assert (gemma.config.windows.count(512), gemma.config.windows.count(None)) == (15, 3)
     for record in GOLDENS["continuations"]:
@@ -429,7 +429,7 @@ def check_answers(llm: LLM, names: Sequence[str]) -> list[int]:
     return [output.num_cached_tokens for output in outputs]
 
 
-def test_all_goldens_are_right_on_pages_from_a_cold_and_from_a_warm_cache(serve: Serve) -> None:
+def test_answers_match_the_goldens_with_a_cold_and_with_a_warm_prefix_cache(serve: Serve) -> None:
     """Oracle: transformers' greedy continuations. Prompts up to 1,100 tokens in a batch, at most 512 a step.
 
     The second time, each prompt computes only the end of a block, or a part that is too short to copy.

@@ -295,7 +295,7 @@ def test_a_recommended_max_tokens_is_reduced_to_the_context(llm_with_large_limit
 
 
 @pytest.mark.parametrize("options", [[], ["--chat"]])
-def test_the_command_line_too_reduces_a_recommended_max_tokens_to_the_context(
+def test_the_command_line_also_reduces_a_recommended_max_tokens_to_the_context(
     options: list[str], llm_with_large_limit: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["generate", "ab", "--json", "--no-progress", "--ignore-eos", *options]

@@ -413,7 +413,9 @@ def test_the_error_for_invalid_json_names_the_byte(client: httpx.Client, body: b
     assert re.search(message, error.json()["error"]["message"]), error.text
 
 
-def test_a_byte_order_mark_is_skipped_and_the_last_of_equal_fields_counts(client: httpx.Client) -> None:
+def test_a_byte_order_mark_is_skipped_and_the_last_of_repeated_fields_counts(
+    client: httpx.Client,
+) -> None:
     twice = b'{"prompt": "x", "max_tokens": 9, "max_tokens": 1}'
     answer = client.post(COMPLETE, content=codecs.BOM_UTF8 + twice, headers=JSON)
     assert answer.json()["usage"]["completion_tokens"] == 1

@@ -250,7 +250,7 @@ def parts(tmp_path: Path) -> list[Path]:
 WHOLE = b"".join(bytes([byte]) * 1_500_000 for byte in b"abc")
 
 
-def test_joined_parts_appear_as_one_complete_file(tmp_path: Path, parts: list[Path]) -> None:
+def test_joining_parts_leaves_only_the_complete_file(tmp_path: Path, parts: list[Path]) -> None:
     target = tmp_path / "cache" / "deeper" / "whole"
     embedded.join_parts(parts, target, sha256(WHOLE).hexdigest())
     assert target.read_bytes() == WHOLE

@@ -189,7 +189,7 @@ def test_the_trap_lab_counts_every_key_that_is_computed(lab: Labs) -> None:
     assert cached == {"predicted": 228, "measured": 228}
 
 
-def test_the_trap_lab_predicts_times_from_the_keys_of_the_timed_tokens(lab: Labs) -> None:
+def test_the_trap_lab_predicts_the_ratio_of_times_from_the_number_of_computed_keys(lab: Labs) -> None:
     [row] = lab("trap").rows(1)
     assert (row["length"], row["ratio"]["predicted"]) == (16, 16)
     assert row["ratio"]["measured"] == pytest.approx(row["recomputing_ms"] / row["cached_ms"])

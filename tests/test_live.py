@@ -143,7 +143,7 @@ KINDS = {
 }
 
 
-def test_a_client_knows_the_state_of_the_engine(served: Served, llm: LLM) -> None:
+def test_a_client_can_follow_the_state_of_the_engine(served: Served, llm: LLM) -> None:
     """A client that connects before the load, and one that connects during it. All kinds of events occur."""
     with Watcher(served) as watcher:
         assert watcher.pool["num_blocks"] == watcher.pool["num_host_blocks"] == 40

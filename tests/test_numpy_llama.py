@@ -29,7 +29,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_dequantizing_equals_mlx(bits: int) -> None:
+def test_dequantizing_matches_mlx(bits: int) -> None:
     """Oracle: `mx.dequantize`."""
     weight = mx.random.normal((6, 96), key=mx.random.key(0))
     packed, scales, biases = mx.quantize(weight, group_size=32, bits=bits)

@@ -63,7 +63,7 @@ def overlay(tmp_path: Path) -> Path:
     return folder
 
 
-def test_with_an_empty_overlay_every_module_is_the_references(overlay: Path) -> None:
+def test_with_an_empty_overlay_every_module_comes_from_the_reference(overlay: Path) -> None:
     code = """
 import sys, tiny_llm
 values = [getattr(tiny_llm, name) for name in tiny_llm.__all__]

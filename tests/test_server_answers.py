@@ -80,7 +80,7 @@ def test_choices_are_in_the_order_of_prompts_and_completions(llm: LLM, sdk: open
     assert [(choice.index, choice.text) for choice in answer.choices] == list(enumerate(expected))
 
 
-def test_token_ids_and_texts_are_the_same_prompt(llm: LLM, sdk: openai.OpenAI) -> None:
+def test_token_ids_and_their_text_get_the_same_answer(llm: LLM, sdk: openai.OpenAI) -> None:
     tokens = llm.tokenizer.encode("The sky is", add_special_tokens=True)
     options = {"model": "smollm2", "temperature": 0, "max_tokens": 6}
     texts = [
@@ -90,7 +90,7 @@ def test_token_ids_and_texts_are_the_same_prompt(llm: LLM, sdk: openai.OpenAI) -
     assert texts[0] == texts[1] == texts[2] == generate_text(llm, "The sky is", temperature=0, max_tokens=6)
 
 
-def test_the_asynchronous_client_streams_many_at_once(llm: LLM, served: Served) -> None:
+def test_the_asynchronous_client_streams_many_answers_at_once(llm: LLM, served: Served) -> None:
     async def ask(sdk: openai.AsyncOpenAI, i: int) -> str:
         stream = await sdk.completions.create(
             model="smollm2", prompt=f"Number {i} is", temperature=0, max_tokens=10, stream=True
@@ -105,7 +105,7 @@ def test_the_asynchronous_client_streams_many_at_once(llm: LLM, served: Served) 
     assert asyncio.run(ask_all()) == expected
 
 
-def test_log_probabilities_equal_the_engines(llm: LLM, sdk: openai.OpenAI) -> None:
+def test_log_probabilities_match_the_engine(llm: LLM, sdk: openai.OpenAI) -> None:
     chat = sdk.chat.completions.create(
         model="smollm2", messages=FRANCE, temperature=0, logprobs=True, top_logprobs=2, max_tokens=4
     )

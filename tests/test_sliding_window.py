@@ -509,7 +509,7 @@ def test_keys_and_values_in_16_bits_change_logits_little(
 
 @pytest.mark.parametrize("chunks", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("name", WINDOWED_CONFIGS)
-def test_models_on_pages_give_transformers_logits(name: str, chunks: list[int], tmp_path: Path) -> None:
+def test_logits_from_pages_match_transformers(name: str, chunks: list[int], tmp_path: Path) -> None:
     """Oracle: the goldens of tiny checkpoints whose layers see 8 tokens."""
     config = WINDOWED_CONFIGS[name]
     model = build(read_checkpoint(write_folder(tmp_path, config, random_weights(config))))

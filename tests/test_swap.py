@@ -412,7 +412,7 @@ def test_an_invalid_swap_space_is_rejected_immediately(options: dict[str, object
 
 
 @pytest.mark.parametrize("swap_space", [1, 8191, 1 << 60])
-def test_a_swap_space_below_one_block_or_above_the_machines_memory_is_rejected_with_the_model(
+def test_a_swap_space_below_one_block_or_above_the_machines_memory_is_rejected_once_the_model_is_known(
     swap_space: int,
 ) -> None:
     config = EngineConfig(num_blocks=30, preemption_mode="swap", swap_space=swap_space)

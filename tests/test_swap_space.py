@@ -193,7 +193,7 @@ class Host:
     num_blocks=st.sampled_from([4, 12, 300]),
     seed=st.integers(0, 2**32),
 )
-def test_a_swapped_in_sequence_has_its_contents_back_and_the_host_stored_them_only_once(
+def test_a_swapped_in_sequence_has_its_contents_back_which_the_host_stored_only_once(
     windows: tuple[int | None, ...], num_blocks: int, seed: int
 ) -> None:
     host = Host(windows, num_blocks, random.Random(seed))

@@ -42,7 +42,7 @@ def test_the_goldens_were_made_from_the_embedded_file() -> None:
 
 
 @pytest.mark.parametrize("record", GOLDEN["strings"], ids=lambda record: ascii(record["text"])[:40])
-def test_ids_and_decoded_text_equal_transformers(record: dict[str, Any]) -> None:
+def test_ids_and_decoded_text_match_transformers(record: dict[str, Any]) -> None:
     text, ids = record["text"], record["ids"]
     assert TOKENIZER.encode(text) == ids
     assert TOKENIZER.decode(ids, skip_special_tokens=False) == record["decoded"]

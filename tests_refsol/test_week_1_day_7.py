@@ -466,7 +466,7 @@ def test_task_6_the_input_logits_are_not_modified() -> None:
 
 
 @pytest.mark.parametrize("penalty", [0.8, 1.0, 1.3])
-def test_task_6_many_tokens_match_a_plain_loop(penalty: float) -> None:
+def test_task_6_the_penalties_of_many_tokens_match_a_plain_loop(penalty: float) -> None:
     """Oracle: a loop over the tokens, in Python. They may come from any iterable."""
     logits = random_logits(15, 300)
     seen = np.random.default_rng(16).integers(0, 300, size=200).tolist()
@@ -517,7 +517,7 @@ def test_task_7_the_input_logits_are_not_modified() -> None:
     np.testing.assert_array_equal(np.array(logits), [2, -2, 4])
 
 
-def test_task_7_many_tokens_match_a_plain_loop() -> None:
+def test_task_7_the_penalties_of_many_tokens_match_a_plain_loop() -> None:
     """Oracle: a loop over the tokens, in Python. They may come from any iterable."""
     logits = random_logits(17, 300)
     outputs = np.random.default_rng(18).integers(0, 300, size=400).tolist()

@@ -15,7 +15,8 @@
 # day's module), and otherwise from tiny_llm_ref, under the name `tiny_llm.X`; its relative imports find the
 # learner's modules first. TINY_LLM_OVERLAY names another folder to use instead of this one; with an empty
 # folder, everything comes from the reference. A file that does not override a module is an error, because a
-# misspelled name would otherwise silently load the reference. Only `my_*.py`, helper files, may be new.
+# misspelled name would otherwise silently load the reference. The only
+# new files allowed are helper files named `my_*.py`.
 
 import os
 from importlib.util import find_spec

@@ -153,7 +153,7 @@ T = TypeVar("T")
 
 
 def _cached(change: Callable[[str], T]) -> Callable[[str], T]:
-    """`change` with a cache, because a text repeats few distinct tokens."""
+    """`change` with a cache, because most tokens of a text are repeated."""
     return lru_cache(CACHED_TOKENS)(change)
 
 

@@ -13,7 +13,7 @@ from .tensor_ranges import TensorRange, check_no_overlap
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_ENTRIES = 1 << 16  # metadata keys, and tensors; a model of 126 layers has about 1,200
+MAX_ENTRIES = 1 << 16  # of metadata keys, and of tensors; a model of 126 layers has about 1,200 tensors
 MAX_ITEMS = 1 << 22  # items in all metadata arrays together; a vocabulary of 262,144 has about 1.3 million
 MAX_TEXT = 1 << 24  # bytes of one string; a long chat template has 20 thousand
 MAX_NAME = 1024  # bytes of a key's or a tensor's name; ggml's own limit for tensors is 63

@@ -122,7 +122,7 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """The text that one token adds in the middle of a text; control tokens are spelled out.
 
-        The leading space of a SentencePiece token is included. Part of a character appears as U+FFFD.
+        The leading space of a SentencePiece token is included. An incomplete character appears as U+FFFD.
         Raises ValueError for a negative id.
         """
         known = self._texts.get(token_id)

@@ -37,7 +37,7 @@ class Prompt(NamedTuple):
 
 
 class Conversation:
-    """A system message and exchanges with a model. The messages always end with an answer.
+    """An optional system message, and exchanges with a model: questions, each with its answer.
 
     cut_short: why the last answer stopped before the model was done, in words; None if the model was done.
     stats: measurements of the last answer; None before the first.

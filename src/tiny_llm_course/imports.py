@@ -96,7 +96,7 @@ def _ordered(names: list[ast.alias], like: Import) -> list[ast.alias]:
 
 
 def _followers(source: str, node: Import) -> set[str]:
-    """The keys of the imports after a given one in a source."""
+    """The keys (`_key`) of the imports that come after a given one in a source."""
     return {_key(one) for one in _imports(ast.parse(source)) if one.lineno > node.lineno}
 
 

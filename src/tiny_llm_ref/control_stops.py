@@ -43,7 +43,7 @@ class ControlStop:
         return max(0, self._shown[0] - self._lead)
 
     def limit(self, shown: int) -> int:
-        """How many of the `shown` characters of the text can no longer be part of the string."""
+        """How many of the `shown` characters of the text can no longer be part of the stop string."""
         num_controls = self._num_controls[self._string.matched]
         begin = self._shown[-num_controls] - self._lead if num_controls else shown - self._string.matched
         return max(0, begin)

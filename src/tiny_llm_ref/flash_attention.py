@@ -32,8 +32,8 @@ def absorb(running: Running, scores: mx.array, values: mx.array) -> Running:
     largest score of all keys so far. The old `total` and `weighted` are relative to the old `largest`:
     multiply them by exp(old - new) before you add the new terms, which are relative to the new one. So no
     exponent is above 0, and scores of thousands do not overflow. If all keys so far are hidden from a query,
-    its largest stays -inf, its total and weighted stay 0, and nothing is NaN: -inf - -inf is NaN, so subtract
-    another number there.
+    its largest stays -inf, its total and weighted stay 0, and nothing becomes NaN. To avoid -inf - -inf,
+    which is NaN, subtract another number in that case.
 
     >>> empty = Running(mx.array([[-mx.inf]]), mx.zeros((1, 1)), mx.zeros((1, 1)))
     >>> first = absorb(empty, mx.array([[1000.0, -mx.inf]]), mx.array([[2.0], [9.0]]))

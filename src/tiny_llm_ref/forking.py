@@ -13,7 +13,7 @@ from .errors import ForkedProcessError
 
 
 class _Lineage:
-    """Process ids, which a forked child inherits; the interpreter has one object of this class."""
+    """The ids of the process that computes and of the last that made an engine; a fork inherits both."""
 
     def __init__(self) -> None:
         self.computing = os.getpid()  # the process in which MLX's default stream has its thread

@@ -76,7 +76,7 @@ class Inbox:
             fail(task.answer, refusal)
             return task.answer
         self._tasks.put(cast(Task[Any], task))
-        if self.refusal is not None:  # closed before or just now: close() may have missed this task
+        if self.refusal is not None:  # closed earlier or just now, so close() may have missed this task
             self._refuse_all()
         return task.answer
 

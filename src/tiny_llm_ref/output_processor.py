@@ -1,7 +1,7 @@
 """The output side of requests: turn tokens into text, find stop strings, and make events and outputs.
 
 Text that could be the start of a stop string is held back until it is certain that it is not, so that
-streamed text never has to be withdrawn. Models, batches and threads are not visible here.
+streamed text never has to be withdrawn. Knows nothing of models, batches or threads.
 """
 
 from collections.abc import Sequence as Seq

@@ -206,8 +206,8 @@ class PageScheduler:
             self._release_passed(sequence)
             count = min(count, sequence.num_uncomputed)
             if sequence.blocks_to_append(count) > self.num_available:
-                # Compute only to the end of the partly shared block. Its copy takes one block, but then the
-                # original becomes available.
+                # Compute only to the end of the partly shared block. The copy takes one block, but the
+                # original becomes available in exchange.
                 size = sequence.table.block_size
                 count = min(count, size - sequence.num_computed % size)
         if self._ensure_blocks(sequence, count, plan):

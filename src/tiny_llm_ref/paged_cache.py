@@ -1,8 +1,8 @@
 """A cache of named sequences: a view of a pool, an allocator and block tables.
 
-`PagedKVCache(...)` makes its own pool of one layer, enough to try it by itself; `PagedKVCache.of(...)` is a
-view of the parts of a running engine. In both cases a sequence's tokens are in the blocks of its table, and
-tables may share blocks. Knows nothing of attention, models or scheduling.
+`PagedKVCache(...)` makes its own pool of one layer, enough to try the cache by itself; `PagedKVCache.of(...)`
+is a view of the parts of a running engine. In both cases a sequence's tokens are in the blocks of its table,
+and tables may share blocks. Knows nothing of attention, models or scheduling.
 """
 
 from typing import Self

@@ -281,7 +281,7 @@ def test_task_6_new_requests_are_rejected() -> None:
     assert not drained.done()
 
 
-def test_task_6_a_drain_keeps_an_existing_refusal() -> None:
+def test_task_6_a_drain_does_not_replace_an_existing_refusal() -> None:
     """Oracle: the docstring: a stopped or dead engine keeps its own error."""
     driver, existing = LoopDriver(), partial(EngineStoppingError, "stopped before")
     driver.loop.refusal = existing

@@ -47,7 +47,7 @@ def test_task_1_adding_a_request_queues_it_and_records_its_listener() -> None:
     assert listener.calls == []
 
 
-def test_task_1_several_requests_are_queued_in_their_order() -> None:
+def test_task_1_several_requests_are_queued_in_the_given_order() -> None:
     """Oracle: by hand; an active request stays."""
     loop = make_loop()
     activate(loop, request("old"))

@@ -11,7 +11,7 @@ from typing import Any
 from .shared import STORY, Lines
 
 TRY_SECONDS = 120  # a limit, because a wrong engine may leave its clients waiting
-MAX_ITERATIONS = 20  # a limit for a wrong loop
+MAX_ITERATIONS = 20  # a limit, because a wrong loop may never finish
 
 
 def show() -> Lines:
@@ -24,8 +24,8 @@ def show() -> Lines:
     llm.generate(STORY, SamplingParams(max_tokens=2), use_tqdm=False)  # the first pass warms up
     watched = _Watched(llm.core, ("cat", "dog", "fox", "owl", "wolf"))
     yield "the real model, 2 sequences at once: five clients send a request at the same moment, the wolf"
-    yield "last. It has priority -1, so it overtakes all that wait; none runs yet when all are queued. The"
-    yield "owl has priority 1. The cat's client cancels after reading 12 tokens"
+    yield "last. It has priority -1, so it overtakes every request that still waits; the cat may run already."
+    yield "The owl has priority 1. The cat's client cancels after reading 12 tokens"
     start = time.perf_counter()
     try:
         clients = asyncio.run(_five_clients(llm.engine, watched))
@@ -40,7 +40,7 @@ def show() -> Lines:
     seconds, steps = time.perf_counter() - start, len(watched.steps)
     yield f"in all, {steps} steps and {seconds:.1f} s"
     yield from (f"  {name:4} {line.rstrip()}" for name, line in watched.lines())
-    yield "  #: runs. .: waits"
+    yield "  # running; . waiting"
     held, more = watched.after_the_cancel("cat")
     yield f"the cat held {held} blocks when it was cancelled; steps that computed it afterwards: {more}"
     yield f"the error for a request while the engine drains: {watched.refused}"
