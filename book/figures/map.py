@@ -1,6 +1,6 @@
 """The map of the engine that returns in every chapter: today's boxes are lit, the others are dimmed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -132,6 +132,6 @@ def draw(day: str | None) -> Drawing:
 
 
 DAYS = sorted({day for box in BOXES for day in box.days})
-FIGURES: dict[str, Callable[[], Drawing]] = {"all": partial(draw, None)} | {
+FIGURES: Mapping[str, Callable[[], Drawing]] = {"all": partial(draw, None)} | {
     day: partial(draw, day) for day in DAYS
 }
