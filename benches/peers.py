@@ -218,7 +218,7 @@ def compare(workers: list[Worker], repetitions: int, left_out: dict[str, str]) -
 
 def as_text(rows: dict[str, Any], versions: dict[str, str], left_out: dict[str, str]) -> str:
     """Tokens per second of every engine; for the other engines also the ratios of ours to theirs."""
-    lines = [f"{'':10}{'engine':>20}{'tok/s':>9}   tiny-llm over it: median ratio (min to max)"]
+    lines = [f"{'':10}{'engine':>20}{'tok/s':>9}   tiny-llm / this engine: median ratio (min to max)"]
     for job, row in rows.items():
         for engine, figures in row["tokens_per_s"].items():
             ratios = [

@@ -88,7 +88,7 @@ def as_text(rows: dict[str, Any], left_out: dict[str, str]) -> str:
     """One line for each engine and number of clients."""
     titles = ("tok/s", "TTFT ms", "p99 ms", "TPOT ms", "ITL ms", "p99 ms")
     heads = "".join(f"{title:>10}" for title in titles)
-    lines = [f"{'clients':8}{'':14}{heads}   tiny-llm serve over it: median (min to max)"]
+    lines = [f"{'clients':8}{'':14}{heads}   tiny-llm serve / this server: median (min to max)"]
     for clients, engines in rows.items():
         for name, row in engines.items():
             figures = "".join(f"{row[figure]['median']:>10.1f}" for figure in SHOWN)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from tiny_llm_cli.command import Command
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.repo import Repo
@@ -47,7 +48,7 @@ def on_serve(
 
 
 def _page(day: str) -> str:
-    """The page of a day's chapter, with the anchor of a part. Raises `typer.BadParameter` if it is not written."""
+    """The page of a day or a part. Raises `typer.BadParameter` if there is no such chapter."""
     try:
         address = read_syllabus(Repo.here().syllabus).unit(day).chapter_address
     except CourseError as error:
@@ -81,7 +82,9 @@ def on_build() -> None:
 
 @app.command("results", cls=Command)
 def on_results(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these results.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Only these results.")
+    ] = None,
     only_missing: Annotated[bool, typer.Option("--missing", help="Only results without a file.")] = False,
 ) -> None:
     """Run the commands of results/runs.toml again and save what they print."""
@@ -98,24 +101,15 @@ def on_results(
 @app.command("figures", cls=Command)
 def on_figures() -> None:
     """Draw the figures of ARCHITECTURE.md, and write the style sheet with the book's colours."""
+    from figures.files import drawn
+
     for name, text in drawn().items():
         (ROOT.parent / name).write_text(text, encoding="utf-8")
         print(f"wrote {name}")
 
 
-def drawn() -> dict[str, str]:
-    """The files that `pdm run figures` writes, by their path in the repository."""
-    from figures import layers, style_sheet, token_path
-
-    return {
-        "docs/figures/layers.svg": layers.draw(),
-        "docs/figures/token_path.svg": token_path.draw(),
-        "book/theme/colours.css": style_sheet.colours(),
-    }
-
-
 def _mdbook(action: str, *options: str) -> int:
-    """Run mdBook with this Python first on the PATH, because mdBook runs the preprocessor; return its exit code."""
+    """Run mdBook, with this Python first on the PATH for the preprocessor; return the exit code."""
     import os
 
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -1,16 +1,17 @@
 """ARCHITECTURE.md, its figures and the pages of decisions: everything they name exists, and they agree.
 
-Oracles: the folders and modules of the repository, and the script that draws the figures.
+Oracles: the folders and modules of the repository, and the scripts that draw the figures.
 """
 
 import ast
 import re
-from collections.abc import Callable, Iterator
-from importlib import import_module
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+
+from figures import layers
+from figures.files import drawn
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "figures"
@@ -18,23 +19,6 @@ DECISIONS = ROOT / "docs" / "decisions"
 PAGE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "ARCHITECTURE.md", *sorted(DECISIONS.glob("*.md"))]
 NUMBERED = sorted(DECISIONS.glob("[0-9]*.md"))
-
-Imports = dict[str, tuple[str, ...]]
-
-
-class Figures(NamedTuple):
-    """What the script exports: how files are drawn, the table of imports, the boxes of the first figure."""
-
-    draw: dict[str, Callable[[], str]]
-    imports: Imports
-    boxes: set[str]
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> Figures:
-    monkeypatch.syspath_prepend(str(FIGURES))
-    layers = import_module("layers")
-    return Figures(import_module("make").FIGURES, layers.IMPORTS, set(layers.PACKAGES))
 
 
 def name_of(file: Path) -> str:
@@ -107,39 +91,43 @@ def test_every_interface_on_the_page_exists(modules: str, name: str) -> None:
 # ---- the figures ----
 
 
-def test_the_table_of_imports_is_the_one_in_the_figure(figures: Figures) -> None:
+def test_the_table_of_imports_matches_the_figure() -> None:
     table = {in_code(name)[0]: set(in_code(imports)) for name, _, imports in rows("Packages")}
-    assert table == {name: set(imports) for name, imports in figures.imports.items()}
+    assert table == {name: set(imports) for name, imports in layers.IMPORTS.items()}
 
 
-def test_the_figure_shows_exactly_the_existing_packages(figures: Figures) -> None:
-    """Packages are the folders of `src` that hold Python, benches and labs."""
+def test_the_figure_shows_exactly_the_existing_packages() -> None:
+    """Packages are the folders of `src` that hold Python, benches, labs and the book."""
     packages = {file.parent.name for file in (ROOT / "src").glob("*/__init__.py")}
-    assert figures.boxes == set(figures.imports) == packages | {"benches", "labs"}
-    assert (ROOT / "benches").is_dir()
-    assert (ROOT / "labs").is_dir()
+    folders = {"benches", "labs", "book"}
+    assert set(layers.PACKAGES) == set(layers.IMPORTS) == packages | folders
+    assert all((ROOT / folder).is_dir() for folder in folders)
 
 
-def test_a_package_is_drawn_above_everything_that_it_imports(figures: Figures) -> None:
+def test_a_package_is_drawn_above_everything_that_it_imports() -> None:
     """So there is no cycle: the table lists packages from the bottom up."""
-    order = list(figures.imports)
-    for name, imports in figures.imports.items():
+    order = list(layers.IMPORTS)
+    for name, imports in layers.IMPORTS.items():
         assert all(order.index(imported) < order.index(name) for imported in imports)
 
 
-def test_the_committed_figures_are_what_the_script_draws(figures: Figures) -> None:
+@pytest.mark.parametrize("name", sorted(drawn()))
+def test_the_committed_figures_equal_those_that_the_scripts_draw(name: str) -> None:
     """`pdm run figures` redraws them."""
-    committed = {file.name: file.read_text(encoding="utf-8") for file in FIGURES.glob("*.svg")}
-    assert committed == {name: draw() for name, draw in figures.draw.items()}
+    assert (ROOT / name).read_text(encoding="utf-8") == drawn()[name]
 
 
-def test_figures_have_colours_for_light_and_dark_backgrounds(figures: Figures) -> None:
+def test_no_figure_is_committed_that_no_script_draws() -> None:
+    assert {name_of(file) for file in FIGURES.iterdir()} <= set(drawn())
+
+
+@pytest.mark.parametrize("name", [name for name in drawn() if name.endswith(".svg")])
+def test_figures_have_colours_for_light_and_dark_backgrounds(name: str) -> None:
     """Every CSS class with a colour in one scheme has a colour in the other."""
-    for draw in figures.draw.values():
-        style = draw().partition("<style>")[2].partition("</style>")[0]
-        light, dark = style.split("@media (prefers-color-scheme: dark)")
-        coloured = re.compile(r"^(\S.*?) \{ (?:fill|stroke): #", re.MULTILINE)
-        assert set(coloured.findall(light)) == set(coloured.findall(dark)) != set()
+    style = drawn()[name].partition("<style>")[2].partition("</style>")[0]
+    light, dark = style.split("@media (prefers-color-scheme: dark)")
+    coloured = re.compile(r"^(\S.*?) \{ (?:fill|stroke): #", re.MULTILINE)
+    assert set(coloured.findall(light)) == set(coloured.findall(dark)) != set()
 
 
 # ---- decisions ----

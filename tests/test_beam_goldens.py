@@ -24,7 +24,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return name, LLM(path, kv_cache_dtype="float32", num_blocks=64, block_size=4, max_num_seqs=8)
 
 
-def test_hypotheses_and_scores_equal_transformers(checkpoint: tuple[str, LLM]) -> None:
+def test_hypotheses_and_scores_match_transformers(checkpoint: tuple[str, LLM]) -> None:
     name, llm = checkpoint
     golden = [search for search in GOLDENS["searches"] if search["checkpoint"] == name]
     assert any(len(found["tokens"]) < GOLDENS["new_tokens"] for search in golden for found in search["found"])

@@ -141,13 +141,13 @@ def server_that_fails(status: int, body: bytes) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("status", "body", "key", "message"),
     [
-        (401, b"", None, "/v1/models: the server requires an API key: --api-key or OPENAI_API_KEY (401)"),
+        (401, b"", None, "the server requires an API key: pass --api-key or set OPENAI_API_KEY (401)"),
         (401, b'{"error": {"message": "bad key"}}', "k", "the server rejects this API key (401: bad key)"),
         (
             403,
             b'{"error": {"message": "not here"}}',
             None,
-            "403: not here (if it requires an API key: --api-key",
+            "403: not here (if the server requires an API key: pass --api-key",
         ),
         (403, b'{"error": {"message": "not here"}}', "k", "/v1/models: 403: not here"),
         (503, b'{"error": {"message": "the model is loading"}}', None, "503: the model is loading"),
@@ -170,7 +170,8 @@ def test_an_error_of_the_server_is_shown_with_its_status_and_message(
 def test_a_request_without_the_required_key_names_the_option_for_it() -> None:
     with server_that_fails(401, b"") as url:
         done = run_bench(url, "--model", "m", check=False)
-    assert "/v1/completions: the server requires an API key: --api-key or OPENAI_API_KEY (401)" in done.stderr
+    message = "/v1/completions: the server requires an API key: pass --api-key or set OPENAI_API_KEY (401)"
+    assert message in done.stderr
 
 
 def serve_and_close_connections(listener: socket.socket, answers: int) -> None:
@@ -234,7 +235,7 @@ def serving_app(app: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("backend", ["openai", "openai-chat"])
-def test_if_the_server_sends_no_usage_chunks_with_text_are_counted_with_a_warning(backend: str) -> None:
+def test_chunks_with_text_are_counted_with_a_warning_if_the_server_sends_no_usage(backend: str) -> None:
     """The second chunk is late. The first chunk of a chat is its role; that of a completion is a token."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

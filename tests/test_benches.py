@@ -64,7 +64,7 @@ for line in sys.stdin:
 """
 
 
-def test_a_peer_that_fails_is_left_out_with_its_reason(
+def test_a_peer_that_fails_is_left_out_and_the_reason_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHES))
@@ -105,7 +105,9 @@ def test_wrong_arguments_are_errors_before_any_measurement(arguments: list[str],
     assert message in failed.stderr
 
 
-def test_the_share_of_repeated_sequences_tells_a_loop_from_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_share_of_repeated_sequences_distinguishes_a_loop_from_a_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.syspath_prepend(str(BENCHES))
     import defaults
 

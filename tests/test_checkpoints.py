@@ -60,13 +60,13 @@ def q8_0_where_blocks_fit(name: str) -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_gives_transformers_logits(name: str, tmp_path: Path) -> None:
+def test_the_logits_of_a_folder_match_transformers(name: str, tmp_path: Path) -> None:
     path = write_folder(tmp_path, CONFIGS[name], random_weights(CONFIGS[name]))
     assert np.abs(our_logits(path) - golden_logits(name, "F32")).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_gguf_gives_transformers_logits(name: str, tmp_path: Path) -> None:
+def test_the_logits_of_a_gguf_match_transformers(name: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", CONFIGS[name], random_weights(CONFIGS[name]))
     assert np.abs(our_logits(path) - golden_logits(name, "F32")).max() < TOLERANCE
 
@@ -81,7 +81,7 @@ def test_a_quantized_gguf_gives_the_logits_of_its_dequantized_weights(name: str,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_python_twins_give_transformers_logits(name: str, tmp_path: Path) -> None:
+def test_the_logits_of_the_readable_twins_match_transformers(name: str, tmp_path: Path) -> None:
     path = write_folder(tmp_path, CONFIGS[name], random_weights(CONFIGS[name]))
     with twins():
         assert np.abs(our_logits(path) - golden_logits(name, "F32")).max() < TOLERANCE

@@ -334,13 +334,13 @@ def test_a_command_with_a_missing_or_extra_argument_shows_its_usage(
     assert len(conversation.exchanges) == 1
 
 
-def test_system_shows_sets_and_removes_the_system_message(
+def test_the_system_command_shows_sets_and_removes_the_system_message(
     llm: LLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
     conversation = talk(llm, "Name a colour.", "/system", '/system """Answer\nin French."""', max_tokens=1)
     shown = capsys.readouterr().err
     assert "Be brief." in shown
-    assert "(system message set; the conversation so far stays, /reset drops it)" in shown
+    assert "(system message set; the conversation so far is kept, and /reset drops it)" in shown
     assert conversation.messages[0] == {"role": "system", "content": "Answer\nin French."}
     assert questions(conversation) == ["Name a colour."]
     assert talk(llm, '/system ""').messages == []

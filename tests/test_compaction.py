@@ -204,7 +204,7 @@ def test_nothing_moves_if_a_holder_is_left_out_of_the_call(missing: int) -> None
     workload.release(0)
     before, holders = workload.state, workload.holders
     del holders[missing]
-    with pytest.raises(ValueError, match=r"block \d has \d holders, but \d were passed"):
+    with pytest.raises(ValueError, match=r"block \d: \d counted by the allocator, \d passed"):
         compact_pages(workload.allocator, holders)
     assert workload.state == before
     workload.check()
@@ -214,7 +214,7 @@ def test_a_holder_passed_twice_is_rejected() -> None:
     workload = Workload(4, 2)
     workload.table(3)
     before = workload.state
-    with pytest.raises(ValueError, match="block 0 has 1 holders, but 2 were passed"):
+    with pytest.raises(ValueError, match="block 0: 1 counted by the allocator, 2 passed"):
         compact_pages(workload.allocator, [*workload.tables, *workload.tables])
     assert workload.state == before
 
@@ -404,7 +404,7 @@ def test_a_pool_does_not_shrink_below_its_initial_size() -> None:
     assert manager.allocator.num_blocks == 4
 
 
-def test_a_pool_of_fixed_size_keeps_it() -> None:
+def test_a_pool_of_fixed_size_keeps_its_size() -> None:
     manager = PagedBatchManager(16, 2, 2, model=tiny_model())
     served(manager, [12, 3])
     manager.process_batch()

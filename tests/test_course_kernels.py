@@ -94,7 +94,7 @@ def test_a_kernels_starter_states_the_task(tmp_path: Path) -> None:
     assert "pdm run build-kernels" in findings[flash.file].advice
 
 
-def test_a_kernel_in_cpp_names_what_to_read_and_can_be_skipped(tmp_path: Path) -> None:
+def test_a_kernel_in_cpp_can_be_started_and_skipped(tmp_path: Path) -> None:
     begun = run(["start", "2.5", "--cpp"], tmp_path)
     for words in ("Attention in tiles", "You do not need", "FlashJob in ", "vec.h", "namespace", "absorb"):
         assert words in begun.stdout, begun.stderr
@@ -138,7 +138,7 @@ PLAIN_MATMUL = """
 @pytest.mark.install
 @pytest.mark.skipif(not tiny_llm_kernels.available(), reason="no C++ compiler")
 @pytest.mark.deep  # compiles two libraries
-def test_a_learners_kernel_replaces_the_references(tmp_path: Path) -> None:
+def test_a_learners_kernel_replaces_that_of_the_reference(tmp_path: Path) -> None:
     """A plain solution is built into a separate library, and passes its day (about a minute)."""
     assert run(["start", "2.4", "--cpp"], tmp_path).returncode == 0
     replace(

@@ -158,7 +158,7 @@ def test_a_blocking_call_in_the_engines_own_thread_raises_at_once(call: str, whe
     error = raised.get(timeout=SECONDS)
     assert isinstance(error, WrongThreadError), error
     assert call.strip() in str(error)
-    assert "would wait for itself" in str(error)
+    assert "would make the engine's own thread wait for itself" in str(error)
     engine.stop()
 
 

@@ -58,7 +58,7 @@ def test_a_request_fails_instead_of_deadlocking_when_the_pool_is_full_and_nothin
         engine.add_request("a", [9, 9, 9], SamplingParams(max_tokens=2))
         assert engine.step() == []
         refused = engine.take_failures()
-        with pytest.raises(OutOfBlocksError, match=r"'a' needs \d blocks, 0 of 4 are available"):
+        with pytest.raises(OutOfBlocksError, match=r"'a' needs \d blocks, but only 0 of 4 are available"):
             raise refused[0].error
         assert [failure.request_id for failure in refused] == ["a"]
         assert not engine.has_work

@@ -136,7 +136,9 @@ print(queue.get(timeout=30))
 child.join(30)
 assert child.exitcode == 0
 """
-    assert "start it with multiprocessing's 'spawn' or 'forkserver' method" in run(PARENT + ENGINE + program)
+    assert "start the process with multiprocessing's 'spawn' or 'forkserver' method" in run(
+        PARENT + ENGINE + program
+    )
 
 
 @pytest.mark.parametrize(

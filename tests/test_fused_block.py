@@ -151,7 +151,7 @@ def test_an_unpacked_or_replaced_part_makes_a_block_run_part_by_part(monkeypatch
 
 
 @pytest.mark.parametrize("make", [dense_model, qwen_model])
-def test_other_blocks_run_as_before(make: Callable[[], Model], runs: Runs) -> None:
+def test_blocks_that_cannot_be_fused_run_part_by_part(make: Callable[[], Model], runs: Runs) -> None:
     model = make()
     tokens = random_prompt(20, seed=7)
     assert np.array_equal(np.array(logits_through_pages(model, tokens, [20])), unfused(model, tokens, [20]))
@@ -202,9 +202,9 @@ def arguments(model: Model) -> dict[str, object]:
         ({"inv_freq": mx.zeros(5)}, "inv_freq must have shape"),
         ({"attention_norm": mx.zeros(64, mx.float16)}, "attention_norm must be float32"),
         ({"mlp_norm": mx.zeros(63)}, "mlp_norm must have shape"),
-        ({"mlp_out_norm": mx.zeros(64)}, "go together"),
+        ({"mlp_out_norm": mx.zeros(64)}, "must be given together"),
         ({"mlp_out_norm": mx.zeros(64), "attention_out_norm": mx.zeros(63)}, "mlp_out_norm must have shape"),
-        ({"q_norm": mx.ones(32)}, "go together"),
+        ({"q_norm": mx.ones(32)}, "must be given together"),
         ({"q_norm": mx.ones(32), "k_norm": mx.ones(31)}, "k_norm must have shape"),
         ({"qkv_bias": mx.ones(7)}, "qkv_bias must have shape"),
     ],

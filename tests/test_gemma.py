@@ -68,14 +68,14 @@ def our_logits(path: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_gives_transformers_logits(name: str, tmp_path: Path) -> None:
+def test_the_logits_of_a_folder_match_transformers(name: str, tmp_path: Path) -> None:
     path = write_folder(tmp_path, WINDOWED_CONFIGS[name], random_weights(WINDOWED_CONFIGS[name]))
     assert np.abs(our_logits(path) - golden_logits(name)).max() < TOLERANCE
     with twins():
         assert np.abs(our_logits(path) - golden_logits(name)).max() < TOLERANCE
 
 
-def test_a_gguf_gives_transformers_logits(tmp_path: Path) -> None:
+def test_the_logits_of_a_gguf_match_transformers(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf", GEMMA, random_weights(GEMMA))
     assert np.abs(our_logits(path) - golden_logits("gemma3")).max() < TOLERANCE
 
@@ -198,7 +198,7 @@ def test_a_missing_window_gets_transformers_default() -> None:
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ({"hidden_activation": "gelu"}, "hidden_activation 'gelu'.*gelu_pytorch_tanh"),
-        ({"sliding_window": None}, "sliding_attention.*needs a sliding_window"),
+        ({"sliding_window": None}, "sliding_attention.*so sliding_window must be"),
         ({"sliding_window": 0}, "sliding_window must be.*not 0"),
         ({"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         ({"layer_types": ["full_attention"]}, "layer_types must name 8 layers, not 1"),
@@ -217,7 +217,7 @@ def test_a_missing_window_gets_transformers_default() -> None:
         ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type 'yarn'"),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 8}, "'full_attention'.*mistral"),
         ({"model_type": "llama", "use_sliding_window": True}, "use_sliding_window True.*llama"),
-        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 8}, "needs a sliding_window"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 8}, "so sliding_window must be"),
         (
             {"model_type": "qwen3", "rope_parameters": {"full_attention": {}}},
             "has 'full_attention', expected one",
@@ -294,7 +294,7 @@ def test_an_answer_without_max_tokens_ends_when_the_pool_is_full(tmp_path: Path)
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap", "none"])
-def test_answers_without_max_tokens_are_the_same_as_alone(tmp_path: Path, mode: str) -> None:
+def test_answers_without_max_tokens_are_the_same_as_when_served_alone(tmp_path: Path, mode: str) -> None:
     """Several requests, each of which may fill the pool. Oracle: an engine that serves only one of them."""
     path, prompts = write_folder(tmp_path, GEMMA, random_weights(GEMMA)), [[5, 6, 7], [8] * 4, [9, 10] * 2]
     params = [SamplingParams(max_tokens=None, ignore_eos=True, seed=i, logprobs=1) for i in range(3)]
@@ -321,7 +321,7 @@ def test_geglu_is_the_tanh_approximation_of_gelu_times_up() -> None:
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
 
 
-def test_a_row_of_geglu_has_the_same_bits_in_any_batch() -> None:
+def test_a_row_of_geglu_gives_the_same_bits_in_any_batch() -> None:
     """Oracle: the row computed alone."""
     both = mx.random.normal((33, 2 * 67), key=mx.random.key(3)) * 4
     whole = np.array(geglu(*mx.split(both, 2, axis=-1)))
@@ -358,7 +358,7 @@ def gemma() -> Checkpoint:
         pytest.skip("gemma3-270m is not installed")
 
 
-def test_text_becomes_sentencepieces_tokens_and_the_same_text_again(gemma: Checkpoint) -> None:
+def test_text_becomes_sentencepieces_tokens_and_decodes_to_the_same_text(gemma: Checkpoint) -> None:
     """Oracle: SentencePiece's rules, written out in make_gemma.py."""
     for record in GOLDENS["strings"]:
         assert gemma.tokenizer.encode(record["text"]) == record["ids"], record["text"]
@@ -379,7 +379,7 @@ def real_model(gemma: Checkpoint) -> Model:
     return build(gemma)
 
 
-def test_the_real_models_continuations_equal_transformers(gemma: Checkpoint, real_model: Model) -> None:
+def test_the_real_models_continuations_match_transformers(gemma: Checkpoint, real_model: Model) -> None:
     """Oracle: greedy continuations of short prompts, all steps in one pass; log-probabilities within 0.01."""
     assert (gemma.config.windows.count(512), gemma.config.windows.count(None)) == (15, 3)
     for record in GOLDENS["continuations"]:
@@ -429,7 +429,7 @@ def check_answers(llm: LLM, names: Sequence[str]) -> list[int]:
     return [output.num_cached_tokens for output in outputs]
 
 
-def test_all_goldens_are_right_on_pages_from_a_cold_and_from_a_warm_cache(serve: Serve) -> None:
+def test_answers_match_the_goldens_with_a_cold_and_with_a_warm_prefix_cache(serve: Serve) -> None:
     """Oracle: transformers' greedy continuations. Prompts up to 1,100 tokens in a batch, at most 512 a step.
 
     The second time, each prompt computes only the end of a block, or a part that is too short to copy.

@@ -279,7 +279,7 @@ def test_an_unsupported_tokenizer_setting_is_rejected_by_its_key(keys: dict[str,
         gguf_tokenizer(bpe(LETTERS, **keys))
 
 
-def test_tokens_too_long_to_compute_merges_are_rejected_at_once() -> None:
+def test_tokens_whose_merges_would_take_too_long_to_compute_are_rejected_at_once() -> None:
     """A token of 100,000 characters takes ten billion steps; the vocabulary of Gemma 3 takes 10 million."""
     tokens = [*PIECES, "a" * 100_000]
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.tokens are too long .* has 100000 characters"):
@@ -307,7 +307,7 @@ def folder_with(tmp_path: Path, weights: Mapping[str, np.ndarray] = WEIGHTS, **f
         ({"rope.scaling.original_context_length": 64, "rope.scaling.finetuned": 1}, None),
     ],
 )
-def test_linear_rope_scaling_equals_transformers(
+def test_linear_rope_scaling_matches_transformers(
     keys: dict[str, Any], factor: float | None, tmp_path: Path
 ) -> None:
     path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, **keys)
@@ -470,7 +470,7 @@ def test_an_unexpected_tensor_is_rejected_by_its_name_in_the_file(name: str, tmp
 
 
 @pytest.mark.parametrize("kind", ["adapter", "mmproj", "vocab", "imatrix", 7])
-def test_a_gguf_of_another_type_than_model_is_rejected(kind: str, tmp_path: Path) -> None:
+def test_a_gguf_whose_type_is_not_model_is_rejected(kind: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, other={"general.type": kind})
     assert f"general.type is '{kind}', expected 'model'" in error_message(path)
 

@@ -27,7 +27,7 @@ def answers(embedded_llm: LLM) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", CONTINUATIONS)
-def test_greedy_continuation_equals_transformers(name: str, answers: dict[str, tuple[int, ...]]) -> None:
+def test_greedy_continuation_matches_transformers(name: str, answers: dict[str, tuple[int, ...]]) -> None:
     case: dict[str, Any] = CONTINUATIONS[name]
     expected, got = case["output_ids"], list(answers[name])
     if got != expected:

@@ -58,7 +58,7 @@ each_string = pytest.mark.parametrize(
 
 
 @each_string
-def test_ids_and_text_equal_transformers(name: str, record: dict[str, Any]) -> None:
+def test_ids_and_text_match_transformers(name: str, record: dict[str, Any]) -> None:
     assert_golden(TOKENIZERS[name], record)
 
 

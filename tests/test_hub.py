@@ -218,7 +218,7 @@ def test_a_missing_path_is_not_mistaken_for_a_hub_id(name: str, monkeypatch: pyt
         find_model(name)
 
 
-def test_without_a_name_the_embedded_model_is_found() -> None:
+def test_the_embedded_model_is_found_if_no_name_is_given() -> None:
     assert find_model(None) == embedded_model_path()
 
 
@@ -250,7 +250,7 @@ def parts(tmp_path: Path) -> list[Path]:
 WHOLE = b"".join(bytes([byte]) * 1_500_000 for byte in b"abc")
 
 
-def test_joined_parts_appear_as_one_complete_file(tmp_path: Path, parts: list[Path]) -> None:
+def test_joining_parts_leaves_only_the_complete_file(tmp_path: Path, parts: list[Path]) -> None:
     target = tmp_path / "cache" / "deeper" / "whole"
     embedded.join_parts(parts, target, sha256(WHOLE).hexdigest())
     assert target.read_bytes() == WHOLE

@@ -42,7 +42,7 @@ def valid_attention() -> Arguments:
         ({"key_pool": mx.zeros((5, 1, 16, 32))}, "key_pool must have shape"),
         ({"key_pool": mx.zeros((0, 2, 16, 32))}, "key_pool must not be empty"),
         ({"value_pool": mx.zeros((5, 2, 16, 32), mx.float16)}, "value_pool must be float32"),
-        ({"value_pool": mx.zeros((6, 2, 16, 32))}, "value_pool must have shape"),
+        ({"value_pool": mx.zeros((6, 2, 16, 32))}, "value_pool must have the shape of key_pool"),
         ({"slots": mx.zeros(3)}, "slots must be int32"),
         ({"slots": mx.zeros(2, mx.int32)}, "slots must have shape"),
         ({"tables": mx.zeros(2, mx.int32)}, "tables must have 2 axes"),
@@ -136,7 +136,7 @@ BLOB = mx.zeros((2, 1, 320), mx.uint8)
         (lambda: kernels.rms_norm(mx.zeros((2, 8)), mx.zeros(9), 1e-5), "weight must have shape"),
         (lambda: kernels.rms_norm(mx.zeros((2, 8), mx.float16), mx.zeros(8), 1e-5), "x must be float32"),
         (lambda: kernels.rms_norm(mx.array(1.0), mx.zeros(1), 1e-5), "last axis"),
-        (lambda: kernels.swiglu(mx.zeros((2, 8)), mx.zeros((2, 9))), "up must have shape"),
+        (lambda: kernels.swiglu(mx.zeros((2, 8)), mx.zeros((2, 9))), "up must have the shape of gate"),
         (lambda: kernels.rope(mx.zeros((1, 1, 2, 7)), mx.zeros(2, mx.int32), mx.zeros(3)), "even last axis"),
         (
             lambda: kernels.rope(mx.zeros((1, 1, 2, 8)), mx.zeros(3, mx.int32), mx.zeros(4)),

@@ -154,7 +154,7 @@ def test_steps_of_any_sizes_stay_within_the_block_limit(
     assert most <= group.max_blocks(position, block_size, max(chunks))
 
 
-def test_a_text_of_any_length_fits_into_a_windows_blocks() -> None:
+def test_a_window_limits_the_number_of_blocks_for_a_text_of_any_length() -> None:
     """Oracle: by hand: a step of 512 tokens and the 511 before it span at most 65 blocks of 16."""
     group = LayerGroup((0,), W)
     assert [group.max_blocks(n, 16, 512) for n in (1, 16, 17, 512, 1024, 1025, 10**6)] == [

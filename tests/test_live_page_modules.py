@@ -213,7 +213,7 @@ def step(events: list[Any], sequences: list[Any], ended: list[str], t: float = 2
     return {"t": t, "events": events, "sequences": sequences, "ended": ended, "stats": {}}
 
 
-def test_the_pool_follows_the_steps(page: Any) -> None:
+def test_the_page_shows_the_pool_as_each_step_leaves_it(page: Any) -> None:
     state = page.evaluate(
         POOL,
         [

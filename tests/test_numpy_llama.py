@@ -29,7 +29,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_dequantizing_equals_mlx(bits: int) -> None:
+def test_dequantizing_matches_mlx(bits: int) -> None:
     """Oracle: `mx.dequantize`."""
     weight = mx.random.normal((6, 96), key=mx.random.key(0))
     packed, scales, biases = mx.quantize(weight, group_size=32, bits=bits)
@@ -48,7 +48,9 @@ def continuations() -> list[Any]:
 
 
 @pytest.mark.parametrize("record", continuations())
-def test_it_follows_transformers_through_every_continuation(reference: Any, record: dict[str, Any]) -> None:
+def test_the_reference_follows_transformers_through_every_continuation(
+    reference: Any, record: dict[str, Any]
+) -> None:
     """At every position the same token, the same margin to the next, and the same top log-probabilities."""
     prompt, output = record["prompt_ids"], record["output_ids"]
     rows = reference.logits(prompt + output)[len(prompt) - 1 : -1]

@@ -65,7 +65,7 @@ stops = st.lists(st.text("abcé ", min_size=1, max_size=4), max_size=3)
 
 
 @given(abc_ids, stops)
-def test_the_text_ends_before_the_first_stop_string_and_its_deltas_join_to_it(
+def test_the_text_ends_before_the_first_stop_string_and_equals_its_joined_deltas(
     ids: list[int], stop: list[str]
 ) -> None:
     completion, deltas = run(ids, SamplingParams(stop=stop))
@@ -248,7 +248,7 @@ def test_aborting_a_request_finishes_only_its_unfinished_completions_with_abort(
     assert request.abort() == []
 
 
-def test_aborting_streams_the_held_back_text() -> None:
+def test_an_abort_returns_the_held_back_text() -> None:
     request = RequestState("r", None, [1], TOKENIZER, SamplingParams(stop="END"))
     events = [request.push(token_output(token)) for token in ids_of("xEN")]
     events += request.abort()
@@ -418,7 +418,7 @@ def test_skip_special_tokens_does_not_change_where_a_stop_string_stops(
     assert "".join(pieces) == hidden.output.text
 
 
-def test_aborting_streams_an_incomplete_character() -> None:
+def test_an_abort_returns_an_incomplete_character() -> None:
     completion = CompletionText(0, TOKENIZER, SamplingParams())
     completion.push(token_output(ids_of("é")[0]))
     assert completion.abort().text == completion.output.text == "\ufffd"

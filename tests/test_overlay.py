@@ -63,7 +63,7 @@ def overlay(tmp_path: Path) -> Path:
     return folder
 
 
-def test_with_an_empty_overlay_every_module_is_the_references(overlay: Path) -> None:
+def test_with_an_empty_overlay_every_module_comes_from_the_reference(overlay: Path) -> None:
     code = """
 import sys, tiny_llm
 values = [getattr(tiny_llm, name) for name in tiny_llm.__all__]
@@ -132,16 +132,16 @@ def test_a_missing_overlay_folder_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "said"),
     [
-        ("kvpool.py", "kvpool.py overrides nothing; did you mean kv_pool.py?"),
-        ("Norm.py", "Norm.py overrides nothing; did you mean norm.py?"),
-        ("zzz.py", "zzz.py overrides nothing"),
+        ("kvpool.py", "kvpool.py does not replace any module of the engine; did you mean kv_pool.py?"),
+        ("Norm.py", "Norm.py does not replace any module of the engine; did you mean norm.py?"),
+        ("zzz.py", "zzz.py does not replace any module of the engine"),
     ],
 )
-def test_a_file_that_overrides_nothing_is_rejected_with_a_suggestion(
+def test_a_file_that_replaces_no_module_is_rejected_with_a_suggestion(
     overlay: Path, file: str, said: str
 ) -> None:
     (overlay / file).touch()
-    assert refusal(overlay) == f"ImportError: {said} (in {overlay})"
+    assert refusal(overlay) == f"ImportError: {said} (in {overlay}; name your own helper files my_*.py)"
 
 
 def test_other_files_in_the_overlay_are_ignored(overlay: Path) -> None:

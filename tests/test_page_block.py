@@ -241,7 +241,7 @@ def test_a_query_that_does_not_fit_is_rejected(query: mx.array, message: str) ->
 def test_a_table_with_too_few_blocks_for_its_tokens_is_rejected() -> None:
     made = make_sequences([9, 5])
     made.tables[1].blocks.pop()
-    with pytest.raises(ValueError, match="table 1 has 1 blocks of 4 for 5 tokens"):
+    with pytest.raises(ValueError, match="table 1 has 5 tokens, but its blocks hold at most 1 x 4"):
         made.attend()
 
 
@@ -255,7 +255,7 @@ def test_a_block_without_a_page_is_rejected() -> None:
 
 def test_a_block_size_that_differs_from_the_tables_is_rejected() -> None:
     made = make_sequences([9, 5])
-    with pytest.raises(ValueError, match="table 0 has blocks of 4 tokens, block_size is 16"):
+    with pytest.raises(ValueError, match="table 0 has blocks of 4 tokens, but block_size is 16"):
         paged_attention_kernel(made.query, made.tables, made.pages)
 
 

@@ -231,7 +231,7 @@ def test_the_request_that_has_waited_longest_still_comes_first() -> None:
 
 
 @pytest.mark.parametrize("beams", [True, False])
-def test_a_single_sequence_is_preempted_alone(beams: bool) -> None:
+def test_a_leader_that_has_not_forked_is_preempted_as_one_sequence(beams: bool) -> None:
     queues = Queues()
     leader = queues.request("a", width=3, beams=beams)
     assert preempt(queues, leader) == [leader]

@@ -222,7 +222,7 @@ def test_an_attention_with_another_order_of_summation_for_single_tokens_is_caugh
     assert_caught_by_check()
 
 
-def test_an_attention_that_reads_its_own_chunk_before_rounding_is_caught(
+def test_attention_that_reads_its_own_chunk_before_rounding_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def attend(

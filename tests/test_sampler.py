@@ -282,7 +282,7 @@ some_tokens = st.lists(st.integers(0, 23), max_size=12)
 
 @settings(max_examples=examples(300))
 @given(adjustments, some_tokens, some_tokens, st.sets(st.integers(0, 23), max_size=3), st.integers(0, 2**32))
-def test_adjusted_logits_equal_the_references(
+def test_adjusted_logits_match_the_reference(
     params: SamplingParams, prompt: list[int], outputs: list[int], ends: set[int], seed: int
 ) -> None:
     logits = random_logits(seed)

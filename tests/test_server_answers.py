@@ -80,7 +80,7 @@ def test_choices_are_in_the_order_of_prompts_and_completions(llm: LLM, sdk: open
     assert [(choice.index, choice.text) for choice in answer.choices] == list(enumerate(expected))
 
 
-def test_token_ids_and_texts_are_the_same_prompt(llm: LLM, sdk: openai.OpenAI) -> None:
+def test_token_ids_and_their_text_get_the_same_answer(llm: LLM, sdk: openai.OpenAI) -> None:
     tokens = llm.tokenizer.encode("The sky is", add_special_tokens=True)
     options = {"model": "smollm2", "temperature": 0, "max_tokens": 6}
     texts = [
@@ -90,7 +90,7 @@ def test_token_ids_and_texts_are_the_same_prompt(llm: LLM, sdk: openai.OpenAI) -
     assert texts[0] == texts[1] == texts[2] == generate_text(llm, "The sky is", temperature=0, max_tokens=6)
 
 
-def test_the_asynchronous_client_streams_many_at_once(llm: LLM, served: Served) -> None:
+def test_the_asynchronous_client_streams_many_answers_at_once(llm: LLM, served: Served) -> None:
     async def ask(sdk: openai.AsyncOpenAI, i: int) -> str:
         stream = await sdk.completions.create(
             model="smollm2", prompt=f"Number {i} is", temperature=0, max_tokens=10, stream=True
@@ -105,7 +105,7 @@ def test_the_asynchronous_client_streams_many_at_once(llm: LLM, served: Served) 
     assert asyncio.run(ask_all()) == expected
 
 
-def test_log_probabilities_equal_the_engines(llm: LLM, sdk: openai.OpenAI) -> None:
+def test_log_probabilities_match_the_engine(llm: LLM, sdk: openai.OpenAI) -> None:
     chat = sdk.chat.completions.create(
         model="smollm2", messages=FRANCE, temperature=0, logprobs=True, top_logprobs=2, max_tokens=4
     )
@@ -413,7 +413,7 @@ def test_the_operators_defaults_apply_to_fields_that_a_request_leaves_out(llm: L
         assert chat.json()["usage"]["completion_tokens"] == 32
 
 
-def test_a_default_max_tokens_is_lowered_to_what_the_context_has_left() -> None:
+def test_a_default_max_tokens_is_lowered_to_the_remaining_context() -> None:
     config = ServerConfig(override_generation_config={"max_new_tokens": 500})
     with serving(lambda: LLM(num_blocks=8, max_model_len=64), config) as here, here.client() as client:
         answer = client.post(CHAT, json={"messages": FRANCE, "ignore_eos": True})

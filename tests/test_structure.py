@@ -28,6 +28,7 @@ ALLOWED = {
     "tiny_llm_cli": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_server"},
     "labs": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_course"},
     "benches": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_course", "tiny_llm_kernels"},
+    "book": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_course"},
 }
 
 AnyFunction = ast.FunctionDef | ast.AsyncFunctionDef
@@ -75,14 +76,14 @@ def unannotated(function: AnyFunction) -> list[str]:
 # ---- the reference ----
 
 
-def test_the_reference_is_flat() -> None:
+def test_the_reference_is_a_flat_package() -> None:
     """A package inside the package would not fall through to the overlay."""
     folders = [path.name for path in REFERENCE.iterdir() if path.is_dir() and path.name != "__pycache__"]
     assert folders == []
 
 
 @pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_the_reference_imports_itself_relatively(file: Path) -> None:
+def test_the_reference_uses_relative_imports_for_its_own_modules(file: Path) -> None:
     """An absolute import would bypass the learner's modules."""
     tree = parse(file)
     assert {top_package(m) for m in absolute_imports(tree)}.isdisjoint({"tiny_llm", "tiny_llm_ref"})
@@ -154,10 +155,10 @@ def test_a_package_imports_only_packages_below_it(package: str) -> None:
 
 def test_every_package_is_in_the_table_of_imports() -> None:
     with_code = {folder.name for folder in SRC.iterdir() if list(folder.glob("*.py"))}
-    assert with_code | {"labs", "benches"} == set(ALLOWED)
+    assert with_code | {"labs", "benches", "book"} == set(ALLOWED)
 
 
-def test_the_architecture_page_states_the_same_table() -> None:
+def test_the_architecture_page_has_the_same_table_of_imports() -> None:
     """ARCHITECTURE.md, "Packages": package, contents, imports."""
     page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("\n## Packages\n")[2]
     rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page.partition("\n### ")[0], re.MULTILINE)
@@ -198,14 +199,14 @@ def days_of_the_syllabus() -> list[tuple[str, str, list[str]]]:
     return [(day["id"], day["title"], day["modules"]) for day in tomllib.loads(text)["day"]]
 
 
-def test_every_module_belongs_to_one_day_or_is_given() -> None:
+def test_every_module_belongs_to_at_most_one_day() -> None:
     """A learner could not write a module of two days in either of them. A module of no day is given."""
     owned = [module for _, _, modules in days_of_the_syllabus() for module in modules]
     assert len(owned) == len(set(owned))
     assert set(owned) < {file.stem for file in MODULES}
 
 
-def test_the_table_of_days_is_the_syllabus() -> None:
+def test_the_table_of_days_matches_the_syllabus() -> None:
     """ARCHITECTURE.md, "Days": day, title, modules."""
     table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("\n### Days\n")[2]
     rows = re.findall(r"^\| (\d\.\d) \| (.*) \| (.*) \|$", table, re.MULTILINE)

@@ -42,7 +42,7 @@ def test_the_goldens_were_made_from_the_embedded_file() -> None:
 
 
 @pytest.mark.parametrize("record", GOLDEN["strings"], ids=lambda record: ascii(record["text"])[:40])
-def test_ids_and_decoded_text_equal_transformers(record: dict[str, Any]) -> None:
+def test_ids_and_decoded_text_match_transformers(record: dict[str, Any]) -> None:
     text, ids = record["text"], record["ids"]
     assert TOKENIZER.encode(text) == ids
     assert TOKENIZER.decode(ids, skip_special_tokens=False) == record["decoded"]
@@ -109,7 +109,7 @@ def test_a_character_of_several_tokens_is_streamed_whole(text: str) -> None:
     assert streamed + stream.flush() == text
 
 
-def test_the_flush_returns_an_incomplete_last_character_once() -> None:
+def test_a_flush_returns_an_incomplete_last_character_only_once() -> None:
     ids = TOKENIZER.encode("ok \U0001fae8")
     stream = TOKENIZER.stream()
     pushed = "".join(stream.push(token_id) for token_id in ids[:-1])

@@ -337,7 +337,7 @@ def test_task_4_looked_up_rows_are_dequantized_correctly(index: int | list, bits
 # Task 5: quantized_matmul
 
 
-def test_task_5_a_row_with_a_single_one_picks_a_column() -> None:
+def test_task_5_a_one_hot_row_picks_a_column() -> None:
     """Oracle: by hand: codes 0 to 15 twice, and 15 to 0 twice; scales 1 and 2, biases 0 and -30."""
     rising, falling = [0x76543210, 0xFEDCBA98] * 2, [0x89ABCDEF, 0x01234567] * 2
     words = mx.array([rising, falling], mx.uint32)

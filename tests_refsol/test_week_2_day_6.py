@@ -21,7 +21,7 @@ def test_task_1_wants_that_fit_the_budget_are_granted_completely() -> None:
     assert share_budget([1, 5, 1], 10) == [1, 5, 1]
 
 
-def test_task_1_a_prompt_that_is_too_long_gets_a_chunk() -> None:
+def test_task_1_a_prompt_longer_than_the_budget_gets_a_chunk() -> None:
     """Oracle: by hand."""
     assert share_budget([100], 64) == [64]
 

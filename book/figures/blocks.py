@@ -1,7 +1,7 @@
 """Draws pools, block tables and tokens, the shapes that most figures of the book consist of.
 
-A sequence has one hue throughout a figure; a block that several sequences hold has a stripe for each of the others.
-Coordinates are pixels of the drawing; each function returns the x coordinate to the right of what it drew.
+A sequence has one hue throughout a figure; a block that several sequences hold has a stripe for each of the
+others. Coordinates are in pixels; each function returns the x coordinate to the right of what it drew.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,9 @@ def table(drawing: Drawing, x: float, y: float, name: str, hue: str, ids: Sequen
     return left + len(ids) * 36
 
 
-def tokens(drawing: Drawing, x: float, y: float, hue: str, texts: Sequence[str], width: float = CELL) -> float:
+def tokens(
+    drawing: Drawing, x: float, y: float, hue: str, texts: Sequence[str], width: float = CELL
+) -> float:
     """Draw a row of tokens; an empty text is a place that no token has filled."""
     for place, text in enumerate(texts):
         drawing.cell(x + place * (width + 2), y, width, 26, hue if text else "free", text)

@@ -16,7 +16,7 @@ TICKS = 5
 
 
 class Axis(NamedTuple):
-    """Maps values to pixels: from the values low..high to the pixels start..stop. base: of a logarithmic axis."""
+    """Maps the values low..high to the pixels start..stop. base: of a logarithmic axis, otherwise None."""
 
     low: float
     high: float

@@ -36,8 +36,8 @@ def _fork() -> Drawing:
         560,
         440,
         "A fork and its copy on write",
-        "Before: A holds blocks 0 and 1. After the fork: A and B hold both, with two references each. When B appends "
-        "a token, block 1 is copied to block 2, and B's table is [0, 2]. When A ends, block 1 is free.",
+        "Before: A holds blocks 0 and 1. After the fork: A and B hold both, with two references each. When B "
+        "appends a token, block 1 is copied to block 2, and its table is [0, 2]. When A ends, 1 is free.",
     )
     rows: Sequence[tuple[str, dict[str, tuple[str, list[int]]], list[Block]]] = (
         (

@@ -42,7 +42,7 @@ class Drawing:
         self._marks.append("</g>")
 
     def label(self, x: float, y: float, text: str, kind: str = "text", anchor: str = "start") -> None:
-        """Draw one line of text on the baseline y. kind: "name", "text", "small", "note", "chip" or "head"."""
+        """Draw a line of text on the baseline y. kind: "name", "text", "small", "note", "chip" or "head"."""
         self._marks.append(
             f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
         )
@@ -84,7 +84,7 @@ class Drawing:
         )
 
     def line(self, start: Point, end: Point, kind: str = "arrow") -> None:
-        """Draw a straight line without an arrowhead. kind: "arrow", or "grid" for the faint lines of a chart."""
+        """Draw a straight line without an arrowhead. kind: "arrow", or "grid" for faint lines of a chart."""
         path = f"M{start[0]:g} {start[1]:g} L{end[0]:g} {end[1]:g}"
         self._marks.append(f'<path class="{kind}" d="{path}"/>')
 
@@ -110,12 +110,14 @@ class Drawing:
         return "\n".join([*parts, *self._body(), "</svg>"]) + "\n"
 
     def inline(self) -> str:
-        """Return an element for an HTML page, without colours and fonts of its own and without empty lines."""
+        """Return an element for an HTML page, without colours or fonts, and without empty lines."""
         return "\n".join([self._opening('class="figure"'), *self._heading, *self._body(), "</svg>"])
 
     def _opening(self, attributes: str) -> str:
         width, height = self._size
-        return f'<svg {attributes} role="img" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        return (
+            f'<svg {attributes} role="img" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        )
 
     def _body(self) -> list[str]:
         head = (

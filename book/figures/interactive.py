@@ -1,11 +1,11 @@
-"""The drawings that stand in for interactive figures without JavaScript, and the data that Python makes for them.
+"""What Python makes for interactive figures: drawings for readers without JavaScript, and data.
 
 DATA: values that a figure reads as JSON, made by the reference's own scheduler.
 """
 
 from collections.abc import Callable
 
-from .drawings import draw
+from .find import draw
 
 FALLBACKS: dict[str, str] = {}
 """The drawing for each interactive figure, as `MODULE.FIGURE`."""

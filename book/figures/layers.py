@@ -17,14 +17,15 @@ IMPORTS = {
     "tiny_llm_cli": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server", "tiny_llm_course"),
     "benches": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels", "tiny_llm_course", "tiny_llm_cli"),
     "labs": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_cli"),
+    "book": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_cli"),
 }
 
 # Imports drawn as a straight arrow down, by the x coordinate of the arrow. All others are drawn as arrows
 # sideways, as arrows around the stack to the overlay, or as small labels.
 DOWN = {
-    ("benches", "tiny_llm_cli"): 240,
-    ("labs", "tiny_llm_cli"): 490,
-    ("labs", "tiny_llm_course"): 670,
+    ("benches", "tiny_llm_cli"): 175,
+    ("labs", "tiny_llm_cli"): 430,
+    ("book", "tiny_llm_course"): 685,
     ("tiny_llm_cli", "tiny_llm_server"): 240,
     ("tiny_llm_cli", "tiny_llm_course"): 490,
     ("tiny_llm_server", "tiny_llm"): 240,
@@ -35,7 +36,7 @@ DOWN = {
 }
 LEFT, RIGHT, OUTSIDE = 60, 800, 32  # edges of the stack, and the distance of the outer arrows from it
 SIDEWAYS = [("tiny_llm_checkpoints", "tiny_llm_kernels")]
-AROUND = {"benches": LEFT, "tiny_llm_cli": LEFT, "labs": RIGHT}
+AROUND = {"benches": LEFT, "tiny_llm_cli": LEFT, "book": RIGHT}
 
 
 class Package(NamedTuple):
@@ -63,8 +64,9 @@ class Package(NamedTuple):
 PACKAGES = {
     package.name: package
     for package in (
-        Package("benches", "benchmarks, one question each", LEFT, 20, 355),
-        Package("labs", "experiments of the course", 445, 20, 355),
+        Package("benches", "one question each", LEFT, 20, 230),
+        Package("labs", "experiments of the course", 315, 20, 230),
+        Package("book", "chapters, and their builder", 570, 20, 230),
         Package("tiny_llm_cli", "the tiny-llm command", LEFT, 132, 475),
         Package("tiny_llm_server", "OpenAI's API over HTTP", LEFT, 244, 355),
         Package("tiny_llm_course", "syllabus, starters, tests, hints", 445, 244, 355),

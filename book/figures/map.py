@@ -1,99 +1,66 @@
 """The map of the engine that returns in every chapter: today's boxes are lit, the others are dimmed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
 from .drawing import Drawing
 
 WIDTH, HEIGHT = 720, 544
+ATTENTION = ("1.1", "1.2", "1.3", "2.5", "3.2", "3.5")
+CACHES = ("2.1", "2.2", "2.3", "3.2", "3.3")
 
 
 class Box(NamedTuple):
-    """A part of the engine: the days that build it, its text, and its place."""
+    """A part of the engine: the days that build it, its text, and its place: x, y, width and height."""
 
     days: tuple[str, ...]
     name: str
     lines: tuple[str, ...]
-    x: float
-    y: float
-    width: float
-    height: float
+    place: tuple[float, float, float, float]
     hue: str
 
 
 BOXES = (
-    Box((), "client, server", ("HTTP, OpenAI's API",), 16, 12, 150, 70, "panel"),
+    Box((), "client, server", ("HTTP, OpenAI's API",), (16, 12, 150, 70), "panel"),
     Box(
-        ("3.7",), "engine", ("one thread owns all arrays; an inbox and an outbox",), 196, 12, 496, 70, "blue"
+        ("3.7",),
+        "engine",
+        ("one thread owns all arrays; an inbox and an outbox",),
+        (196, 12, 496, 70),
+        "blue",
     ),
     Box(
         ("2.6", "2.7", "3.2"),
         "batch manager",
         ("schedules, runs and", "commits each step"),
-        16,
-        112,
-        170,
-        88,
+        (16, 112, 170, 88),
         "blue",
     ),
-    Box(("3.6",), "preemption, swap", ("what to do when", "blocks run out"), 206, 112, 160, 88, "blue"),
-    Box(
-        ("3.4", "3.5"), "prefix cache", ("full blocks, found by", "their content"), 376, 112, 158, 88, "blue"
-    ),
-    Box(("3.2",), "beam search", ("hypotheses that", "share blocks"), 544, 112, 148, 88, "blue"),
+    Box(("3.6",), "preemption, swap", ("what to do when", "blocks run out"), (206, 112, 160, 88), "blue"),
+    Box(("3.4", "3.5"), "prefix cache", ("full blocks, found by", "content"), (376, 112, 158, 88), "blue"),
+    Box(("3.2",), "beam search", ("hypotheses that", "share blocks"), (544, 112, 148, 88), "blue"),
     Box(
         ("3.1", "3.2", "3.5"),
         "block tables, allocator",
-        ("which blocks hold which tokens;", "windows; compaction"),
-        16,
-        230,
-        350,
-        88,
+        ("which blocks have which tokens;", "windows; compaction"),
+        (16, 230, 350, 88),
         "green",
     ),
     Box(
         ("3.2", "3.3"),
         "packed step",
         ("all tokens of a step as one row,", "and a slot for each"),
-        396,
-        230,
-        296,
-        88,
+        (396, 230, 296, 88),
         "orange",
     ),
+    Box(("1.4", "1.5", "2.4"), "model", ("embedding, 30 blocks,", "logits"), (16, 348, 206, 88), "orange"),
     Box(
-        ("1.4", "1.5", "2.4"),
-        "model",
-        ("embedding, 30 blocks,", "logits; 4-bit weights"),
-        16,
-        348,
-        206,
-        88,
-        "orange",
+        ATTENTION, "attention", ("heads, positions, tiles,", "pages, windows"), (250, 348, 206, 88), "orange"
     ),
-    Box(
-        ("1.1", "1.2", "1.3", "2.5", "3.2", "3.5"),
-        "attention",
-        ("heads, positions, tiles,", "pages, windows"),
-        250,
-        348,
-        206,
-        88,
-        "orange",
-    ),
-    Box(
-        ("2.1", "2.2", "2.3", "3.2", "3.3"),
-        "keys and values",
-        ("one cache, then a pool", "of pages"),
-        484,
-        348,
-        208,
-        88,
-        "teal",
-    ),
-    Box(("1.7",), "sampler", ("from logits to one token",), 16, 464, 206, 70, "violet"),
-    Box(("1.6",), "text", ("tokens to text, streamed",), 250, 464, 206, 70, "violet"),
+    Box(CACHES, "keys and values", ("one cache, then a pool", "of pages"), (484, 348, 208, 88), "teal"),
+    Box(("1.7",), "sampler", ("from logits to one token",), (16, 464, 206, 70), "violet"),
+    Box(("1.6",), "text", ("tokens to text, streamed",), (250, 464, 206, 70), "violet"),
 )
 ARROWS = (
     ((166, 47), (194, 47)),
@@ -126,12 +93,11 @@ def draw(day: str | None) -> Drawing:
     for box in BOXES:
         is_lit = day is None or day in box.days
         style = f"{box.hue} {'lit' if day and is_lit else '' if is_lit else 'dim'}".strip()
-        drawing.box(box.x, box.y, box.width, box.height, style, [box.name, *box.lines])
-        drawing.label(box.x + 14, box.y + box.height - 9, "  ".join(box.days), "note")
+        x, y, _, height = box.place
+        drawing.box(*box.place, style, [box.name, *box.lines])
+        drawing.label(x + 14, y + height - 9, "  ".join(box.days), "note")
     return drawing
 
 
 DAYS = sorted({day for box in BOXES for day in box.days})
-FIGURES: Mapping[str, Callable[[], Drawing]] = {"all": partial(draw, None)} | {
-    day: partial(draw, day) for day in DAYS
-}
+FIGURES: dict[str, Callable[[], Drawing]] = {day or "all": partial(draw, day) for day in (None, *DAYS)}

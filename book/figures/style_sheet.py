@@ -1,4 +1,4 @@
-"""Writes the book's colours as CSS variables for its light and its dark theme, from the live page's style sheet."""
+"""Writes the book's light and dark colours as CSS variables, taken from the live page's style sheet."""
 
 from .palette import Palette, palettes
 

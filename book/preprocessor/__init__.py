@@ -1,1 +1,1 @@
-"""Turns the sources of the book's chapters into what mdBook renders: directives, results, formulas, figures."""
+"""Turns the chapters' sources into what mdBook renders: directives, results, formulas and figures."""

@@ -50,25 +50,29 @@ def evaluate(expression: str, functions: Mapping[str, Callable[..., Any]]) -> Nu
 
 
 def _value(node: ast.expr, functions: Mapping[str, Callable[..., Any]], names: Mapping[str, int]) -> Any:
+    """Evaluate one node; `names` are the variables of generator expressions."""
+
+    def value(part: ast.expr, **more: int) -> Any:
+        return _value(part, functions, {**names, **more})
+
     match node:
         case ast.Constant():
-            return node.value
+            found: Any = node.value
         case ast.Name() if node.id in names:
-            return names[node.id]
+            found = names[node.id]
         case ast.UnaryOp(op=ast.USub()):
-            return -_value(node.operand, functions, names)
+            found = -value(node.operand)
         case ast.BinOp():
-            left, right = (_value(one, functions, names) for one in (node.left, node.right))
-            return _BINARY[type(node.op)](left, right)
+            found = _BINARY[type(node.op)](value(node.left), value(node.right))
         case ast.List() | ast.Tuple():
-            return [_value(one, functions, names) for one in node.elts]
-        case ast.Call(func=ast.Name(), keywords=[]) if node.func.id in functions:
-            return functions[node.func.id](*(_value(one, functions, names) for one in node.args))
-        case ast.GeneratorExp(generators=[ast.comprehension(target=ast.Name(), ifs=[]) as loop]):
-            name = loop.target.id  # type: ignore[attr-defined]
-            items = _value(loop.iter, functions, names)
-            return [_value(node.elt, functions, {**names, name: item}) for item in items]
-    raise ValueError(f"{ast.unparse(node)!r} is not arithmetic")
+            found = [value(one) for one in node.elts]
+        case ast.Call(func=ast.Name(id=name), keywords=[]) if name in functions:
+            found = functions[name](*map(value, node.args))
+        case ast.GeneratorExp(generators=[ast.comprehension(target=ast.Name(id=name), ifs=[]) as loop]):
+            found = [value(node.elt, **{name: item}) for item in value(loop.iter)]
+        case _:
+            raise ValueError(f"{ast.unparse(node)!r} is not arithmetic")
+    return found
 
 
 def shown(number: Number, form: str) -> str:

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 
-from figures import chart, drawings, interactive
+from figures import chart, interactive
 from tiny_llm_course.repo import Repo
 from tiny_llm_course.syllabus import read_syllabus
 
+from . import pictures
 from .code import Code
 from .directives import Directive, expand
 from .exercises import Exercises
@@ -32,7 +33,7 @@ class Chapters:
                 "code": code.code,
                 "signature": code.signature,
                 "docstring": code.docstring,
-                "figure": drawings.figure,
+                "figure": pictures.figure,
                 "interactive": embedded.interactive,
                 **exercises.directives,
                 **Results(chart.svg).directives,

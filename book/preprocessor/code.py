@@ -111,5 +111,7 @@ def _definitions(path: Path) -> tuple[tuple[str, Definition], ...]:
         if isinstance(node, Definition):
             found.append((node.name, node))
         if isinstance(node, ast.ClassDef):
-            found += [(f"{node.name}.{part.name}", part) for part in node.body if isinstance(part, Definition)]
+            found += [
+                (f"{node.name}.{part.name}", part) for part in node.body if isinstance(part, Definition)
+            ]
     return tuple(found)

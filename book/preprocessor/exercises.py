@@ -33,9 +33,7 @@ class Exercises:
     @property
     def names(self) -> frozenset[str]:
         """Every exercise as `module.function`."""
-        return frozenset(
-            f"{one.module}.{one.name}" for day in self._syllabus.days for one in day.exercises
-        )
+        return frozenset(f"{one.module}.{one.name}" for day in self._syllabus.days for one in day.exercises)
 
     def tasks(self, unit_id: str) -> str:
         """A table of the exercises of a day or a part, with their files."""

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "interactive"
 
 
 class Interactive:
-    """The directive `interactive NAME CAPTION`, for the element `<NAME-figure>` of the module `NAME_figure.js`.
+    """The directive `interactive NAME CAPTION`: the element `<NAME-figure>` of the module `NAME_figure.js`.
 
     fallback: draws what the page shows until the element is ready, and where JavaScript is off.
     data: values that Python computes for a figure, by its name.

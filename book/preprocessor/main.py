@@ -1,7 +1,7 @@
 """The preprocessor that mdBook runs: replaces directives and formulas in every chapter.
 
-mdBook runs it as `main.py supports RENDERER`, which must succeed, and with `[context, book]` as JSON on stdin; it prints
-the book as JSON. Errors go to stderr, and the exit code 1 stops the build.
+mdBook runs it as `main.py supports RENDERER`, which must succeed, and with `[context, book]` as JSON on
+stdin; it prints the book as JSON. Errors go to stderr, and the exit code 1 stops the build.
 """
 
 import json

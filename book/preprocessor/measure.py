@@ -51,13 +51,14 @@ def _measured(command: str, described: dict[str, Any], overlay: str) -> Saved:
     if ended.returncode:
         raise BookError(f"{command}: exit code {ended.returncode}\n{ended.stderr}")
     day = date.today().isoformat()
+    printed = ended.stdout.replace(overlay, "src/tiny_llm")  # as without modules of a learner
     if "--json" in words:
-        return Saved(command, day, described, json=json.loads(ended.stdout))
-    return Saved(command, day, described, output=ended.stdout)
+        return Saved(command, day, described, json=json.loads(printed))
+    return Saved(command, day, described, output=printed)
 
 
 def _runnable(words: list[str]) -> list[str]:
-    """The command with this environment's programs: `pdm run NAME` by what pyproject.toml says, without PDM."""
+    """The command as this environment runs it: without PDM, by the scripts in pyproject.toml."""
     import tomllib
 
     if words[:2] != ["pdm", "run"]:

@@ -1,4 +1,4 @@
-"""The results of real runs: one JSON file for each name in `results/runs.toml`, written by `pdm run book results`.
+"""The results of real runs: a JSON file for each name in `results/runs.toml`, by `pdm run book results`.
 
 A file has the command, the date, the machine, and what the command printed: `json` for a command that ends in
 `--json`, otherwise `output`, the text.
@@ -16,6 +16,7 @@ from typing import Any
 
 from .arithmetic import Number, evaluate, shown
 from .errors import BookError
+from .pictures import framed
 
 FOLDER = Path(__file__).parents[1] / "results"
 
@@ -35,7 +36,8 @@ class Saved:
         """A line that says how and where the result was measured."""
         machine = self.machine
         kernels = f"{machine['instruction_set']} kernels, {machine['threads']} threads"
-        return f"`{self.command}` on {machine['processor']}, {kernels}, MLX {machine['mlx']}"
+        command = self.command.removesuffix(" --json")
+        return f"`{command}` on {machine['processor']}, {kernels}, MLX {machine['mlx']}"
 
 
 def runs() -> dict[str, str]:
@@ -89,7 +91,7 @@ class Results:
         return found if isinstance(found, str) else shown(found, form.strip())
 
     def calc(self, arguments: str) -> str:
-        """The value of an expression: `2 * 3 * 64`, or `value("trap", "tables.0.rows.1.tokens") / 2 as .1f`."""
+        """The value of an expression, such as `value("trap", "tables.0.rows.1.tokens") / 2 as .1f`."""
         expression, _, form = arguments.partition(" as ")
         return shown(evaluate(expression.strip(), {"value": self.number}), form.strip())
 
@@ -113,7 +115,7 @@ class Results:
         return found
 
     def table(self, arguments: str) -> str:
-        """A table of a lab: `NAME`, or `NAME PLACE` for another than the first. Its caption names the source."""
+        """A table of a lab: `NAME`, or `NAME PLACE` for a later one. The caption names the source."""
         name, _, place = arguments.partition(" ")
         tables = self._json(name, "tables")
         found = _item(tables, place or "0", name)
@@ -122,7 +124,7 @@ class Results:
     def chart(self, arguments: str) -> str:
         """The picture of a lab, drawn from the same run as its tables."""
         picture = self._json(arguments, "picture")
-        return _figure(self._chart(picture), f"{escape(picture['title'])}. {self._source_html(arguments)}")
+        return framed(self._chart(picture), f"{escape(picture['title'])}. {self._source_html(arguments)}")
 
     def output(self, arguments: str) -> str:
         """The command and the text that it printed, as on a terminal: `NAME`, or `NAME FIRST-LAST` lines."""
@@ -197,7 +199,3 @@ def _markdown(table: Mapping[str, Any]) -> str:
 
 def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
-
-
-def _figure(svg: str, caption: str) -> str:
-    return f'<figure class="drawing">\n{svg}\n<figcaption>{caption}</figcaption>\n</figure>'

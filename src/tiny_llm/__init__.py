@@ -15,7 +15,8 @@
 # day's module), and otherwise from tiny_llm_ref, under the name `tiny_llm.X`; its relative imports find the
 # learner's modules first. TINY_LLM_OVERLAY names another folder to use instead of this one; with an empty
 # folder, everything comes from the reference. A file that does not override a module is an error, because a
-# misspelled name would otherwise silently load the reference. Only `my_*.py`, helper files, may be new.
+# misspelled name would otherwise silently load the reference. The only
+# new files allowed are helper files named `my_*.py`.
 
 import os
 from importlib.util import find_spec
@@ -24,7 +25,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 
 def _search_path() -> list[str]:
-    """The overlay folder first, then the reference's folder."""
+    """Return the overlay folder and the reference's folder, in this order.
+
+    Raises ImportError if one of them is missing, or if the overlay has a file that overrides no module.
+    """
     reference = find_spec("tiny_llm_ref")
     if reference is None or reference.submodule_search_locations is None:
         raise ImportError("tiny_llm_ref is not installed: run `pdm install`")
@@ -45,7 +49,9 @@ def _refuse(name: str, known: set[str], overlay: Path) -> NoReturn:
 
     guess = get_close_matches(name, known, n=1)
     raise ImportError(
-        f"{name} overrides nothing{f'; did you mean {guess[0]}?' if guess else ''} (in {overlay})"
+        f"{name} does not replace any module of the engine"
+        f"{f'; did you mean {guess[0]}?' if guess else ''} "
+        f"(in {overlay}; name your own helper files my_*.py)"
     )
 
 
@@ -53,5 +59,5 @@ __path__ = _search_path()
 
 if TYPE_CHECKING:
     from tiny_llm_ref.api import *  # noqa: F403
-else:  # hidden from type checkers, which would take every name for the Any of __getattr__
+else:  # hidden from type checkers, which would accept any name because of __getattr__
     from .api import __all__, __dir__, __getattr__  # noqa: F401 (re-exported)

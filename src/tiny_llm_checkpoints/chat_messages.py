@@ -14,7 +14,7 @@ from .errors import TinyLLMError, shown
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 IGNORED = ("annotations", "cache_control", "prompt_cache_breakpoint")  # these do not change the prompt
-IGNORED_IN_PARTS = (*IGNORED, "logprobs", "id", "index")  # fields of an answer's parts besides the text
+IGNORED_IN_PARTS = (*IGNORED, "logprobs", "id", "index")  # the parts of an answer have these as well
 UNSUPPORTED = {
     "tool_calls": "tool calls are not supported",
     "function_call": "function calls are not supported",
@@ -80,8 +80,10 @@ def check_json(value: Any, field: str) -> Any:
     for item, place, depth in _walk(value, field):
         _check_value(item, place)
         count += len(item) if isinstance(item, (Mapping, list, tuple)) else 0
-        if depth > MAX_DEPTH or count > MAX_VALUES:
-            raise MessageError(field, f"at most {MAX_DEPTH} levels and {MAX_VALUES} values")
+        if depth > MAX_DEPTH:
+            raise MessageError(field, f"is nested more than {MAX_DEPTH} levels deep")
+        if count > MAX_VALUES:
+            raise MessageError(field, f"has more than {MAX_VALUES} values")
     return value
 
 

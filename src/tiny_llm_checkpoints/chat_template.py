@@ -21,7 +21,7 @@ from .tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 CONTENT_FORMATS = ("auto", "string", "openai")
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # names that need no disguise
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # never disguised: see `Disguise`
 MAX_KWARGS = 100_000  # characters in all template variables of a caller
 _MAX_REASON = 300  # characters quoted from a template's own error message
 _OWN = {"messages", "add_generation_prompt", "continue_final_message", "tools", "chat_template", "tokenize"}
@@ -74,9 +74,9 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt for `messages`: mappings with "role" and "content"; other keys are passed on.
 
-        A content is a string or a list of text parts, which are joined by line breaks if the template takes
-        strings. With `add_generation_prompt` the prompt ends where the assistant's answer starts. Further
-        keyword arguments are variables of the template.
+        The content is a string or a list of text parts; the parts are joined by line breaks if the template
+        takes strings. With `add_generation_prompt` the prompt ends where the assistant's answer starts.
+        Further keyword arguments are variables of the template.
 
         Raises `MessageError` for a bad message, and ValueError if the template raises an error (which is
         quoted), uses what the sandbox forbids, or exceeds its limits.
@@ -133,7 +133,7 @@ class ChatTemplate:
             return tokenizer.encode(plain[:end], add_special_tokens=add_special_tokens, context=context)
         if not same:
             raise MessageError(
-                "messages", "a text contains a control token, and the template changes that text"
+                "messages", "the template changes a text that contains a control token: remove the token"
             )
         hidden = hidden[:end]
         pieces = [disguise.show(piece) for piece in split_pieces(hidden, tokenizer.control_tokens)]
@@ -220,7 +220,9 @@ class ChatTemplate:
         for start in (before, before.rstrip()):  # a template may strip the text
             if found and plain.startswith(start):
                 return len(start)
-        raise MessageError("continue_final_message", "the template does not end with the last message's text")
+        raise MessageError(
+            "continue_final_message", "the template drops or changes the end of the last message's text"
+        )
 
     def _detect_formats(self, tree: nodes.Template) -> None:
         """Detect each role's content format by rendering; if nothing renders, from the syntax tree."""

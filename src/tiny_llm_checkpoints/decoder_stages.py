@@ -153,7 +153,7 @@ T = TypeVar("T")
 
 
 def _cached(change: Callable[[str], T]) -> Callable[[str], T]:
-    """`change` with a cache, because a text repeats few distinct tokens."""
+    """`change` with a cache, because most tokens of a text are repeated."""
     return lru_cache(CACHED_TOKENS)(change)
 
 
@@ -313,7 +313,7 @@ _ON_TOKENS: dict[str, _Maker] = {
     "WordPiece": _each,
 }
 _ON_FUSED: dict[str, _Maker] = {
-    "Metaspace": _alike,  # fused text is one token: the first
+    "Metaspace": _alike,  # the fused text is a single token, so it is the first
     "Replace": _replace_on_fused,
     "Strip": _StripEnds,
 }

@@ -13,7 +13,7 @@ from .tensor_ranges import TensorRange, check_no_overlap
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-MAX_ENTRIES = 1 << 16  # metadata keys, and tensors; a model of 126 layers has about 1,200
+MAX_ENTRIES = 1 << 16  # of metadata keys, and of tensors; a model of 126 layers has about 1,200 tensors
 MAX_ITEMS = 1 << 22  # items in all metadata arrays together; a vocabulary of 262,144 has about 1.3 million
 MAX_TEXT = 1 << 24  # bytes of one string; a long chat template has 20 thousand
 MAX_NAME = 1024  # bytes of a key's or a tensor's name; ggml's own limit for tensors is 63
@@ -157,7 +157,7 @@ class _Cursor:
             raise ValueError(f"{what} is not UTF-8 (at byte {self.position - length})") from error
 
     def texts(self, count: int, what: str) -> list[str]:
-        """Read `count` strings; fast from the buffer, with `text` at its end and for bad ones."""
+        """Read `count` strings: fast from the buffer, otherwise (at its end, or if invalid) with `text`."""
         found: list[str] = []
         while len(found) < count:
             buffer, at = self._buffer, self.position - self._buffered_from
@@ -202,10 +202,10 @@ def _read_array(cursor: _Cursor, what: str) -> list[Any]:
     if cursor.num_items > MAX_ITEMS:
         raise ValueError(f"{what} claims {count} items; all metadata together may have at most {MAX_ITEMS}")
     if kind == _STRING:
-        cursor.expect(8 * count, f"{what}, {count} texts,")
+        cursor.expect(8 * count, f"{what}, {count} strings,")
         return cursor.texts(count, what)
     if kind not in _NUMBERS:
-        raise ValueError(f"{what} is an array of type {kind}, expected numbers or texts")
+        raise ValueError(f"{what} is an array of type {kind}, expected numbers or strings")
     code = f"<{count}{_NUMBERS[kind]}"
     return list(struct.unpack(code, cursor.take(struct.calcsize(code), f"{what}, {count} numbers,")))
 

@@ -1,4 +1,4 @@
-"""Finds a GGUF file's beginning, end and control tokens, with the rules of llama.cpp (llama-vocab).
+"""Finds the start, end and control tokens of a GGUF file, with the rules of llama.cpp (llama-vocab).
 
 Many files name only one end token, often the base model's, and mark the end-of-turn token of a chat as normal
 text. llama.cpp therefore recognizes well-known tokens by their text, whatever type the file gives them, and

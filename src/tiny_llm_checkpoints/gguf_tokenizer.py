@@ -117,7 +117,8 @@ def _add_special(
         return AddedToken(token, normalized=normalized, rstrip=rstrip)
 
     typed = list(zip(vocabulary.tokens, vocabulary.special.types, strict=True))
-    # SentencePiece finds them in normalized text, but a space prefix would also precede their own text.
+    # SentencePiece finds user-defined tokens in normalized text. That fails if normalizing adds a space
+    # prefix, because the prefix would also be added to the text of the token itself.
     normalized = kind == "llama" and not vocabulary.keys.flag("add_space_prefix", True)
     built.add_tokens([added(token, normalized) for token, t in typed if t == USER_DEFINED])
     control = (UNKNOWN, CONTROL)
@@ -214,10 +215,11 @@ def _merges_by_score(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str
 
     Raises ValueError for tokens so long that trying all splits would take minutes.
     """
-    if sum(len(token) ** 2 for token, _ in scored) > MAX_CUTS:
-        longest = max((token for token, _ in scored), key=len)
+    if (cuts := sum(len(token) ** 2 for token, _ in scored)) > MAX_CUTS:
+        longest = max(len(token) for token, _ in scored)
         raise ValueError(
-            f"tokenizer.ggml.tokens are too long to compute merges: the longest has {len(longest)} characters"
+            f"tokenizer.ggml.tokens are too long to compute merges: the longest has {longest} characters, "
+            f"and the squares of all lengths add up to {cuts}, expected at most {MAX_CUTS}"
         )
     known = {token for token, _ in scored}
     ranked = sorted((-score, index, token) for index, (token, score) in enumerate(scored))

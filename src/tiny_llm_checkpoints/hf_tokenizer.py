@@ -15,7 +15,7 @@ from .json_file import read_json, read_regular
 from .tokenizer import Tokenizer
 from .tokenizer_library import load
 
-MAX_BYTES = 1 << 28  # of a tokenizer.json; one with 262,144 tokens has 33 million
+MAX_BYTES = 1 << 28  # bytes of a tokenizer.json; one with 262,144 tokens has 33 million
 MAX_TEMPLATE = 1 << 24  # bytes of a chat_template.jinja; a long one has 20 thousand
 
 

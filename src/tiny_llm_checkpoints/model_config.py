@@ -109,7 +109,8 @@ class ModelConfig:
         if types is None:
             if window is not None:
                 raise ConfigError(
-                    f"sliding_window ({window}) needs layer_types, which say which layers have it"
+                    f"sliding_window ({window}) needs layer_types, not None: "
+                    f"{FULL} or {SLIDING} for each layer"
                 )
             return
         if len(types) != self.num_hidden_layers:
@@ -118,7 +119,9 @@ class ModelConfig:
         if unknown is not None:
             raise ConfigError(f"layer_types {unknown!r} is not supported; supported: {FULL}, {SLIDING}")
         if window is None and SLIDING in types:
-            raise ConfigError(f"layer_types has {SLIDING!r}, which needs a sliding_window, not None")
+            raise ConfigError(
+                f"layer_types has {SLIDING!r}, so sliding_window must be a number of tokens, not None"
+            )
 
     def _check_rope_factors(self, factors: tuple[float, ...]) -> None:
         if len(factors) != self.head_dim // 2 or not all(0.0 < factor < float("inf") for factor in factors):

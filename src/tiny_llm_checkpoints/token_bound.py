@@ -1,7 +1,7 @@
 """A lower bound on a text's number of tokens, known from its length, so that huge prompts fail fast.
 
 The bound follows from the tokenizer's components. There is no bound if a component may drop or absorb text.
-Knows nothing of requests and contexts.
+Knows nothing of requests or contexts.
 """
 
 import json
@@ -18,7 +18,7 @@ MAX_COMPOSED = 4  # characters that NFC may compose to one: the longest canonica
 # Components that keep at least one character, or one byte, for each input character.
 _NORMALIZERS = {"Prepend", "NFD", "Lowercase", "ByteLevel", "NFC", "Replace"}
 _PRE_TOKENIZERS = {"ByteLevel", "Digits", "Metaspace", "Punctuation", "Split"}
-_CONTINUATION = range(0x80, 0xC0)  # UTF-8 continuation bytes; every character outside ASCII has one
+_CONTINUATION = range(0x80, 0xC0)  # UTF-8 continuation bytes; every character outside ASCII has at least one
 
 
 class TokenBound(NamedTuple):

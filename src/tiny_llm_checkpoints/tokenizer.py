@@ -17,7 +17,7 @@ from .framed_text import FramedText
 from .sizes import counted
 from .token_bound import token_bound
 
-_ANCHOR = "\ue000"  # a token that no vocabulary has; the tokens after it are not at the start of a text
+_ANCHOR = "\ue000"  # a token that is in no vocabulary; tokens after it are in the middle of a text
 
 
 class Tokenizer:
@@ -122,7 +122,7 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """The text that one token adds in the middle of a text; control tokens are spelled out.
 
-        The leading space of a SentencePiece token is included. Part of a character appears as U+FFFD.
+        The leading space of a SentencePiece token is included. An incomplete character appears as U+FFFD.
         Raises ValueError for a negative id.
         """
         known = self._texts.get(token_id)

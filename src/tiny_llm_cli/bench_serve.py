@@ -67,11 +67,11 @@ def _said(response: httpx2.Response, run: ServeRun) -> str:
     status = response.status_code
     message = f"{status}: {_message(response)[:LONGEST_MESSAGE]}"
     if status == HTTPStatus.UNAUTHORIZED and not run.api_key:
-        return f"the server requires an API key: --api-key or OPENAI_API_KEY ({status})"
+        return f"the server requires an API key: pass --api-key or set OPENAI_API_KEY ({status})"
     if status == HTTPStatus.UNAUTHORIZED:
         return f"the server rejects this API key ({message})"
     if status == HTTPStatus.FORBIDDEN and not run.api_key:
-        return f"{message} (if it requires an API key: --api-key or OPENAI_API_KEY)"
+        return f"{message} (if the server requires an API key: pass --api-key or set OPENAI_API_KEY)"
     return message
 
 

@@ -66,7 +66,7 @@ def _title(result: Mapping[str, Any]) -> list[str]:
     tokens_in, tokens_out = (
         _span(lengths(run[f"random_{which}_len"], run["random_range_ratio"])) for which in ("input", "output")
     )
-    shared = f" after {run['random_prefix_len']:,} shared" if run["random_prefix_len"] else ""
+    shared = f" plus a shared prefix of {run['random_prefix_len']:,}" if run["random_prefix_len"] else ""
     return [
         f"{result['backend']} at {run['base_url']}{run['endpoint']}: {result['num_prompts']:,} requests, "
         f"{_pace(result)}, {tokens_in} tokens in{shared}, {tokens_out} out",

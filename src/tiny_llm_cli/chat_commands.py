@@ -65,7 +65,7 @@ class ChatCommands:
             _Command(("/reset", "/clear"), "", "forget everything except the system message", self._reset),
             _Command(("/save",), "FILE", "write the messages to a JSON file", self._save),
             _Command(("/load",), "FILE", "continue from the messages in such a file", self._load),
-            _Command(("/help", "/?"), "", "show this", self._help),
+            _Command(("/help", "/?"), "", "show this help", self._help),
             _Command(("/exit", "/quit", "/bye"), "", "leave", self._exit),
         )
 
@@ -92,7 +92,9 @@ class ChatCommands:
         removed = text in ('""', "''")
         self._conversation.set_system(None if removed else text)
         done = "system message removed" if removed else "system message set"
-        kept = "; the conversation so far stays, /reset drops it" if self._conversation.exchanges else ""
+        kept = (
+            "; the conversation so far is kept, and /reset drops it" if self._conversation.exchanges else ""
+        )
         return Outcome(f"({done}{kept})")
 
     def _stats(self, _: str) -> Outcome:

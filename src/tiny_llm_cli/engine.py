@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def load(options: EngineOptions, **others: Any) -> "LLM":
-    """Load the model of `options` into an engine. others: fields that only one command has."""
+    """Load the model of `options` into an engine. others: engine options that only some commands have."""
     from tiny_llm import LLM
 
     return LLM(**asdict(options), **others)
@@ -47,7 +47,7 @@ class AskedSampling:
 
 
 def asked_sampling(options: SamplingOptions, *, max_tokens: int, **others: Any) -> AskedSampling:
-    """The sampling parameters that `options` ask for. others: fields that only one command has.
+    """The sampling parameters that `options` ask for. others: parameters that only some commands have.
 
     max_tokens: the command's default. Raises `SamplingParamsError` for a value that cannot work.
     """

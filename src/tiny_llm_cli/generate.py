@@ -227,7 +227,10 @@ def _encoded(llm: "LLM", request: "PromptRequest") -> str | list[int]:
         assert request.prompt is not None
         return request.prompt
     if llm.chat_template is None:
-        raise ValueError(f"{llm.model_name} has no chat template: give prompts without --chat and messages")
+        raise ValueError(
+            f"{llm.model_name} has no chat template: leave out --chat, "
+            "and give prompts as text, not as messages"
+        )
     with _naming(request.place):
         tokens: list[int] = llm.chat_template.encode(request.messages, llm.tokenizer)
     return tokens

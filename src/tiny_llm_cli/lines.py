@@ -58,7 +58,7 @@ def _lines_of(file: Path) -> list[Line]:
 
 
 def _asks_in_json(line: Line) -> bool:
-    """Whether a line is a JSON object that asks for something, not a text."""
+    """Whether a line is a request in JSON, not a plain text prompt."""
     if not line.text.lstrip("\ufeff \t").startswith("{"):
         return False
     try:

@@ -18,7 +18,7 @@ def check_model(options: EngineOptions, **others: Any) -> None:
     """Check the engine's options, and that the model's files describe a model that can run with them.
 
     No weights are read. The files are not checked if they may have to be downloaded. others: engine options
-    that only one command has. Raises `ConfigError` and `ModelFileError`, as loading the model would.
+    that only some commands have. Raises `ConfigError` and `ModelFileError`, as loading the model would.
     """
     from tiny_llm.loader import LOADING_BYTES
     from tiny_llm.resources import requiring

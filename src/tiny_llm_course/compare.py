@@ -1,7 +1,7 @@
 """`pdm run compare`: measures the learner's modules and the reference's on the same workload.
 
-Each side is a process. They alternate, one repetition at a time, so that other load on the machine affects
-both.
+Each side runs in its own process. They alternate, one repetition at a time, so that other load on the machine
+affects both.
 """
 
 import subprocess

@@ -14,7 +14,7 @@ LONGEST_LINE = 110
 
 
 def without_unused_imports(source: str, before: str) -> str:
-    """The source without the imports of the standard library that `before` used and it does not."""
+    """The source without those imports of the standard library that only `before` used."""
     tree = ast.parse(source)
     idle = _used(ast.parse(before)) - _used(tree)
     lines = source.splitlines(keepends=True)
@@ -96,7 +96,7 @@ def _ordered(names: list[ast.alias], like: Import) -> list[ast.alias]:
 
 
 def _followers(source: str, node: Import) -> set[str]:
-    """The keys of the imports after a given one in a source."""
+    """The keys (`_key`) of the imports that come after a given one in a source."""
     return {_key(one) for one in _imports(ast.parse(source)) if one.lineno > node.lineno}
 
 

@@ -127,7 +127,7 @@ class Reference:
         return self._written(module, annotation)
 
     def _written(self, module: str, value: ast.expr | None) -> Kind | None:
-        """The kind of a value without annotation that is written as `C(...)`, or as a container of these."""
+        """The kind of a value without an annotation: of a call `C(...)`, or of a container of such calls."""
         if isinstance(value, ast.Call):
             return self.kind(module, value.func)
         held = self.kind(module, _held(value)) if value is not None else None
@@ -262,7 +262,7 @@ class _Reader:
                 self.known[one.arg] = kind
 
     def _bind(self, part: ast.AST) -> None:
-        """Note the kind of a name if it follows from an assignment."""
+        """Record the kinds of the names that a part of the code binds, if they can be found."""
         pairs: list[tuple[ast.expr, ast.expr, bool]] = []
         if isinstance(part, ast.Assign):
             pairs = [(target, part.value, False) for target in part.targets]

@@ -74,7 +74,7 @@ def own_modules(repo: Repo) -> list[str]:
 
 
 def started_days(repo: Repo, syllabus: Syllabus) -> list[Day]:
-    """The days with at least one module of the learner's."""
+    """The days for which the learner has at least one module."""
     own = set(own_modules(repo))
     return [day for day in syllabus.days if own & set(day.modules)]
 

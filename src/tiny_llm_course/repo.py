@@ -41,6 +41,11 @@ class Repo:
         return self.root / "src" / "tiny_llm_course" / "syllabus.toml"
 
     @property
+    def chapters(self) -> Path:
+        """The folder of the book's chapters."""
+        return self.root / "book" / "src"
+
+    @property
     def labs(self) -> Path:
         """The folder of the experiments that `pdm run lab` runs."""
         return self.root / "labs"

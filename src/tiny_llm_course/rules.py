@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from . import cpp
+from .chapters import chapter_problems
 from .errors import CourseError
 from .examples import missing_examples
 from .may_use import may_use
@@ -66,6 +67,7 @@ def static_problems(repo: Repo, syllabus: Syllabus) -> list[Problem]:
         found += _twice(repo.suites, files)
         found += missing_examples(repo, day)
         found += missing_solutions(repo, day)
+        found += chapter_problems(repo, day)
     found += unsound_solutions(repo, startable)
     return found
 

@@ -226,9 +226,10 @@ def _filled(repo: Repo, day: Day, exercise: Exercise, own: str) -> str:
 
 
 def _with_renamed_helpers(own: str, reference: str, helpers: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """The reference and its helpers, renamed if the learner has another function of the same name.
+    """The reference's source and the names of its helpers.
 
-    Otherwise the reference's code would call the learner's helper, which may have another signature.
+    A helper is renamed if the learner has another function of the same name. Otherwise the reference's code
+    would call the learner's, which may have another signature.
     """
     taken = {helper.rpartition(".")[2] for helper in helpers if _has_another(own, reference, helper)}
     for name in taken:

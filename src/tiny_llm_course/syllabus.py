@@ -206,12 +206,9 @@ def _exercise(exercise_id: str, entry: dict[str, Any], day: dict[str, Any], path
 
 
 def _message(exercise_id: str, name: str, day: dict[str, Any]) -> str:
-    """A blank's message: the task, and where to find help (in the book, or in the hints until then)."""
-    number, task = exercise_id.rsplit(".", 1)
-    week, of_week = number.split(".")
-    where = f"book, week {week} day {of_week}, task {task}"
-    if not day.get("chapter"):
-        where = f"pdm run hint {exercise_id}"
+    """A blank's message: the task, and where to find help (in its chapter, or in the hints without one)."""
+    task, chapter = exercise_id.rpartition(".")[2], day.get("chapter")
+    where = f"book/src/{chapter}#task-{task}" if chapter else f"pdm run hint {exercise_id}"
     return f"{exercise_id} {name}: {where}"
 
 

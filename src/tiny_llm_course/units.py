@@ -108,6 +108,11 @@ class Day:
         return tuple(Part(self, entry) for entry in self.entries)
 
     @property
+    def chapter_address(self) -> str | None:
+        """Its chapter under book/src, None if not written yet."""
+        return self.chapter
+
+    @property
     def suite(self) -> str:
         """The name of its test file."""
         week, day = self.id.split(".")
@@ -180,6 +185,11 @@ class Part:
         """The modules that contain its exercises, in the day's order."""
         own = {exercise.module for exercise in self.exercises}
         return tuple(module for module in self.day.modules if module in own)
+
+    @property
+    def chapter_address(self) -> str | None:
+        """Its section of the day's chapter, such as `week-3/day-2.md#part-b`; None if not written yet."""
+        return self.day.chapter and f"{self.day.chapter}#part-{self.entry.letter}"
 
     @property
     def suite(self) -> str:

@@ -84,15 +84,12 @@ def tasks(repo: Repo, unit: Unit) -> str:
     If any exercise is written, each line shows the exercise's state.
     """
     letters = legend(repo, unit)
-    chapter = (
-        f"book/src/{unit.day.chapter}" if unit.day.chapter else "not written yet; the docstrings are complete"
-    )
     return "\n".join(
         [
             *_exercises(repo, unit),
             *([f"shapes:  {', '.join(letters)}"] if letters else []),
             *_usable(unit_may_use(repo, unit)),
-            f"chapter: {chapter}",
+            f"chapter: {_chapter(unit)}",
             *_tests(unit),
             f"hints:   pdm run hint {unit.exercises[0].id}",
             *(f"lab:     pdm run lab {name}" for name in labs_of(repo, unit.day)),
@@ -103,6 +100,13 @@ def tasks(repo: Repo, unit: Unit) -> str:
             ),
         ]
     )
+
+
+def _chapter(unit: Unit) -> str:
+    """Where the unit's chapter is, as a file and in a browser."""
+    if unit.chapter_address is None:
+        return "not written yet; the docstrings are complete"
+    return f"book/src/{unit.chapter_address}, in a browser: pdm run book serve {unit.id}"
 
 
 def _exercises(repo: Repo, unit: Unit) -> list[str]:

@@ -1,4 +1,4 @@
-"""The interface of the batch managers, which serve many requests at once, and their checks of new requests.
+"""The interface of batch managers, which serve many requests at once, and the checks of new requests.
 
 A step: `process_batch` schedules and runs the model, the caller samples, `commit` appends the tokens. The
 dense and the paged manager differ in where they store keys and values; the engine sees no difference.
@@ -141,7 +141,8 @@ def check_num_sequences(request_id: str, n: int, max_seqs: int, field: str = "n"
     """Raise `RequestTooLargeError` if a request has more completions, or beams, than may run at once."""
     if n > max_seqs:
         raise RequestTooLargeError(
-            f"request {request_id!r}: {field} = {n} exceeds the {max_seqs} sequences that may run at once",
+            f"request {request_id!r}: {field} = {n} exceeds the {max_seqs} sequences that may run at once "
+            "(max_num_seqs)",
             field,
         )
 

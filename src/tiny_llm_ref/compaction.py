@@ -107,6 +107,7 @@ def _check_holders_complete(allocator: BlockAllocator, holders: Iterable[BlockHo
     for block in range(allocator.num_blocks):
         if allocator.ref_count(block) != held[block]:
             raise ValueError(
-                f"block {block} has {allocator.ref_count(block)} holders, but {held[block]} were passed: "
-                "a missing holder would read another block's keys after the move"
+                f"holders of block {block}: {allocator.ref_count(block)} counted by the allocator, "
+                f"{held[block]} passed; pass each holder once, because one that is left out would read "
+                "another block's keys after the move"
             )

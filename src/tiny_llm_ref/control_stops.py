@@ -43,7 +43,7 @@ class ControlStop:
         return max(0, self._shown[0] - self._lead)
 
     def limit(self, shown: int) -> int:
-        """How many of the `shown` characters of the text can no longer be part of the string."""
+        """How many of the `shown` characters of the text can no longer be part of the stop string."""
         num_controls = self._num_controls[self._string.matched]
         begin = self._shown[-num_controls] - self._lead if num_controls else shown - self._string.matched
         return max(0, begin)
@@ -88,7 +88,7 @@ class ControlStops:
 
 
 def control_patterns(texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, Sequence[Item]]:
-    """Patterns of those texts that contain control tokens, by text; each token is replaced by its id."""
+    """Map each text that has control tokens to its pattern, in which the tokens' ids replace them."""
     patterns = {text: tokenizer.split_control_tokens(text) for text in texts}
     return {
         text: pattern for text, pattern in patterns.items() if any(isinstance(item, int) for item in pattern)

@@ -89,8 +89,8 @@ class GlobalAllocator:
                 start, run = block + 1, 0
         if run < num_blocks:
             raise OutOfBlocksError(
-                f"no {num_blocks} free blocks are adjacent; {len(self.free_blocks)} of "
-                f"{self.total_blocks} are free, the longest run has {self.longest_run()}"
+                f"no {num_blocks} adjacent blocks are free: {len(self.free_blocks)} of "
+                f"{self.total_blocks} are free, and the longest run has {self.longest_run()}"
             )
         taken = list(range(start, start + num_blocks))
         self.free_blocks.difference_update(taken)

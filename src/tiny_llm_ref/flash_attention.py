@@ -13,7 +13,7 @@ from .kernels import accelerated, compiled_kernel
 
 
 class Running(NamedTuple):
-    """The attention over the keys so far, before its division: the output would be weighted / total.
+    """The attention over the keys so far, not yet divided: the output for these keys is weighted / total.
 
     largest: [..., L, 1], the largest score. total: [..., L, 1], the sum of exp(score - largest). weighted:
     [..., L, D], the sum of exp(score - largest) * value. Before a query has seen a key they are -inf, 0 and
@@ -32,8 +32,8 @@ def absorb(running: Running, scores: mx.array, values: mx.array) -> Running:
     largest score of all keys so far. The old `total` and `weighted` are relative to the old `largest`:
     multiply them by exp(old - new) before you add the new terms, which are relative to the new one. So no
     exponent is above 0, and scores of thousands do not overflow. If all keys so far are hidden from a query,
-    its largest stays -inf, its total and weighted stay 0, and nothing is NaN: -inf - -inf is NaN, so subtract
-    another number there.
+    its largest stays -inf, its total and weighted stay 0, and nothing becomes NaN. To avoid -inf - -inf,
+    which is NaN, subtract another number in that case.
 
     >>> empty = Running(mx.array([[-mx.inf]]), mx.zeros((1, 1)), mx.zeros((1, 1)))
     >>> first = absorb(empty, mx.array([[1000.0, -mx.inf]]), mx.array([[2.0], [9.0]]))

@@ -13,7 +13,7 @@ from .errors import ForkedProcessError
 
 
 class _Lineage:
-    """Process ids, which a forked child inherits; the interpreter has one object of this class."""
+    """The ids of the process that computes and of the last that made an engine; a fork inherits both."""
 
     def __init__(self) -> None:
         self.computing = os.getpid()  # the process in which MLX's default stream has its thread
@@ -31,8 +31,9 @@ def forked_from(process: int | None) -> ForkedProcessError | None:
     if process in (None, os.getpid()):
         return None
     return ForkedProcessError(
-        "this process was forked from one that has an engine, and threads do not survive a fork: start it "
-        "with multiprocessing's 'spawn' or 'forkserver' method, or make the engine in the child only"
+        "this process was forked from one that has an engine, and threads do not survive a fork: start "
+        "the process with multiprocessing's 'spawn' or 'forkserver' method, or create the engine only in "
+        "the child"
     )
 
 

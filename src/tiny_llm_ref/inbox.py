@@ -41,7 +41,7 @@ class Answer(Future[T]):
             del self  # breaks a reference cycle: self -> the error -> its traceback -> this frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As `Future.exception`. Unless the task is done, raises the errors of `Inbox.refuse_to_wait`."""
+        """Like `Future.exception`; if the task is not done, raises the errors of `Inbox.refuse_to_wait`."""
         self._refuse_to_wait("exception", timeout)
         return super().exception(timeout)
 
@@ -76,7 +76,7 @@ class Inbox:
             fail(task.answer, refusal)
             return task.answer
         self._tasks.put(cast(Task[Any], task))
-        if self.refusal is not None:  # closed before or just now: close() may have missed this task
+        if self.refusal is not None:  # closed earlier or just now, so close() may have missed this task
             self._refuse_all()
         return task.answer
 
@@ -112,8 +112,8 @@ class Inbox:
             raise refusal
         if self.is_mine and self.refusal is None:
             raise WrongThreadError(
-                f"{call} in the engine's own thread would wait for itself: use {instead} in listeners, "
-                "watchers, callbacks and functions for `call`, or use another thread"
+                f"{call} would make the engine's own thread wait for itself: in a listener, watcher, "
+                f"callback or function for `call`, use {instead} instead, or use another thread"
             )
 
     def _refuse_all(self) -> None:
@@ -169,6 +169,6 @@ def stopped_error() -> TinyLLMError:
 
 def dead_error(error: BaseException) -> TinyLLMError:
     """The error for all requests and tasks once the engine's thread has ended with `error`."""
-    made = EngineDeadError(f"the engine has died of {type(error).__name__}: {described(error)}")
+    made = EngineDeadError(f"the engine died: {type(error).__name__}: {described(error)}")
     made.__cause__ = error
     return made

@@ -2,8 +2,8 @@
 
 On MLX's CPU device the fast functions are the compiled kernels of `tiny_llm_kernels`. On other devices, or
 without these kernels, they are MLX's own fused operators, if MLX has one. A fast function replaces only a
-*reference* function: a learner's function in the overlay always runs. The readable function is available as
-`function.__wrapped__`, for tests and for devices without a kernel.
+*reference* function: a learner's function in the overlay always runs. The readable function (the fast one's
+readable twin) is available as `function.__wrapped__`, for tests and for devices without a kernel.
 """
 
 import inspect

@@ -103,7 +103,7 @@ class KVPool:
         self.fill_from(self, [(copy.src, copy.dst) for copy in copies])
 
     def fill_from(self, source: "KVPool", pairs: Seq[tuple[int, int]]) -> None:
-        """Copy whole blocks in all layers from a pool of the same shape, this one or another.
+        """Copy whole blocks in all layers from this pool, or from another whose blocks have the same shape.
 
         pairs: (block of `source`, block of this pool). All sources are read before any target is written.
         Both pools may be written to afterwards.

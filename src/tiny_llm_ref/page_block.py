@@ -35,7 +35,10 @@ class PageBlock:
                 f"not {_described(self.keys)}"
             )
         if (self.keys.shape, self.keys.dtype) != (self.values.shape, self.values.dtype):
-            raise ValueError(f"keys are {_described(self.keys)}, values {_described(self.values)}")
+            raise ValueError(
+                f"keys and values must have the same shape and type: keys are {_described(self.keys)}, "
+                f"values are {_described(self.values)}"
+            )
 
     @property
     def block_size(self) -> int:
@@ -147,7 +150,7 @@ def _named_pages(tables: Seq[BlockTable], page_blocks: Mapping[int, PageBlock]) 
     for number, table in enumerate(tables):
         for block in _filled_blocks(table):
             if block not in page_blocks:
-                raise UnknownBlockError(f"table {number} names block {block}, which page_blocks lacks")
+                raise UnknownBlockError(f"table {number} names block {block}, which is not in page_blocks")
             pages[block] = page_blocks[block]
     return pages
 
@@ -172,13 +175,14 @@ def _check_tables(query: mx.array, tables: Seq[BlockTable], block_size: int) -> 
     for row, table in enumerate(tables):
         if table.block_size != block_size:
             raise ValueError(
-                f"table {row} has blocks of {table.block_size} tokens, block_size is {block_size}"
+                f"table {row} has blocks of {table.block_size} tokens, but block_size is {block_size}"
             )
         if table.num_tokens < L:
             raise ValueError(f"table {row} holds {table.num_tokens} tokens, fewer than the query's {L}")
         if len(table.blocks) * block_size < table.num_tokens:
             raise ValueError(
-                f"table {row} has {len(table.blocks)} blocks of {block_size} for {table.num_tokens} tokens"
+                f"table {row} has {table.num_tokens} tokens, but its blocks hold at most "
+                f"{len(table.blocks)} x {block_size}"
             )
 
 

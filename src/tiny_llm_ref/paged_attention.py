@@ -240,7 +240,7 @@ class BlockTable:
         if self.num_tokens % self.block_size or not 1 <= length <= self.block_size:
             raise ValueError(
                 f"cannot append {length} tokens of a shared block to a table of {self.num_tokens} tokens: "
-                f"its last block must be full, and a block shares 1 to {self.block_size} tokens"
+                f"the table's last block must be full, and 1 to {self.block_size} tokens can be shared"
             )
         self.allocator.add_ref(block)
         self.blocks.append(block)

@@ -141,7 +141,7 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         return True
 
     def shrink_pool(self) -> None:
-        """Halve the pool, at most once per call, if it is mostly unused. Called between two steps.
+        """Halve the pool, at most once per call, if it is mostly unused. Called once in each step.
 
         A block is in use if it is neither free nor idle. An idle block is kept by the prefix cache for later
         requests while no sequence has it; `prefix.num_idle` counts them. The pool halves, rounded down, if

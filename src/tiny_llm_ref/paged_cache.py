@@ -1,8 +1,8 @@
 """A cache of named sequences: a view of a pool, an allocator and block tables.
 
-`PagedKVCache(...)` makes its own pool of one layer, enough to try it by itself; `PagedKVCache.of(...)` is a
-view of the parts of a running engine. In both cases a sequence's tokens are in the blocks of its table, and
-tables may share blocks. Knows nothing of attention, models or scheduling.
+`PagedKVCache(...)` makes its own pool of one layer, enough to try the cache by itself; `PagedKVCache.of(...)`
+is a view of the parts of a running engine. In both cases a sequence's tokens are in the blocks of its table,
+and tables may share blocks. Knows nothing of attention, models or scheduling.
 """
 
 from typing import Self
@@ -196,11 +196,13 @@ class PagedKVCache:
 
 def _check_same_pool(pool: KVPool, allocator: BlockAllocator, tables: dict[str, BlockTable]) -> None:
     if allocator.num_blocks != pool.num_blocks:
-        raise ValueError(f"the allocator has {allocator.num_blocks} blocks, the pool {pool.num_blocks}")
+        raise ValueError(
+            f"the allocator has {allocator.num_blocks} blocks, but the pool has {pool.num_blocks}"
+        )
     for seq_id, table in tables.items():
         if table.allocator is not allocator or table.block_size != pool.block_size:
+            whose = "this" if table.allocator is allocator else "another"
             raise ValueError(
-                f"the table of {seq_id!r} has blocks of {table.block_size} tokens from "
-                f"{'this' if table.allocator is allocator else 'another'} allocator; the pool has blocks of "
-                f"{pool.block_size}"
+                f"the table of {seq_id!r} must have blocks of {pool.block_size} tokens from this allocator, "
+                f"not blocks of {table.block_size} from {whose} allocator"
             )

@@ -25,9 +25,9 @@ _NO_THREAD = ("Resource temporarily unavailable", "can't start new thread", "can
 def requiring(what: str, nbytes: int | None = None) -> Iterator[None]:
     """Raise `OutOfResourcesError` if the `with` block runs out of memory or threads.
 
-    what: what needs them, for the message. nbytes: the bytes that the block needs, if that is known; if the
-    process's limit leaves fewer, the error is raised before the block runs, because libraries in C++ and Rust
-    abort the process when a small allocation fails.
+    what: the name of what needs them, for the message. nbytes: the bytes that the block needs, if that is
+    known; if the process's limit leaves fewer, the error is raised before the block runs, because libraries
+    in C++ and Rust abort the process when a small allocation fails.
     """
     needs = "" if nbytes is None else f": needs {_megabytes(nbytes)}"
     if (nbytes or 0) > _bytes_left():

@@ -51,7 +51,9 @@ def flat_slots(tables: Seq[BlockTable], lengths: Seq[int]) -> mx.array:
 
 def _check_lengths(tables: Seq[BlockTable], lengths: Seq[int]) -> None:
     if len(tables) != len(lengths):
-        raise ValueError(f"there are {len(tables)} tables and {len(lengths)} lengths")
+        raise ValueError(
+            f"there are {len(tables)} tables and {len(lengths)} lengths, expected one length for each table"
+        )
     for table, length in zip(tables, lengths, strict=True):
         if not 0 <= length <= table.num_tokens:
             raise ValueError(f"a length of {length} is not within the table's {table.num_tokens} tokens")

@@ -19,7 +19,8 @@ from pydantic_core import from_json
 from .errors import ApiError, refused
 
 SHORT = 16_384  # bytes; longer bodies are parsed in a thread instead of the event loop
-MAX_COUNTS = {  # of each character outside of strings: objects, lists, fields, and values after the first
+# Limits for characters outside of strings. They count objects, lists, fields, and all values after the first.
+MAX_COUNTS = {
     b"{": 50_000,
     b"[": 50_000,
     b":": 100_000,
@@ -102,7 +103,7 @@ def _check_size(body: bytes) -> None:
         outside = b"".join(escaped.split(b'"')[::2])
         for sign, limit in MAX_COUNTS.items():
             if (count := outside.count(sign)) > limit:
-                found = f"{sign.decode()!r} occurs {count} times outside strings, at most {limit} are allowed"
+                found = f"{sign.decode()!r} occurs {count} times outside strings, expected at most {limit}"
                 raise refused(f"the body has too many values: {found}", code="body_too_complex")
 
 

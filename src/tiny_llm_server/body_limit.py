@@ -90,11 +90,11 @@ class BodyLimit:
 
     def _too_large(self, length: str | None) -> ApiError:
         found = "" if length is None else f": {length} bytes"
-        message = f"the body is too large{found}, at most {self._limit} bytes are allowed (--max-body)"
+        message = f"the body is too large{found}; at most {self._limit} bytes are allowed (--max-body)"
         return ApiError(413, message, code="body_too_large", headers=_CLOSE)
 
     def _too_slow(self) -> ApiError:
-        message = f"the body did not arrive within {self._seconds:g} seconds"
+        message = f"the body did not arrive within {self._seconds:g} seconds (--body-timeout)"
         return ApiError(408, message, code="body_too_slow", headers=_CLOSE)
 
 

@@ -119,7 +119,9 @@ class Run:
             if left <= patience:
                 self._abort("timeout")
                 raise ApiError(
-                    503, f"the request did not finish within {self._timeout:g} seconds", code="timeout"
+                    503,
+                    f"the request did not finish within {self._timeout:g} seconds (--request-timeout)",
+                    code="timeout",
                 ) from None
             return []
         events = self._gathering.take(items)

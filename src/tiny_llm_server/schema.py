@@ -232,7 +232,9 @@ class Generation(Body):
     stop_token_ids: list[TokenId] | None = None
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
-    cache_salt: Text = Field("", description="Share cached prefixes only with requests of the same salt.")
+    cache_salt: Text = Field(
+        "", description="Share cached prefixes only with requests that have the same salt."
+    )
     priority: int = Field(
         0,
         ge=-MAX_PRIORITY,

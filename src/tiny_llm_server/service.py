@@ -103,7 +103,7 @@ class Service:
 
     @property
     def model_name(self) -> str:
-        """Name of the model in requests and answers; empty while it is unknown because the model loads."""
+        """Name of the model in requests and answers; empty if it is not known until the model is loaded."""
         if self.config.served_model_name is not None:
             return self.config.served_model_name
         return "" if self._llm is None else self._llm.model_name
@@ -129,7 +129,7 @@ class Service:
 
     @property
     def max_prompts(self) -> int:
-        """The most prompts in one request: no more than the engine can run and queue when it is idle."""
+        """The maximum number of prompts in one request; no more than an idle engine can run and queue."""
         limit, engine = self.config.max_prompts, self.llm.engine_config
         if engine.max_num_waiting is None:
             return limit

@@ -12,7 +12,7 @@ PART = "\ufffd"
 
 
 def bytes_of(token: int, text: str, tokenizer: Tokenizer) -> bytes:
-    """Return the token's bytes. The bytes of all tokens of a text add up to the text's UTF-8."""
+    """Return the token's bytes. The bytes of all tokens of a text, joined, are the text in UTF-8."""
     return tokenizer.token_bytes(token) if PART in text else text.encode()
 
 

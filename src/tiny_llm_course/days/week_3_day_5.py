@@ -66,8 +66,8 @@ def _what_one_token_reads(table: Any, position: int, window: int) -> Lines:
     indices = table.physical_indices()
     first, holes = first_visible(position, window), indices.count(NO_BLOCK)
     yield (
-        f"token {position:,} sees positions {first:,} to {position:,}: {len(indices) - holes} blocks of "
-        f"{len(indices)}; the {holes} before have no block"
+        f"token {position:,} sees positions {first:,} to {position:,}: {len(indices) - holes} of the table's "
+        f"{len(indices)} entries name a block; the {holes} before them are empty"
     )
     num_blocks, batch = table.allocator.num_blocks, pack_batch([Span(table, position, position + 1)])
     q = mx.random.normal((1, 4, 1, 64), key=mx.random.key(0))

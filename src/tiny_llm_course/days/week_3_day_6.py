@@ -8,7 +8,7 @@ from .shared import STORY, Lines, Work
 
 
 def show() -> Lines:
-    """Run six stories in memory for two; print which wait, what is computed again, and what is copied."""
+    """Run six stories with memory for two; print which wait, what is computed again, and what is copied."""
     from tiny_llm.llm import LLM
     from tiny_llm.sampling_params import SamplingParams
 
@@ -44,9 +44,10 @@ def show() -> Lines:
         )
         every = -(-steps // 80)
         yield from (f"  {animal:4} {line[::every].rstrip()}" for animal, line in shown.items())
-    yield f"  #: runs. .: waits. o: waits, keys and values are on the host. One character is {every} steps"
-    yield "recompute and swap take about as many steps: sequences wait for the same blocks in both modes, and"
-    yield "a short story is computed again in one step. Swapping saves work if texts are long"
+    yield "  #: runs. .: waits. o: waits, with its keys and values on the host"
+    yield f"  one character is {every} steps"
+    yield "recompute and swap take about the same number of steps: sequences wait for the same blocks in both"
+    yield "modes, and a short story is computed again in one step. Swapping saves work if texts are long"
     yield f"all runs gave the same answers: {all(said == answers[0] for said in answers)}"
 
 

@@ -101,7 +101,7 @@ mx::array copy_blocks(const mx::array& target, const mx::array& from, const mx::
     check_dtype("source", *source, target.dtype());
     mx::Shape shape = target.shape();
     shape[0] = source->ndim() ? source->shape(0) : 0;
-    check_shape("source", *source, shape, "target's shape apart from the number of blocks");
+    check_same_shape("source", *source, shape, "target, except for the number of blocks");
     inputs.push_back(*source);
   }
   return mx::array(target.shape(), target.dtype(), std::make_shared<CopyBlocks>(), std::move(inputs));

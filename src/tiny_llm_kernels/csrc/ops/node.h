@@ -40,11 +40,13 @@ template <typename... Parts>
   throw std::invalid_argument(message.str());
 }
 
-inline std::string shape_text(const mx::array& a) {
+inline std::string shape_text(const mx::Shape& shape) {
   std::string text = "[";
-  for (size_t i = 0; i < a.ndim(); ++i) text += (i ? ", " : "") + std::to_string(a.shape(i));
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + "]";
 }
+
+inline std::string shape_text(const mx::array& a) { return shape_text(a.shape()); }
 
 inline void check_dtype(const char* name, const mx::array& a, mx::Dtype dtype) {
   if (a.dtype() != dtype) refuse(name, " must be ", dtype, ", got ", a.dtype());
@@ -69,10 +71,15 @@ inline StorageType storage_of(mx::Dtype dtype) {
 
 /// `shape`: the required sizes; `letters`: how the message names them, such as "[T]".
 inline void check_shape(const char* name, const mx::array& a, const mx::Shape& shape, const char* letters) {
-  if (a.shape() == shape) return;
-  std::string wanted;
-  for (size_t i = 0; i < shape.size(); ++i) wanted += (i ? ", " : "") + std::to_string(shape[i]);
-  refuse(name, " must have shape ", letters, " = [", wanted, "], got ", shape_text(a));
+  if (a.shape() != shape)
+    refuse(name, " must have shape ", letters, " = ", shape_text(shape), ", got ", shape_text(a));
+}
+
+/// `shape`: the required sizes; `other`: the name of the array that they are taken from.
+inline void check_same_shape(const char* name, const mx::array& a, const mx::Shape& shape,
+                             const char* other) {
+  if (a.shape() != shape)
+    refuse(name, " must have the shape of ", other, ", ", shape_text(shape), ", got ", shape_text(a));
 }
 
 // ---- views ----

@@ -109,7 +109,7 @@ void check_reading(int H, int Hkv, int T, int D, const mx::array& key_pool, cons
   if (key_pool.size() == 0) refuse("key_pool must not be empty, got shape ", shape_text(key_pool));
   check_shape("key_pool", key_pool, {key_pool.shape(0), Hkv, key_pool.shape(2), D},
               "[num_blocks, Hkv, block_size, D]");
-  check_shape("value_pool", value_pool, key_pool.shape(), "key_pool's shape");
+  check_same_shape("value_pool", value_pool, key_pool.shape(), "key_pool");
   check_dtype("tables", tables, mx::int32);
   check_ndim("tables", tables, 2);
   check_dtype("row_of_token", row_of_token, mx::int32);

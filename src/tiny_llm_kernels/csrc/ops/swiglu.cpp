@@ -28,7 +28,7 @@ mx::array gated(const mx::array& gate, const mx::array& up, bool gelu) {
   check_dtype("gate", gate, mx::float32);
   check_dtype("up", up, mx::float32);
   if (gate.ndim() == 0) refuse("gate must have a last axis, got a scalar");
-  check_shape("up", up, gate.shape(), "gate's shape");
+  check_same_shape("up", up, gate.shape(), "gate");
   return mx::array(gate.shape(), mx::float32, std::make_shared<Swiglu>(gelu), {gate, up});
 }
 

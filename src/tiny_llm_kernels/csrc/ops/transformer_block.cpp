@@ -220,8 +220,8 @@ void check_matrix(const char* name, const PackedMatrix& matrix, int K, int N) {
                     matrix.packed.shape(2) == record_bytes(matrix.bits, true);
   if (!fits || matrix.packed.shape(1) * GROUP != K || matrix.out_features != N ||
       matrix.packed.shape(0) != (N + TILE_OUTPUTS - 1) / TILE_OUTPUTS) {
-    refuse(name, " must hold [N, K] = [", N, ", ", K, "] in ", matrix.bits, " bits, got shape ",
-           shape_text(matrix.packed), " of ", matrix.out_features, " outputs");
+    refuse(name, " must hold [N, K] = [", N, ", ", K, "] in ", matrix.bits, " bits, got packed shape ",
+           shape_text(matrix.packed), " for N = ", matrix.out_features);
   }
 }
 
@@ -242,7 +242,7 @@ TransformerBlock::TransformerBlock(BlockWeights w) {
   check_vector("attention_norm", w.attention_norm, E);
   check_vector("mlp_norm", w.mlp_norm, E);
   if (w.attention_out_norm.has_value() != w.mlp_out_norm.has_value())
-    refuse("attention_out_norm and mlp_out_norm go together");
+    refuse("attention_out_norm and mlp_out_norm must be given together, got only one of them");
   for (const auto& norm : {w.attention_out_norm, w.mlp_out_norm}) {
     if (norm) check_vector("attention_out_norm and mlp_out_norm", *norm, E);
   }
@@ -252,7 +252,8 @@ TransformerBlock::TransformerBlock(BlockWeights w) {
   check_matrix("down", w.down, I, E);
   check_vector("inv_freq", w.inv_freq, D / 2);
   if (w.qkv_bias) check_vector("qkv_bias", *w.qkv_bias, (w.H + 2 * w.Hkv) * D);
-  if (w.q_norm.has_value() != w.k_norm.has_value()) refuse("q_norm and k_norm go together");
+  if (w.q_norm.has_value() != w.k_norm.has_value())
+    refuse("q_norm and k_norm must be given together, got only one of them");
   for (const auto& norm : {w.q_norm, w.k_norm}) {
     if (norm) check_vector("q_norm and k_norm", *norm, D);
   }

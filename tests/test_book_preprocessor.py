@@ -1,0 +1,340 @@
+"""The book's preprocessor: directives, formulas, code, results, figures. Oracles: texts written by hand."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from figures import chart
+from figures.find import draw
+from preprocessor import results as saved_results
+from preprocessor.arithmetic import evaluate, shown
+from preprocessor.chapter import Chapters
+from preprocessor.code import Code, signature_of, source_of
+from preprocessor.directives import expand
+from preprocessor.errors import BookError
+from preprocessor.mathml import with_mathml
+from preprocessor.measure import measure_all
+from preprocessor.results import Results
+
+MACHINE = {
+    **{"version": "0.1.0", "python": "3.11", "mlx": "0.32.4", "processor": "2 x ACME"},
+    **{"instruction_set": "avx2", "threads": 2},
+}
+LAB = {
+    "tables": [
+        {
+            "title": "Bytes",
+            "rows": [{"what": "used", "bytes": {"predicted": 1024, "measured": 1000}}, {"what": "all"}],
+            "shown": {
+                "heads": ["what", "bytes"],
+                "is_text": [True, False],
+                "rows": [["used | kept", "1,000"]],
+            },
+        }
+    ],
+    "picture": {
+        **{"title": "Time", "x": "tokens", "y": "ms", "x_base": 2, "y_base": None},
+        **{"x_is_share": False, "y_is_share": False},
+        "lines": [
+            {"name": "ours", "points": [[1, 2.0], [2, 4.0]], "is_predicted": False},
+            {"name": "ours", "points": [[1, 2.5], [2, 5.0]], "is_predicted": True},
+        ],
+    },
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of results with a lab and a text."""
+    monkeypatch.setattr(saved_results, "FOLDER", tmp_path)
+    common = {"date": "2026-01-02", "machine": MACHINE}
+    files: Mapping[str, dict[str, Any]] = {
+        "bytes": {"command": "pdm run lab bytes --json", "json": LAB, **common},
+        "talk": {"command": "pdm run try 3.1", "output": "one\ntwo\nthree\n", **common},
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def directives(folder: Path) -> Results:
+    return Results(chart.svg)
+
+
+# ---- directives ----
+
+
+def test_a_directive_is_replaced_by_what_it_returns() -> None:
+    assert expand("a {{shout x y}} b", {"shout": str.upper}, "c.md") == "a X Y b"
+
+
+@pytest.mark.parametrize("text", ["`{{shout x}}`", "`` `{{shout x}}` ``", "```text\n{{shout x}}\n```"])
+def test_directives_in_code_stay_as_they_are(text: str) -> None:
+    assert expand(text, {"shout": str.upper}, "c.md") == text
+
+
+def test_an_unknown_directive_is_named_with_its_line_and_the_known_ones() -> None:
+    with pytest.raises(BookError, match=r"c\.md:3: \{\{whisper x\}\}: unknown directive \(known: shout\)"):
+        expand("a\n\n{{whisper x}}", {"shout": str.upper}, "c.md")
+
+
+def test_an_error_of_a_directive_gets_the_file_and_the_line() -> None:
+    def fail(arguments: str) -> str:
+        raise BookError(f"no {arguments}")
+
+    with pytest.raises(BookError, match=r"c\.md:2: \{\{fail cheese\}\}: no cheese"):
+        expand("a\n{{fail cheese}}", {"fail": fail}, "c.md")
+
+
+# ---- formulas ----
+
+
+def test_formulas_become_mathml() -> None:
+    text = with_mathml("Cost $`x^2`$.\n\n```math\n\\frac{a}{b}\n```\n", "c.md")
+    assert '<math xmlns="http://www.w3.org/1998/Math/MathML" display="inline"><mrow><msup>' in text
+    assert '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in text
+    assert "<mfrac>" in text
+    assert "$" not in text
+
+
+def test_dollar_signs_in_prose_and_in_fences_are_not_formulas() -> None:
+    text = "It costs $5.\n\n```console\n$ echo $`x`$\n```\n"
+    assert with_mathml(text, "c.md") == text
+
+
+def test_an_invalid_formula_stops_the_build() -> None:
+    with pytest.raises(BookError, match=r"c\.md: the formula"):
+        with_mathml("$`x^`$", "c.md")
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("2 * 3 * 64", 384),
+        ("165 / 8192", 165 / 8192),
+        ("-7 // 2", -4),
+        ("2 ** 10 - 1", 1023),
+        ("ceil(100 / 16)", 7),
+        ("128 + sum(128 + s for s in range(1, 101))", 17_978),
+        ("max(1, 2) + min([3, 4])", 5),
+        ("half(10)", 5),
+    ],
+)
+def test_arithmetic_is_evaluated(expression: str, value: float) -> None:
+    assert evaluate(expression, {"half": lambda x: x / 2}) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "",
+        "1 +",
+        "x",
+        "__import__('os')",
+        "(1).real",
+        "[1, 2]",
+        "'a'",
+        "1 / 0",
+        "open('f')",
+        "lambda: 1",
+        "1 < 2",
+    ],
+)
+def test_anything_else_than_arithmetic_is_rejected(expression: str) -> None:
+    with pytest.raises(BookError):
+        evaluate(expression, {})
+
+
+@pytest.mark.parametrize(
+    ("number", "form", "text"),
+    [
+        (23_040, "", "23,040"),
+        (2.71828, "", "2.72"),
+        (12_345.6, "", "12,346"),
+        (0.8541, "percent", "85.4%"),
+        (2**29, "bytes", "512 MiB"),
+        (999.6, ",d", "1,000"),
+        (2.5, ".2f", "2.50"),
+    ],
+)
+def test_numbers_are_shown_in_the_requested_form(number: float, form: str, text: str) -> None:
+    assert shown(number, form) == text
+
+
+def test_an_unknown_form_is_rejected() -> None:
+    with pytest.raises(BookError, match="'eggs' is not a format"):
+        shown(1.5, "eggs")
+
+
+# ---- code ----
+
+
+def test_code_shows_a_definition_without_the_indentation_of_its_class() -> None:
+    code = source_of("paged_attention.BlockAllocator.num_free")
+    assert code.startswith("@property\ndef num_free(self) -> int:\n    ")
+
+
+def test_a_signature_over_several_lines_is_joined() -> None:
+    text = signature_of("paged_kernel.paged_attention")
+    assert text.startswith("def paged_attention(q: mx.array, ")
+    assert text.endswith(") -> mx.array:")
+    assert "\n" not in text
+
+
+def test_the_signature_of_a_class_lists_its_public_methods() -> None:
+    lines = signature_of("paged_attention.BlockAllocator").splitlines()
+    assert lines[0] == "class BlockAllocator:"
+    assert "    def free(self, block: int) -> None: ..." in lines
+    assert not any("_check_known" in line for line in lines)
+
+
+def test_other_packages_are_named_with_their_package() -> None:
+    assert signature_of("tiny_llm_checkpoints.model_config.ModelConfig").startswith("class ModelConfig:")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("paged_attention.BlockTable.forks", "did you mean BlockTable.fork"),
+        ("no_such_module.f", "not MODULE.NAME"),
+        ("paged_attention", "not MODULE.NAME"),
+    ],
+)
+def test_an_unknown_name_stops_the_build(name: str, message: str) -> None:
+    with pytest.raises(BookError, match=message):
+        Code(frozenset()).signature(name)
+
+
+def test_only_the_solutions_show_the_code_of_an_exercise() -> None:
+    code = Code(frozenset({"paged_attention.BlockTable.fork"}))
+    for name in ("paged_attention.BlockTable.fork", "paged_attention.BlockTable"):
+        with pytest.raises(BookError, match="fork is an exercise"):
+            code.code(name)
+    assert "def fork" in code.signature("paged_attention.BlockTable.fork")
+    assert "def share_block" in code.code("paged_attention.BlockTable.share_block")
+
+
+# ---- results ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("bytes tables.0.rows.0.bytes.measured", "1,000"),
+        ("bytes tables.0.rows.what=used.bytes.predicted as bytes", "1 KiB"),
+        ("bytes tables.0.title", "Bytes"),
+    ],
+)
+def test_a_value_is_found_by_its_path(directives: Results, arguments: str, text: str) -> None:
+    assert directives.value(arguments) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("byte tables.0.title", "no result 'byte'; did you mean bytes"),
+        ("bytes tables.1.title", "there is no '1': it has items 0 to 0"),
+        ("bytes tables.0.rows.what=free.bytes", "0 items have what=free"),
+        ("bytes tables.0.cheese", "there is no 'cheese': it has title, rows, shown"),
+        ("bytes tables.0", "is not one value"),
+    ],
+)
+def test_a_missing_value_stops_the_build(directives: Results, arguments: str, message: str) -> None:
+    with pytest.raises(BookError, match=message):
+        directives.value(arguments)
+
+
+def test_calc_combines_values(directives: Results) -> None:
+    path = "tables.0.rows.what=used.bytes"
+    measured, predicted = (f'value("bytes", "{path}.{name}")' for name in ("measured", "predicted"))
+    assert directives.calc(f"{measured} / {predicted} as percent") == "97.7%"
+
+
+def test_a_table_has_its_numbers_at_the_right_and_names_its_source(directives: Results) -> None:
+    table = directives.table("bytes")
+    assert table.splitlines()[:3] == ["| what | bytes |", "| --- | --: |", r"| used \| kept | 1,000 |"]
+    assert "Bytes. <code>pdm run lab bytes</code> on 2 x ACME, avx2 kernels, 2 threads, MLX 0.32.4." in table
+
+
+def test_a_chart_draws_every_line_and_says_its_ends_in_words(directives: Results) -> None:
+    chart = directives.chart("bytes")
+    assert chart.count('class="blue curve"') == 2  # the measured line, and its sample in the legend
+    assert chart.count('class="blue curve dashed"') == 2
+    assert "ours (predicted): from 2.5 at 1 to 5 at 2." in chart
+    assert "\n\n" not in chart  # an empty line would end the HTML block
+
+
+def test_output_shows_the_command_and_the_wanted_lines(directives: Results) -> None:
+    assert directives.output("talk 2-3").startswith("```console\n$ pdm run try 3.1\ntwo\nthree\n```")
+    with pytest.raises(BookError, match="'2-4' is not FIRST-LAST within 1-3"):
+        directives.output("talk 2-4")
+
+
+def test_a_result_of_the_other_kind_stops_the_build(directives: Results) -> None:
+    with pytest.raises(BookError, match="is JSON"):
+        directives.output("bytes")
+    with pytest.raises(BookError, match="has no tables"):
+        directives.table("talk")
+
+
+def test_measuring_saves_what_the_command_printed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "runs.toml").write_text('days = "pdm run map"\nmachine = "pdm run info --json"\n')
+    measure_all([], only_missing=False)
+    assert capsys.readouterr().out.startswith("[1/2] days: pdm run map\n[2/2] machine: ")
+    assert "3.1  Allocator" in (saved_results.read("days").output or "")
+    assert saved_results.read("machine").json["machine"]["threads"] >= 1
+
+
+def test_measuring_an_unknown_name_or_a_failing_command_is_an_error(folder: Path) -> None:
+    (folder / "runs.toml").write_text('bad = "pdm run hint 9.9.9"\n')
+    with pytest.raises(BookError, match=r"has no cheese \(has: bad\)"):
+        measure_all(["cheese"], only_missing=False)
+    with pytest.raises(BookError, match="exit code"):
+        measure_all(["bad"], only_missing=False)
+
+
+# ---- figures and exercises ----
+
+
+def test_an_unknown_figure_stops_the_build() -> None:
+    chapters = Chapters.of_the_project()
+    for name, message in {"day_3_1.forks": "did you mean fork", "cheese.x": "no figures/cheese.py"}.items():
+        with pytest.raises(BookError, match=message):
+            chapters.expanded(f"{{{{figure {name}}}}}", "c.md")
+
+
+def test_a_figure_is_one_block_of_html_with_its_description() -> None:
+    element = draw("map.3.1").inline()
+    assert "\n\n" not in element
+    assert "<desc>Lit: block tables, allocator.</desc>" in element
+
+
+def test_every_day_with_a_chapter_is_lit_on_the_map() -> None:
+    for day in ("2.1", "2.2", "2.3", *(f"3.{day}" for day in range(1, 8))):
+        assert 'class="' in draw(f"map.{day}").inline()
+
+
+def test_a_task_shows_the_contract_and_never_the_body() -> None:
+    chapters = Chapters.of_the_project()
+    task = chapters.expanded("{{task 3.1.6}}", "c.md")
+    assert "### Task 6: `BlockTable.fork` {#task-6}" in task
+    assert 'def fork(self) -> "BlockTable":' in task
+    assert ">>> child = table.fork()" in task
+    assert "add_ref" not in task
+    assert "add_ref" in chapters.expanded("{{solutions 3.1}}", "c.md")
+
+
+def test_an_unknown_day_or_exercise_stops_the_build() -> None:
+    chapters = Chapters.of_the_project()
+    for text in ("{{tasks 9.9}}", "{{task 3.1.99}}", "{{may_use 3.2z}}", "{{solutions cheese}}"):
+        with pytest.raises(BookError):
+            chapters.expanded(text, "c.md")
