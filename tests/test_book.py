@@ -128,6 +128,7 @@ def test_links_to_pages_anchors_and_other_sites_are_sound(tmp_path: Path) -> Non
         "pdm run start 3.1 --again",
         "pdm run test 3.1 -k fork",
         "pdm run hint 3.1.4",
+        "pdm run hint 3.2b",
         "pdm run lab paged --json",
         "pdm run bench roofline",
         "pdm run book build",

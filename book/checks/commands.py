@@ -95,9 +95,11 @@ class Checker:
         if what is None or what.isupper():
             return problems
         try:
-            if name == "hint":
+            if name == "hint" and what.count(".") == 2:
                 self._syllabus.exercise(what)
-            elif name in DAY_COMMANDS:
+            elif name == "hint" and not what[-1].isalpha():
+                problems.append(f"{what} is not an exercise such as 1.1.2, or a part such as 3.2b")
+            elif name in DAY_COMMANDS or name == "hint":
                 self._syllabus.unit(what)
         except CourseError as error:
             problems.append(str(error))

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from .drawing import Drawing
 
-WIDTH, HEIGHT = 720, 520
-ATTENTION = ("1.1", "1.2", "1.3", "2.5", "3.2")
+WIDTH, HEIGHT = 720, 544
+ATTENTION = ("1.1", "1.2", "1.3", "2.5", "3.2", "3.5")
 CACHES = ("2.1", "2.2", "2.3", "3.2", "3.3")
 
 
@@ -27,45 +27,57 @@ BOXES = (
         ("3.7",),
         "engine",
         ("one thread owns all arrays; an inbox and an outbox",),
-        (196, 12, 508, 70),
+        (196, 12, 496, 70),
         "blue",
     ),
-    Box(("2.6", "2.7", "3.2"), "scheduler", ("what the next step", "computes"), (16, 110, 170, 88), "blue"),
-    Box(("3.6",), "preemption, swap", ("what to do when", "blocks run out"), (196, 110, 170, 88), "blue"),
-    Box(("3.4", "3.5"), "prefix cache", ("full blocks, found by", "content"), (376, 110, 158, 88), "blue"),
-    Box(("3.2",), "beam search", ("hypotheses that", "share blocks"), (544, 110, 160, 88), "blue"),
     Box(
-        ("3.1", "3.5"),
+        ("2.6", "2.7", "3.2"),
+        "batch manager",
+        ("schedules, runs and", "commits each step"),
+        (16, 112, 170, 88),
+        "blue",
+    ),
+    Box(("3.6",), "preemption, swap", ("what to do when", "blocks run out"), (206, 112, 160, 88), "blue"),
+    Box(("3.4", "3.5"), "prefix cache", ("full blocks, found by", "content"), (376, 112, 158, 88), "blue"),
+    Box(("3.2",), "beam search", ("hypotheses that", "share blocks"), (544, 112, 148, 88), "blue"),
+    Box(
+        ("3.1", "3.2", "3.5"),
         "block tables, allocator",
-        ("which block has which token",),
-        (16, 226, 350, 70),
+        ("which blocks have which tokens;", "windows; compaction"),
+        (16, 230, 350, 88),
         "green",
     ),
-    Box(("3.2", "3.3"), "packed step", ("all tokens of a step as one row",), (396, 226, 308, 70), "orange"),
-    Box(("1.4", "1.5", "2.4"), "model", ("embedding, 30 blocks,", "logits"), (16, 324, 206, 88), "orange"),
     Box(
-        ATTENTION,
-        "attention",
-        ("heads, positions, tiles,", "the paged kernel"),
-        (250, 324, 206, 88),
+        ("3.2", "3.3"),
+        "packed step",
+        ("all tokens of a step as one row,", "and a slot for each"),
+        (396, 230, 296, 88),
         "orange",
     ),
-    Box(CACHES, "keys and values", ("one cache, then a pool", "of pages"), (484, 324, 220, 88), "teal"),
-    Box(("1.7",), "sampler", ("from logits to one token",), (16, 440, 206, 70), "violet"),
-    Box(("1.6",), "text", ("tokens to text, streamed",), (250, 440, 206, 70), "violet"),
+    Box(("1.4", "1.5", "2.4"), "model", ("embedding, 30 blocks,", "logits"), (16, 348, 206, 88), "orange"),
+    Box(
+        ATTENTION, "attention", ("heads, positions, tiles,", "pages, windows"), (250, 348, 206, 88), "orange"
+    ),
+    Box(CACHES, "keys and values", ("one cache, then a pool", "of pages"), (484, 348, 208, 88), "teal"),
+    Box(("1.7",), "sampler", ("from logits to one token",), (16, 464, 206, 70), "violet"),
+    Box(("1.6",), "text", ("tokens to text, streamed",), (250, 464, 206, 70), "violet"),
 )
 ARROWS = (
     ((166, 47), (194, 47)),
-    ((280, 82), (280, 108)),
-    ((100, 198), (100, 224)),
-    ((281, 198), (281, 224)),
-    ((455, 198), (455, 212), (330, 212), (330, 224)),
-    ((366, 261), (394, 261)),
-    ((560, 296), (560, 310), (120, 310), (120, 322)),
-    ((222, 368), (248, 368)),
-    ((456, 368), (482, 368)),
-    ((119, 412), (119, 438)),
-    ((222, 475), (248, 475)),
+    ((220, 82), (220, 97), (100, 97), (100, 110)),
+    ((186, 156), (204, 156)),
+    ((100, 200), (100, 228)),
+    ((281, 200), (281, 228)),
+    ((455, 200), (455, 214), (330, 214), (330, 228)),
+    ((618, 200), (618, 214), (330, 214), (330, 228)),
+    ((366, 274), (394, 274)),
+    ((560, 318), (560, 333), (120, 333), (120, 346)),
+    ((222, 392), (248, 392)),
+    ((456, 392), (482, 392)),
+    ((119, 436), (119, 462)),
+    ((222, 499), (248, 499)),
+    ((16, 499), (6, 499), (6, 156), (14, 156)),  # the sampled token joins its sequence
+    ((456, 499), (706, 499), (706, 47), (694, 47)),  # the text leaves by the outbox
 )
 
 

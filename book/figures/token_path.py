@@ -1,5 +1,6 @@
 """The figure of a token's path from a prompt to an event, through the one thread that owns every array."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from .drawing import Drawing
@@ -63,6 +64,11 @@ STAGES = (
 
 def draw() -> str:
     """Return the figure as SVG."""
+    return drawing().svg()
+
+
+def drawing() -> Drawing:
+    """Return the figure."""
     figure = Drawing(
         860,
         760,
@@ -78,7 +84,7 @@ def draw() -> str:
     _draw_request(figure)
     _draw_step(figure)
     _draw_answer(figure)
-    return figure.svg()
+    return figure
 
 
 def _draw_request(figure: Drawing) -> None:
@@ -137,3 +143,6 @@ def _draw_answer(figure: Drawing) -> None:
     figure.box(CALLER + 16, 666, 238, 59, "panel", ["listener", "RequestEvent: text, usage"])
     figure.arrow([(STEP_X, 696), (276, 696)], dashed=True)
     figure.label(314, 688, "outbox", "small", "middle")
+
+
+FIGURES: dict[str, Callable[[], Drawing]] = {"path": drawing}
