@@ -1,7 +1,7 @@
 """Does block bookkeeping cost more in a larger pool? It should not: every operation is O(1).
 
 Nanoseconds per block for the operations of `BlockAllocator` and `BlockTable`, in pools of a thousand to a
-million blocks. Each round takes a thousand blocks, other ones each time. In a new pool their ids are
+million blocks. Each round takes a thousand blocks, different ones each time. In a new pool their ids are
 consecutive; in a used pool the free blocks are in random order. Expected: constant in new pools; in used
 pools constant apart from cache misses, because the records of a million blocks do not fit into the
 processor's cache. The pools are measured in interleaved rounds, so that other work on the machine slows all

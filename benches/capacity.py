@@ -6,10 +6,10 @@ length. Counted at every step: running sequences. Counted at the end: answers th
 contiguous caches, token by token.
 
 Expected: with contiguous caches, as many sequences as caches. With pages, as many as have blocks for their
-current tokens, which is more than fit at full length (the column "at full length" counts those). With the
-prefix cache still more, because the common prefix is stored once. Throughput grows less than the number of
-sequences: a step with more sequences takes longer, above all in prefill. Admission reserves blocks only for
-the known tokens, so some sequences may be preempted and computed again.
+current tokens. That is more than would fit if all had their full length (the column "at full length"). With
+the prefix cache still more, because the common prefix is stored once. Throughput grows less than the number
+of sequences: a step with more sequences takes longer, above all in prefill. Admission reserves blocks only
+for the known tokens, so some sequences may be preempted and computed again.
 """
 
 import random

@@ -101,7 +101,7 @@ def repeated_share(tokens: Sequence[int], length: int = NGRAM) -> float:
 def answers(
     llm: LLM, way: dict[str, float], seeds: int, max_tokens: int
 ) -> list[tuple[Question, RequestOutput]]:
-    """Each question's answers, one for each seed; a greedy way has the same answer for each, asked once."""
+    """Each question's answers, one for each seed; only one if greedy, because all seeds give the same."""
     times = 1 if way.get("temperature") == 0 else seeds
     asked = [(question, seed) for question in QUESTIONS for seed in range(times)]
     params = [

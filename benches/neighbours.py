@@ -75,7 +75,10 @@ def fields_at_their_limits() -> dict[str, dict[str, Any]]:
 
 
 def cases(completions: int, long: bool) -> list[Case]:
-    """Every field with one and several completions; fields that read earlier tokens also with many."""
+    """Every field with one and with several completions.
+
+    long: add cases with a long prompt for the fields that read earlier tokens.
+    """
     fields = fields_at_their_limits()
     made = [Case(name, value, completions=n) for name, value in fields.items() for n in (1, completions)]
     made += [Case("prompt_logprobs", {"prompt_logprobs": MAX_LOGPROBS}, 2000, in_prompt=True)]
@@ -89,7 +92,8 @@ def cases(completions: int, long: bool) -> list[Case]:
 class Neighbour:
     """A listener, called in the engine's thread, that records the times of the neighbour's events.
 
-    others_first: time of the other request's first event. enough: set after `wanted` events later than that.
+    others_first: time of the other request's first event. enough: set after `wanted` later events of the
+    neighbour.
     """
 
     def __init__(self, own: Request, wanted: int) -> None:

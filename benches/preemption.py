@@ -11,7 +11,8 @@ Expected before the first run: in the PagedAttention paper the two modes are com
 are the same memory, all blocks of a step are copied by one gather and one scatter per layer, and a prompt
 token costs about 2 ms. So a preemption should cost 10 to 20 ms by swap and, for 256 tokens, half a second by
 recompute: swap is at least 20 times as fast at every block size, a little less at 4, where runs of 512 bytes
-are copied one by one. The workload gains as much as tokens were computed twice: 10 to 30%.
+are copied one by one. The workload should gain the share of tokens that recompute computes twice: 10 to
+30%.
 
 Measured at first: 35 to 45 ms by swap, a tenth of recompute, the same at every block size, because MLX's
 gather and scatter take about 3 ns for each number. Since blocks are copied as bytes: 2 to 5 ms. The workload

@@ -95,7 +95,10 @@ def blocks_needed(prompts: Prompts, num_outputs: int) -> int:
 
 
 def cost_without_hits(llm: LLM, pairs: int, length: int, num_outputs: int) -> dict[str, float]:
-    """The cost in percent of the run: of whole runs with a 95% interval, and of only the bookkeeping."""
+    """The cache's cost in percent of a run's time.
+
+    Measured on whole runs, with a 95% interval, and on the bookkeeping only.
+    """
     rng = random.Random(0)
     ratios, whole, extra = [], [], []
     for index in range(pairs + 1):

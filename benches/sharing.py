@@ -142,7 +142,7 @@ def row_of(task: Task, name: str, steps: Sequence[Step]) -> dict[str, Any]:
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """The same as text; beams save at least what is expected."""
+    """The figures as text, with `>=` for beams, because they save at least the expected share."""
     least = "" if row["kind"] == SAMPLING else ">="
     figures = "".join(
         f"{row['saved'][name]:>{width}.1%}{least:>4}{row['expected'][name]:>6.1%}"

@@ -1,9 +1,10 @@
 """2.3: What allocating blocks on demand saves, and what it costs if they must be contiguous.
 
-Users arrive, hold the blocks that their tokens need, and leave, under loads from light to too heavy. Counts,
-by how full the pool is, the requests that are refused although enough blocks are free: if the blocks of a
-user must be contiguous, and if they may be anywhere. Knuth's fifty-percent rule predicts the number of gaps:
-half the number of users (The Art of Computer Programming, volume 1, section 2.5).
+Users arrive, hold the blocks that their tokens need, and leave, under loads from light to too heavy. For each
+level of the pool's usage, counts the requests that are refused although enough blocks are free, once with
+blocks that must be contiguous and once with blocks that may be anywhere. Knuth's fifty-percent rule
+predicts the number of gaps: half the number of users (The Art of Computer Programming, volume 1, section
+2.5).
 
 \b
 pdm run lab dynamic
@@ -94,7 +95,7 @@ class Fullness:
 
 
 def _serve(run: Run, found: Fullness, *, must_be_contiguous: bool) -> None:
-    """Serve one request at a time. Each user leaves with the chance that gives the run's mean `load`."""
+    """Serve one request at a time. The chance that a user leaves is such that the mean load is `load`."""
     draw = random.Random(run.seed)
     allocator = GlobalAllocator(run.pool, run.block_size, 1, 1)
     take = allocator.alloc_contiguous if must_be_contiguous else allocator.alloc_blocks
@@ -175,10 +176,10 @@ def _table_of_refusals(contiguous: Fullness, anywhere: Fullness, shown: list[int
         "Requests for which enough blocks were free, by how full the pool was; gaps: runs of free blocks",
         [
             Column("full", "pool full"),
-            Column("requests", "contiguous:\nrequests"),
+            Column("requests", "requests,\ncontiguous"),
             Column("gaps", "gaps", "{:.1f}".format),
             Column("refused", "refused", percent),
-            Column("requests_anywhere", "anywhere:\nrequests"),
+            Column("requests_anywhere", "requests,\nanywhere"),
             Column("refused_anywhere", "refused", percent),
         ],
         rows,

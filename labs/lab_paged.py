@@ -143,9 +143,9 @@ def _serve(load: Workload, block_size: int, users: int, seed: int) -> float:
 
 
 def _table_of_wastes(wastes: dict[int, list[Pair]]) -> Table:
-    means = (f"{load.name}: {load.mean_running:.0f} tokens" for load in WORKLOADS)
+    means = (f"{load.mean_running:.0f} tokens ({load.name})" for load in WORKLOADS)
     return Table(
-        f"Memory wasted in last blocks. Mean length of a running request: {', '.join(means)}",
+        f"Memory wasted in last blocks. Mean lengths of running requests: {', '.join(means)}",
         [
             Column("block_size", "block\n(tokens)"),
             *(Column(load.name, load.name, percent) for load in WORKLOADS),
@@ -225,7 +225,7 @@ def _table_of_refills(refills: list[Refill]) -> Table:
             Column("free", "free blocks"),
             Column("pools", "pools"),
             Column("refused", "refused"),
-            Column("no_run", f"without {WANTED}\ncontiguous"),
+            Column("no_run", f"pools without\n{WANTED} contiguous"),
         ],
         rows,
     )
@@ -287,7 +287,10 @@ def _seconds_per_run(pool: int) -> float:
 
 
 def _best(take: Callable[[], Callable[[], None]], repetitions: int = 5) -> float:
-    """Seconds per block, best of several runs; `take` allocates `TIMED` blocks and returns their release."""
+    """Seconds per block, best of several runs.
+
+    take: allocates `TIMED` blocks and returns a function that frees them.
+    """
     seconds = []
     for _ in range(repetitions):
         start = perf_counter()

@@ -1,9 +1,9 @@
 """3.4: What a shared system prompt costs if it is computed once and stored once.
 
 Users whose prompts share a prefix arrive at once at the embedded model, with the prefix cache off and on.
-Measures the tokens computed, the blocks that hold the prompts, and the time to first token. Then counts
-blocks without a model: for a crowd of users with one long system prompt, and to find how many users run in
-the memory of a few contiguous caches.
+Measures the tokens computed, the blocks that hold the prompts, and the time to first token. Then, without a
+model, counts the blocks of a crowd of users with one long system prompt, and the users that run in the memory
+of a few contiguous caches.
 
 \b
 pdm run lab prefix

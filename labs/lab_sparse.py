@@ -21,7 +21,7 @@ from tiny_llm import PagedKVCache
 
 DTYPE = mx.bfloat16
 SEQ = "long"
-SHORTEST, EXAMPLE = 63, 500  # positions to read at: the first, about doubled repeatedly, and one more
+SHORTEST, EXAMPLE = 63, 500  # the first of the positions 63, 127, 255, ..., and one additional position
 FEW_BLOCKS, FEW_WINDOW = 8, 3  # blocks of the sequence whose block pairs are counted, and of its window
 
 Read = Callable[[], tuple[mx.array, mx.array]]
@@ -166,9 +166,9 @@ def _table_of_pairs() -> Table:
     )
     saved = Pair(*(1 - some / every for some, every in zip(sparse, full, strict=True)))
     return Table(
-        f"Pairs of a query's block and a block that it reads, in a sequence of {blocks} blocks. Do not count "
-        f"{blocks} x {blocks} = {blocks**2}, which includes later blocks, or {blocks} x {window} = "
-        f"{blocks * window}, which includes blocks before the first",
+        f"Pairs of a query's block and a block that it reads, in a sequence of {blocks} blocks. A "
+        f"rectangle of {blocks} x {blocks} = {blocks**2} includes later blocks, which no query may read; one "
+        f"of {blocks} x {window} = {blocks * window} includes blocks before the first",
         [Column("reads", "each block reads"), Column("pairs", "pairs"), Column("saved", "saved", percent)],
         [
             ("itself and all earlier blocks", full, Pair(0, 0)),
@@ -182,8 +182,8 @@ def _conclusion(long: LongSequence, found: list[Compared]) -> str:
     return (
         f"At position {last.position:,}, a window of {long.window_blocks} blocks moves "
         f"{as_bytes(last.window.nbytes)} instead of {as_bytes(last.full.nbytes)} and takes "
-        f"{1e3 * last.window.seconds:.2f} ms instead of {1e3 * last.full.seconds:.2f} ms. It equals the end "
-        f"of the full read at {agree} of {len(found)} positions."
+        f"{1e3 * last.window.seconds:.2f} ms instead of {1e3 * last.full.seconds:.2f} ms. The window's "
+        f"tokens equal the last ones of the full read at {agree} of {len(found)} positions."
     )
 
 

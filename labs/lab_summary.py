@@ -1,4 +1,4 @@
-"""3.4: What each cache design wastes in the same memory, how many users it serves, what allocation costs.
+"""3.4: What each cache design wastes in the same memory, how many users it serves and what allocation costs.
 
 Users arrive, hold memory for their tokens, and leave. Some user always waits, and users are admitted in order
 of arrival. All prompts start with the same tokens, a system prompt. Every design has the same memory:
@@ -302,9 +302,9 @@ DESIGNS: tuple[type[Design], ...] = (Contiguous, ContiguousBlocks, Anywhere, Pag
 def _users(num_blocks: int, load: Workload, blocks: Callable[[int], int]) -> float:
     """How many users fit, on average, before the next one does not.
 
-    The blocks left free are any number below the next user's need, equally likely, and a user is the more
-    likely to wait the more blocks it needs. So on average half of (mean square / mean) is free, less half a
-    block.
+    The number of free blocks is below the next user's need, and all such numbers are equally likely. The
+    chance that a user is the next one is proportional to its need. So on average half of (mean square / mean)
+    is free, less half a block.
     """
     mean = load.mean(blocks)
     return (num_blocks - (load.mean(blocks, 2) / mean - 1) / 2) / mean
@@ -359,7 +359,7 @@ class Queue:
 
 
 def _try_to_allocate(design: Design, user: str, length: int) -> float | None:
-    """Return the seconds of the allocation, or None if the memory was short."""
+    """Return the seconds of the allocation, or None if there was not enough memory."""
     start = perf_counter()
     try:
         design.allocate(user, length)

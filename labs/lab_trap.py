@@ -84,7 +84,10 @@ class Counts(NamedTuple):
 
     @classmethod
     def of(cls, prompt_len: int, gen_len: int) -> "Counts":
-        """Count for these lengths, including the last token's key: its pass generates one more token."""
+        """Count for these lengths, including the key of the last token.
+
+        The pass that computes this key generates one more token.
+        """
         ways = ((generate, attention_without_cache), (generate_with_cache, attention_with_cache))
         pairs = []
         for function, predict in ways:
@@ -132,7 +135,10 @@ def _run(function: Generate, model: object, prompt: Sequence[int], max_tokens: i
 
 
 def _times(longest: int, repetitions: int, progress: Progress) -> list[Times]:
-    """Time at 16, 32, 64, ... tokens; with a cache, without the first token, which computes the prompt."""
+    """Time one more token after 16, 32, 64, ... tokens.
+
+    With a cache, the first token does not count, because its pass computes the whole prompt.
+    """
     loaded = load_model(None)
     lengths = [SHORTEST << doublings for doublings in range((longest // SHORTEST).bit_length())]
     text = loaded.tokenizer.encode(TEXT * (1 + longest // SHORTEST))

@@ -296,9 +296,9 @@ def _table_of_memory(subject: Subject, found: Sequence[Compared]) -> Table:
             )
         )
     return Table(
-        f"Blocks that the sequence holds. A block is for {layers_per_block(full.groups)} layers with full "
-        f"attention, for {layers_per_block(windows.groups)} with windows. Peak: during prefill in chunks of "
-        f"{CHUNK} tokens",
+        f"Blocks that the sequence holds. A block stores {layers_per_block(full.groups)} layers with full "
+        f"attention everywhere, and {layers_per_block(windows.groups)} layers with windows. Peak: during "
+        f"prefill in chunks of {CHUNK} tokens",
         [
             Column("context", "tokens"),
             Column("all_blocks", "blocks,\nfull"),
@@ -324,8 +324,8 @@ def _conclusion(subject: Subject, found: Sequence[Compared]) -> str:
     full_bytes = list(subject.windows).count(None) * last.context * subject.layer_bytes
     return (
         f"With windows, a token after {last.context:,} tokens reads {as_bytes(last.window.nbytes)} of keys "
-        f"and values instead of {as_bytes(last.full.nbytes)}, of which {as_bytes(full_bytes)} are in layers "
-        f"with full attention. Its attention takes {1e3 * last.window.attention:.1f} ms instead of "
+        f"and values, {as_bytes(full_bytes)} of these in layers with full attention, instead of "
+        f"{as_bytes(last.full.nbytes)}. Its attention takes {1e3 * last.window.attention:.1f} ms instead of "
         f"{1e3 * last.full.attention:.1f} ms, the whole step {1e3 * last.window.step:.1f} ms instead of "
         f"{1e3 * last.full.step:.1f} ms."
     )

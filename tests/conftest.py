@@ -1,4 +1,4 @@
-"""What all tests share: how much is run, in how many processes, and fixtures.
+"""Shared by all tests: how much runs and in how many processes, and fixtures.
 
 By default a run takes a few minutes: the suite is spread over the cores, properties draw few examples, and
 tests marked `deep` are left out. CI adds `HYPOTHESIS_PROFILE=ci pytest -m "deep or drawn"`: those tests, and

@@ -108,14 +108,14 @@ IDS = [5, 6, 7]
         {"prompt_token_ids": np.array(IDS), "prompt": None},
     ],
 )
-def test_token_ids_in_any_form_are_one_prompt(prompt: Any) -> None:
+def test_a_list_of_token_ids_of_any_type_is_one_prompt(prompt: Any) -> None:
     [parsed] = parse_prompts(prompt)
     assert (parsed.text, parsed.token_ids) == (None, IDS)
     assert set(map(type, parsed.token_ids or ())) == {int}
     assert parse_prompts([prompt, prompt]) == [parsed, parsed]
 
 
-def test_only_as_many_ids_are_read_as_the_length_says() -> None:
+def test_no_more_ids_are_read_than_the_length_says() -> None:
     assert parse_prompt(Endless()).token_ids == IDS
 
 
@@ -206,7 +206,7 @@ def test_the_error_names_the_invalid_part_of_a_prompt(prompts: Any, message: str
         parse_prompts(prompts)
 
 
-def test_an_error_message_is_short_however_long_the_value() -> None:
+def test_an_error_message_is_short_even_if_the_value_is_long() -> None:
     for value in (b"x" * 10**7, [["x" * 10**6] * 1000], {"prompt": ["x" * 10**6] * 1000}):
         with pytest.raises(ValueError, match="prompt") as refused:
             parse_prompts(value)
@@ -224,7 +224,7 @@ def test_every_form_of_a_prompt_gives_the_same_answer_as_the_plain_list(llm: LLM
     assert "".join(piece.text for piece in llm.stream({"prompt": "The"}, GREEDY)) == first.outputs[0].text
 
 
-def test_a_prompts_cache_salt_keeps_its_pages_apart(llm: LLM) -> None:
+def test_prompts_with_different_cache_salts_share_no_pages(llm: LLM) -> None:
     """Oracle: `num_cached_tokens`: a prompt shares pages only with prompts of the same salt."""
     ids = list(range(50, 74))
     for salt, shares in (("a", False), ("b", False), ("a", True)):

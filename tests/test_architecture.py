@@ -107,7 +107,7 @@ def test_every_interface_on_the_page_exists(modules: str, name: str) -> None:
 # ---- the figures ----
 
 
-def test_the_table_of_imports_is_the_one_in_the_figure(figures: Figures) -> None:
+def test_the_table_of_imports_matches_the_figure(figures: Figures) -> None:
     table = {in_code(name)[0]: set(in_code(imports)) for name, _, imports in rows("Packages")}
     assert table == {name: set(imports) for name, imports in figures.imports.items()}
 
@@ -127,7 +127,7 @@ def test_a_package_is_drawn_above_everything_that_it_imports(figures: Figures) -
         assert all(order.index(imported) < order.index(name) for imported in imports)
 
 
-def test_the_committed_figures_are_what_the_script_draws(figures: Figures) -> None:
+def test_the_committed_figures_equal_those_that_the_script_draws(figures: Figures) -> None:
     """`pdm run figures` redraws them."""
     committed = {file.name: file.read_text(encoding="utf-8") for file in FIGURES.glob("*.svg")}
     assert committed == {name: draw() for name, draw in figures.draw.items()}

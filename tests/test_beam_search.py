@@ -156,7 +156,7 @@ def test_a_beam_that_holds_every_prefix_finds_the_best_of_all_texts(penalty: flo
 )
 @example(uneven, 4, 0, {0}, 1, 1, 1.0, False)
 @example(coarse, 2, 0, {0, 1}, 3, 4, 1.0, False)
-def test_a_search_finds_what_the_definition_finds(
+def test_a_search_finds_the_same_hypotheses_as_the_definition(
     table: Callable[..., list[float]],
     vocab: int,
     seed: int,
@@ -195,14 +195,14 @@ def test_a_beam_may_have_several_children_or_none() -> None:
     assert search.advance([[(1, -5.0), (2, -6.0)], [(3, -0.1), (4, -0.2)]]) == [Choice(1, 3), Choice(1, 4)]
 
 
-def test_an_end_token_counts_only_among_the_best_and_takes_no_beams_place() -> None:
+def test_a_hypothesis_with_an_end_token_is_kept_only_if_it_is_among_the_best_and_takes_no_beam_slot() -> None:
     table = fixed({(): [0.5, 0.3, 0.2], (0,): [0.1, 0.6, 0.3], (1,): [0.4, 0.5, 0.1]})
     search, _ = searched(table, BeamSearchParams(beam_width=2, max_tokens=2, length_penalty=0), (2,))
     texts = {one.hypothesis.tokens: one.finish_reason for one in search.ended}
     assert texts == {(0, 1): "length", (0, 2): "stop"}, "(2,) was third of its step; 0.5 * 0.3 and 0.3 * 0.5"
 
 
-def test_a_search_that_stops_early_advances_no_more() -> None:
+def test_a_search_stops_early_if_no_beam_can_improve_the_result() -> None:
     """The first token ends the text with probability 0.9; without a length reward nothing can beat that."""
     table = fixed({(): [0.9, 0.1], (1,): [0.5, 0.5], (1, 1): [0.5, 0.5]})
     params = BeamSearchParams(beam_width=1, max_tokens=3, length_penalty=0)
@@ -222,7 +222,7 @@ def test_an_ignored_end_of_sequence_is_an_ordinary_token() -> None:
     assert search.ended == searched(table, replace(params, ignore_eos=False), ())[0].ended
 
 
-def test_an_end_of_sequence_at_the_last_token_is_not_an_end_by_length() -> None:
+def test_an_end_token_at_the_last_position_finishes_with_reason_stop_and_not_length() -> None:
     table = fixed({(): [0.6, 0.4], (1,): [0.3, 0.7]})
     search, _ = searched(table, BeamSearchParams(beam_width=3, max_tokens=2, length_penalty=0), (0,))
     reasons = {one.hypothesis.tokens: one.finish_reason for one in search.ended}
@@ -242,15 +242,15 @@ def test_the_length_penalty_decides_between_short_and_long_texts() -> None:
 
 
 REFUSED = {
-    "no_beam": ({"beam_width": 0}, "beam_width must be at least 1, not 0"),
-    "beams_below_none": ({"beam_width": -2}, "beam_width must be at least 1, not -2"),
-    "no_token": ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
-    "too_much_reward": ({"length_penalty": 10.5}, "length_penalty must be from -10 to 10, not 10.5"),
-    "too_little_reward": ({"length_penalty": -11}, "length_penalty must be from -10 to 10, not -11"),
-    "no_number": ({"length_penalty": float("nan")}, "length_penalty must be .* not nan"),
-    "half_a_beam": ({"beam_width": 2.5}, "beam_width must be a whole number, not 2.5"),
-    "a_text": ({"max_tokens": "9"}, "max_tokens must be a whole number, not '9'"),
-    "a_flag": ({"beam_width": True}, "beam_width must be a whole number, not True"),
+    "zero_beam_width": ({"beam_width": 0}, "beam_width must be at least 1, not 0"),
+    "negative_beam_width": ({"beam_width": -2}, "beam_width must be at least 1, not -2"),
+    "zero_max_tokens": ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
+    "length_penalty_too_large": ({"length_penalty": 10.5}, "length_penalty must be from -10 to 10, not 10.5"),
+    "length_penalty_too_small": ({"length_penalty": -11}, "length_penalty must be from -10 to 10, not -11"),
+    "length_penalty_nan": ({"length_penalty": float("nan")}, "length_penalty must be .* not nan"),
+    "fractional_beam_width": ({"beam_width": 2.5}, "beam_width must be a whole number, not 2.5"),
+    "max_tokens_as_text": ({"max_tokens": "9"}, "max_tokens must be a whole number, not '9'"),
+    "beam_width_as_bool": ({"beam_width": True}, "beam_width must be a whole number, not True"),
 }
 
 
@@ -448,7 +448,7 @@ class Beams(RuleBasedStateMachine):
             assert self.allocator.num_free == self.allocator.num_blocks
 
 
-def test_beams_conserve_pages_and_read_their_own_tokens_through_any_events() -> None:
+def test_beams_conserve_pages_and_read_their_own_tokens_after_any_events() -> None:
     run_state_machine_as_test(Beams, settings=settings(max_examples=examples(100), stateful_step_count=30))
 
 
@@ -550,7 +550,7 @@ def check_found(found: list[Ended], expected: list[Ended]) -> None:
 @pytest.mark.parametrize(
     ("ignore_eos", "penalty"), [(False, 1.0), (True, 1.0), (False, -1.0), (False, 2.0), (False, 0.0)]
 )
-def test_the_engine_finds_what_a_search_without_a_cache_finds(
+def test_the_engine_finds_the_same_hypotheses_as_a_search_without_a_cache(
     width: int, ignore_eos: bool, penalty: float
 ) -> None:
     model = dense_model()
@@ -652,7 +652,7 @@ def tokens_of(engine: EngineCore) -> dict[str, list[int]]:
     return tokens
 
 
-def test_preempted_beams_find_what_they_would_have_found() -> None:
+def test_preempted_beams_find_the_same_hypotheses_as_without_preemption() -> None:
     model = dense_model()
     params = BeamSearchParams(beam_width=3, max_tokens=10, ignore_eos=True)
     engine, manager = engine_of(model, blocks=17, block_size=2, max_seqs=8)
@@ -757,7 +757,7 @@ def test_several_prompts_are_searched_together_and_answered_in_order(embedded_ll
     assert embedded_llm.beam_search([], params) == []
 
 
-@pytest.mark.parametrize("bad", [[10**6], [], [7] * 9000], ids=["no_such_token", "no_token", "too_long"])
+@pytest.mark.parametrize("bad", [[10**6], [], [7] * 9000], ids=["unknown_token", "empty", "too_long"])
 def test_an_invalid_prompt_rejects_the_call_and_leaves_nothing_behind(
     embedded_llm: LLM, bad: list[int]
 ) -> None:

@@ -234,7 +234,7 @@ def serving_app(app: Any) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("backend", ["openai", "openai-chat"])
-def test_if_the_server_sends_no_usage_chunks_with_text_are_counted_with_a_warning(backend: str) -> None:
+def test_chunks_with_text_are_counted_with_a_warning_if_the_server_sends_no_usage(backend: str) -> None:
     """The second chunk is late. The first chunk of a chat is its role; that of a completion is a token."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -105,7 +105,9 @@ def test_wrong_arguments_are_errors_before_any_measurement(arguments: list[str],
     assert message in failed.stderr
 
 
-def test_the_share_of_repeated_sequences_tells_a_loop_from_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_share_of_repeated_sequences_distinguishes_a_loop_from_a_text(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.syspath_prepend(str(BENCHES))
     import defaults
 

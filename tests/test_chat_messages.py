@@ -1,4 +1,4 @@
-"""Chat messages: which fields are accepted, what templates render of them, and in which content format.
+"""Chat messages: which fields are accepted, how templates render them, and in which content format.
 
 Oracles: OpenAI's API reference, vLLM's rules for content parts, transformers' rule for continued messages.
 """
@@ -63,7 +63,7 @@ def test_the_content_format_is_detected_for_each_role() -> None:
     assert template(source).render([{"role": "system", "content": "Be brief."}, USER]) == "Be brief.Hi"
 
 
-def test_if_no_probe_renders_the_source_decides_the_format() -> None:
+def test_the_template_source_decides_the_format_if_every_probe_fails_to_render() -> None:
     loop = "{% for m in messages %}{% for p in m['content'] | list %}{{ p['text'] }}{% endfor %}{% endfor %}"
     source = "{% if messages|length < 5 %}{{ raise_exception('more') }}{% endif %}" + loop
     assert template(source).render([USER] * 5) == "Hi" * 5

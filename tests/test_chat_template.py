@@ -40,7 +40,9 @@ def test_rendering_equals_transformers(record: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("record", [r for r in GOLDEN["rendered"] if "ids" in r], ids=record_id)
-def test_encoding_equals_transformers_unless_a_message_types_control_tokens(record: dict[str, Any]) -> None:
+def test_encoding_equals_transformers_unless_a_message_contains_control_tokens(
+    record: dict[str, Any],
+) -> None:
     template = ChatTemplate(EMBEDDED, **TOKENS)
     messages = GOLDEN["conversations"][record["conversation"]]
     ids = template.encode(messages, TOKENIZER, add_generation_prompt=record["add_generation_prompt"])

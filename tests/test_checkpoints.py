@@ -81,7 +81,7 @@ def test_a_quantized_gguf_gives_the_logits_of_its_dequantized_weights(name: str,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_python_twins_give_transformers_logits(name: str, tmp_path: Path) -> None:
+def test_the_readable_twins_give_transformers_logits(name: str, tmp_path: Path) -> None:
     path = write_folder(tmp_path, CONFIGS[name], random_weights(CONFIGS[name]))
     with twins():
         assert np.abs(our_logits(path) - golden_logits(name, "F32")).max() < TOLERANCE

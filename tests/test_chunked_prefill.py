@@ -12,7 +12,7 @@ budgets = st.integers(0, 200)
 
 
 @given(wants_lists, budgets)
-def test_no_share_exceeds_what_is_wanted_and_their_sum_is_within_the_budget(
+def test_no_share_exceeds_its_want_and_the_sum_of_shares_is_within_the_budget(
     wants: list[int], budget: int
 ) -> None:
     granted = share_budget(wants, budget)

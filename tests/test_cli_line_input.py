@@ -75,7 +75,7 @@ def read(keyboard: PipeInput, lines: LineInput) -> Read:
         ("Explain: " + pasted("if x:\n    y") + ENTER, "Explain: if x:\n    y"),
     ],
 )
-def test_typed_keys_give_one_text(read: Read, keys: str, text: str) -> None:
+def test_each_sequence_of_keys_enters_one_text(read: Read, keys: str, text: str) -> None:
     assert read(keys) == text
 
 

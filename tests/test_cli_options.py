@@ -222,7 +222,9 @@ def test_an_error_is_reported_in_one_line_with_an_exit_code(
         ("--prompt", "give the prompt as an argument"),
     ],
 )
-def test_an_unknown_option_suggests_the_one_that_was_meant(option: str, meant: str, plain_cli: Run) -> None:
+def test_the_error_for_an_unknown_option_suggests_a_similar_one(
+    option: str, meant: str, plain_cli: Run
+) -> None:
     done = plain_cli("chat", "hi", option, "1")
     assert (done.code, done.out) == (2, "")
     assert f"there is no option {option}" in done.err

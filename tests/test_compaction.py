@@ -404,7 +404,7 @@ def test_a_pool_does_not_shrink_below_its_initial_size() -> None:
     assert manager.allocator.num_blocks == 4
 
 
-def test_a_pool_of_fixed_size_keeps_it() -> None:
+def test_a_pool_of_fixed_size_keeps_its_size() -> None:
     manager = PagedBatchManager(16, 2, 2, model=tiny_model())
     served(manager, [12, 3])
     manager.process_batch()

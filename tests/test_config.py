@@ -17,7 +17,7 @@ from tiny_model import CONTEXT, tiny_config
 BYTES_PER_TOKEN = 2 * 2 * 2 * 32 * 2  # K and V, two layers, two heads of 32, two bytes
 
 
-def test_the_bytes_of_a_token_count_keys_and_values_of_all_layers() -> None:
+def test_the_bytes_of_a_token_include_keys_and_values_of_all_layers() -> None:
     assert tiny_config().kv_bytes_per_token(2) == BYTES_PER_TOKEN
 
 
@@ -111,7 +111,7 @@ def test_num_blocks_sets_the_pool_size_directly() -> None:
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 17])
-def test_the_pool_uses_as_much_of_kv_cache_memory_as_whole_blocks_allow(block_size: int) -> None:
+def test_the_pool_has_as_many_whole_blocks_as_fit_into_kv_cache_memory(block_size: int) -> None:
     memory = 1_000_000
     blocks = EngineConfig(kv_cache_memory=memory, block_size=block_size).pool_blocks(tiny_config(), 2)
     block_bytes = BYTES_PER_TOKEN * block_size
@@ -134,7 +134,7 @@ def test_by_default_the_pool_takes_at_most_half_a_gibibyte() -> None:
     assert blocks * 16 * BYTES_PER_TOKEN <= 2**29 < (blocks + 1) * 16 * BYTES_PER_TOKEN
 
 
-def test_the_maximum_context_is_the_models_unless_max_model_len_is_smaller() -> None:
+def test_the_maximum_context_is_that_of_the_model_unless_max_model_len_is_smaller() -> None:
     assert EngineConfig().model_len(tiny_config(), 2) == CONTEXT
     assert EngineConfig(max_model_len=50).model_len(tiny_config(), 2) == 50
     with pytest.raises(ConfigError, match=rf"max_model_len \({CONTEXT + 1}\).*{CONTEXT} tokens"):

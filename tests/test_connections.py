@@ -348,7 +348,7 @@ def test_requests_in_one_packet_are_answered_in_order(served: Served) -> None:
         assert re.findall(rb"HTTP/1.1 (\d+)", read_to_end(connection)) == [b"200"] * 50 + [b"404"]
 
 
-def test_bodies_share_a_memory_limit_and_small_ones_do_not_count() -> None:
+def test_bodies_share_a_memory_limit_that_does_not_count_small_ones() -> None:
     config = ServerConfig(max_body_bytes=1 << 20, body_memory_bytes=1 << 20)
     with serving(small, config) as here, ExitStack() as stack, here.client() as client:
         head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"

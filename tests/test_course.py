@@ -42,7 +42,7 @@ def test_blanking_removes_the_decorators_of_faster_code_and_their_imports() -> N
     assert 'def f(x: int) -> int:\n    """F."""\n    raise NotImplementedError("1.1.1 f: book")' in blank
 
 
-def test_with_body_of_fills_a_blank() -> None:
+def test_a_blank_can_be_filled_with_the_body_of_the_reference() -> None:
     blank = blanked(COUNTING, {"Counter.count": "m"})
     filled = with_body_of(blank, COUNTING, "Counter.count")
     assert filled.replace(f"        {SKIPPED}\n", "") == COUNTING
@@ -108,7 +108,7 @@ def test_start_writes_only_the_days_modules_with_blank_exercises(repo: Repo) -> 
     assert "pdm run test 1.2" in tasks(repo, day)
 
 
-def test_start_never_overwrites_and_again_moves_files_aside(repo: Repo) -> None:
+def test_start_never_overwrites_files_but_moves_them_aside_if_told_to_start_again(repo: Repo) -> None:
     day = syllabus_of(repo).day("1.2")
     start(repo, day)
     write(repo, "counting", "mine = 1\n")
@@ -273,7 +273,7 @@ def test_a_fault_in_todays_code_is_not_blamed_on_other_modules(
     )
 
 
-def test_blanks_start_no_search_for_a_cause(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_blank_does_not_start_a_search_for_a_cause(repo: Repo, capfd: pytest.CaptureFixture[str]) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "adding", ADDING)
     start(repo, syllabus.day("1.2"))
@@ -332,7 +332,7 @@ def test_the_reference_is_tested_without_the_learners_files(repo: Repo) -> None:
     assert run_reference(repo, [repo.suites], []) == 0
 
 
-def test_overlay_of_contains_copies_of_the_given_modules(repo: Repo) -> None:
+def test_a_temporary_overlay_contains_copies_of_the_given_modules(repo: Repo) -> None:
     write(repo, "adding", ADDING)
     write(repo, "doubling", DOUBLING)
     write(repo, "my_tools", "")
@@ -366,7 +366,7 @@ def test_a_long_hint_fits_the_terminal(repo: Repo, monkeypatch: pytest.MonkeyPat
     assert " ".join(shown.split()).count("many words of a hint") == 30
 
 
-def test_the_difference_is_shown_after_passing_or_anyway(repo: Repo) -> None:
+def test_the_difference_is_shown_after_passing_or_with_the_option_anyway(repo: Repo) -> None:
     day = syllabus_of(repo).day("1.1")
     with pytest.raises(CourseError, match="not started"):
         difference(repo, day, anyway=True)
@@ -419,7 +419,7 @@ def test_progress_names_a_day_that_was_left_out(repo: Repo) -> None:
     )
 
 
-def test_a_damaged_record_counts_as_none(repo: Repo) -> None:
+def test_a_damaged_record_counts_as_missing(repo: Repo) -> None:
     day = syllabus_of(repo).day("1.1")
     write(repo, "adding", ADDING)
     remember(repo, day, passed=True)

@@ -209,7 +209,7 @@ def test_a_broken_static_rule_is_reported(repo: Repo, what: str) -> None:
     assert any(message in str(problem) for problem in static_problems(repo, syllabus_of(repo)))
 
 
-def test_a_suite_of_two_files_runs_whole_and_a_failure_shows_the_file(
+def test_all_files_of_a_suite_run_and_a_failure_shows_its_file(
     repo: Repo, capfd: pytest.CaptureFixture[str]
 ) -> None:
     give_part(repo)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,13 @@ def test_a_demonstration_mentions_slow_modules_only_if_there_are_any(tmp_path: P
     ran = run(["try", "2.3"], tmp_path)
     assert "quantize.py" not in ran.stdout
     assert ran.stdout.splitlines()[1].startswith("a simulation"), ran.stderr
+
+
+def test_a_demonstration_says_which_modules_are_the_learners(tmp_path: Path) -> None:
+    shutil.copy(Repo.here().reference / "sliding_window.py", tmp_path)
+    ran = run(["try", "3.5"], tmp_path)
+    first = "day 3.5, Sliding windows: your sliding_window.py; the reference's windowed_prefix.py"
+    assert ran.stdout.splitlines()[0] == first, ran.stderr
 
 
 def test_the_real_course_can_be_read() -> None:

@@ -1,4 +1,4 @@
-"""`pdm run compare`: integers are counted, sides alternate, a day without a comparison says so."""
+"""`pdm run compare`: how it compares and times the two sides, and what it says without a comparison."""
 
 from pathlib import Path
 
@@ -63,7 +63,9 @@ def test_exercises_with_faster_reference_code_are_named(
     assert any(line.startswith("memory: ") and "without weights and inputs" in line for line in lines)
 
 
-def test_both_sides_alternate(here: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_the_learners_code_and_of_the_reference_alternate(
+    here: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
     repeat = comparing._Side.repeat
 

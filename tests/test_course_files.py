@@ -21,7 +21,7 @@ from toy_course import ADDING, COUNTING, DOUBLING, ROOT, replace, repo, run, syl
 __all__ = ["repo"]
 
 
-def test_restore_brings_back_the_newest_and_undoes_itself(repo: Repo) -> None:
+def test_restore_brings_back_the_newest_copy_and_a_second_restore_undoes_it(repo: Repo) -> None:
     day = syllabus_of(repo).day("1.2")
     for text in ("first", "second"):
         write(repo, "counting", f"x = '{text}'\n")

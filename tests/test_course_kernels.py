@@ -94,7 +94,7 @@ def test_a_kernels_starter_states_the_task(tmp_path: Path) -> None:
     assert "pdm run build-kernels" in findings[flash.file].advice
 
 
-def test_a_kernel_in_cpp_names_what_to_read_and_can_be_skipped(tmp_path: Path) -> None:
+def test_a_kernel_in_cpp_can_be_started_and_skipped(tmp_path: Path) -> None:
     begun = run(["start", "2.5", "--cpp"], tmp_path)
     for words in ("Attention in tiles", "You do not need", "FlashJob in ", "vec.h", "namespace", "absorb"):
         assert words in begun.stdout, begun.stderr

@@ -100,7 +100,7 @@ def test_a_removed_helper_is_searched_but_not_listed(repo: Repo) -> None:
         ("def inner(one: Some) -> int:\n        return x\n\n    return inner(None)", ["Some"]),
     ],
 )
-def test_members_follow_from_annotations_constructors_and_return_types(
+def test_members_are_found_by_annotations_constructors_and_return_types(
     shelved: Repo, body: str, names: list[str]
 ) -> None:
     replace(shelved.reference / "doubling.py", "return add(x, x)", body)
@@ -302,7 +302,7 @@ def test_a_list_with_a_helper_or_without_a_needed_name_is_reported(
         ("3.7.5", ["inbox.Inbox.run"]),
     ],
 )
-def test_interfaces_that_learners_missed_are_listed(exercise_id: str, names: list[str]) -> None:
+def test_interfaces_that_learners_needed_are_listed(exercise_id: str, names: list[str]) -> None:
     """Names that a learner found only in the hints or in the solution, before there was a list."""
     assert set(names) <= set(used(Repo.here(), exercise_id))
 

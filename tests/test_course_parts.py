@@ -108,13 +108,13 @@ def test_an_invalid_part_is_rejected_with_the_reason(course: Repo, old: str, new
 # ---- source ----
 
 
-def test_an_added_function_is_removed_without_a_trace() -> None:
+def test_removing_an_added_function_restores_the_original_source() -> None:
     for name, other in (("Counter._next", COUNTING), ("helper", "def helper(x):\n    return x\n")):
         begun = COUNTING if name == "helper" else without(COUNTING, name)
         assert without(with_function(begun, other, name), name) == begun
 
 
-def test_with_blank_changes_only_one_function() -> None:
+def test_blanking_a_function_changes_no_other_code() -> None:
     odd = COUNTING.replace("def given", "\n\n\n# mine   \ndef given").replace("return x\n", "return   x")
     blank = with_blank(odd, "Counter.leap", "1.2.2 Counter.leap: book")
     before, after = odd.split('        3\n        """\n')
@@ -178,7 +178,7 @@ def test_starting_the_next_part_keeps_the_learners_work_byte_for_byte(course: Re
     assert own(course) == mine.replace(body, blank).replace(helper, "")
 
 
-def test_start_without_again_keeps_the_learners_code(course: Repo) -> None:
+def test_start_keeps_the_learners_code_unless_told_to_start_again(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     mine = solved(own(course), "Counter.leap", LEAP)
     write(course, "counting", mine)
@@ -203,7 +203,7 @@ def test_changed_reference_code_counts_as_the_learners(course: Repo) -> None:
     assert "kept as you have it: 1.2.2 Counter.leap" in start_report(course, part(course, "b"), done)
 
 
-def test_again_keeps_a_copy_and_blanks_only_the_part(course: Repo) -> None:
+def test_starting_a_part_again_keeps_a_copy_and_blanks_only_the_part(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     mine = solved(solved(own(course), "Counter.count", COUNT), "Counter.leap", LEAP)
     write(course, "counting", mine)
@@ -222,7 +222,7 @@ def test_again_keeps_a_copy_and_blanks_only_the_part(course: Repo) -> None:
     assert own(course) == with_blank(mine, "Counter.leap", part(course, "b").exercises[0].message)
 
 
-def test_reset_of_a_part_uses_the_references_code_and_restore_the_learners(course: Repo) -> None:
+def test_reset_of_a_part_uses_the_references_code_and_restore_brings_back_the_learners(course: Repo) -> None:
     start(course, syllabus_of(course).day("1.2"))
     mine = solved(solved(own(course), "Counter.count", COUNT), "Counter.leap", LEAP)
     write(course, "counting", mine)
@@ -259,7 +259,7 @@ def test_starting_a_day_after_its_part_blanks_the_rest(course: Repo) -> None:
     assert states(course) == [State.BLANK, State.WRITTEN, State.BLANK, State.BLANK]
 
 
-def test_a_day_without_parts_keeps_what_was_skipped(course: Repo) -> None:
+def test_a_day_without_parts_keeps_skipped_exercises(course: Repo) -> None:
     day = syllabus_of(course).day("1.1")
     start(course, day)
     skip(course, day, day.exercises)

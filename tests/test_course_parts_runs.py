@@ -57,7 +57,9 @@ def test_a_middle_part_can_be_started_first(course: Repo, capfd: pytest.CaptureF
     assert run_day(course, syllabus, part(course, "b"), [], isolated=True) == 0
 
 
-def test_a_day_passes_when_its_parts_pass_and_later_work_keeps_results(course: Repo) -> None:
+def test_a_day_passes_when_its_parts_pass_and_work_on_a_later_part_keeps_earlier_results(
+    course: Repo,
+) -> None:
     day = syllabus_of(course).day("1.2")
     first, second, third = day.parts
     start(course, first)
@@ -82,7 +84,7 @@ def test_a_day_passes_when_its_parts_pass_and_later_work_keeps_results(course: R
     assert [result(course, one) for one in (*day.parts, day)] == [Result.STALE] * 3 + [Result.UNKNOWN]
 
 
-def test_parts_pass_when_the_day_passes(course: Repo) -> None:
+def test_all_parts_pass_when_the_day_passes(course: Repo) -> None:
     day = syllabus_of(course).day("1.2")
     start(course, day)
     skip(course, day, day.exercises)
@@ -153,7 +155,9 @@ def test_without_a_day_all_started_parts_are_tested(course: Repo, capfd: pytest.
     assert "course: part 1.2c" not in out
 
 
-def test_after_the_last_part_the_day_is_next(course: Repo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_after_the_last_part_the_next_step_is_the_whole_day(
+    course: Repo, capfd: pytest.CaptureFixture[str]
+) -> None:
     syllabus = syllabus_of(course)
     start(course, part(course, "c"))
     write(course, "counting", solved(own(course), "Counter.back", BACK))

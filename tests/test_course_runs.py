@@ -177,7 +177,7 @@ def no_saves() -> Iterator[bool]:
         yield False
 
 
-def test_between_runs_keys_test_again_run_their_action_and_quit(tmp_path: Path) -> None:
+def test_between_runs_a_key_starts_another_run_or_runs_an_action_or_quits(tmp_path: Path) -> None:
     runs, pressed = tmp_path / "runs", list[str]()
     append = f"open({str(runs)!r}, 'a').write('run ')"
     keys = {"h": Key("hint", lambda: pressed.append("h"))}
@@ -247,7 +247,7 @@ class _Parses:
         ast.parse("a = 1\nfor i in x:\n    pass")
 
 
-def test_a_parse_is_not_disturbed_by_garbage_that_parses() -> None:
+def test_a_parse_succeeds_even_if_collected_garbage_parses_too() -> None:
     """Plain `ast.parse` fails here up to Python 3.11.7 and 3.12.1, and pytest reports INTERNALERROR."""
     source = "\n".join(f"def f{i}(x):\n    return [x + {i}, (x, {i}, [x])]" for i in range(1000))
     for _ in range(5):
@@ -258,7 +258,7 @@ def test_a_parse_is_not_disturbed_by_garbage_that_parses() -> None:
     gc.collect()  # or it would disturb a parse of a later test
 
 
-def test_parses_of_many_threads_leave_the_collector_on() -> None:
+def test_parses_in_many_threads_leave_the_garbage_collector_on() -> None:
     threads = [threading.Thread(target=steady_parse, args=("a = 1\n" * 500,)) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -357,7 +357,7 @@ def failing(*tests: str, number: int = 2) -> Outcome:
     return Outcome(1, tuple(f"tests_refsol/test_week_1_day_{number}.py::{test}" for test in tests))
 
 
-def test_the_cause_may_be_another_exercise_than_the_tests_are_about(repo: Repo) -> None:
+def test_the_cause_may_be_in_another_exercise_than_the_one_that_fails(repo: Repo) -> None:
     """Task 2's test calls task 1, whose own tests pass; the search finds it."""
     syllabus = syllabus_of(repo)
     day = syllabus.day("1.2")

@@ -30,7 +30,7 @@ def check_slots(manager: DenseBatchManager) -> None:
 
 @settings(max_examples=examples(60))
 @given(st.randoms(use_true_random=False), st.integers(1, 4), st.integers(4, 40))
-def test_slots_are_conserved_through_any_arrivals_forks_finishes_and_cancels(
+def test_slots_are_conserved_after_any_arrivals_forks_finishes_and_cancels(
     draw: random.Random, slots: int, budget: int
 ) -> None:
     manager = DenseBatchManager(slots, 32, max_batched_tokens=max(budget, slots))
@@ -115,7 +115,7 @@ def dense(slots: int, budget: int) -> DenseBatchManager:
 
 
 @pytest.mark.parametrize(("slots", "budget", "joins"), [(3, 8, 1), (8, 16, 2), (5, 64, 5)])
-def test_a_request_gets_the_same_answer_as_alone(slots: int, budget: int, joins: int) -> None:
+def test_a_request_gets_the_same_answer_in_a_batch_as_alone(slots: int, budget: int, joins: int) -> None:
     """Oracle: the same manager, one request at a time."""
     alone: dict[str, list[tuple[int, float]]] = {}
     for request_id, request in REQUESTS.items():

@@ -93,7 +93,7 @@ def sequences(name: str, count: int, seed: int) -> Iterator[tuple[list[int], lis
 
 
 @each_tokenizer
-def test_streamed_text_is_what_the_output_adds_to_the_decoded_prompt(name: str) -> None:
+def test_streamed_text_equals_the_text_that_the_output_adds_to_the_decoded_prompt(name: str) -> None:
     """Oracle: the library's `decode` of the prompt, and of prompt and output."""
     tokenizer = ALL[name]
     for prompt, output, skip in sequences(name, 200, seed=1):
@@ -179,7 +179,7 @@ IMMEDIATE = [name for name in ALL if not name.startswith(DELAYED)]
 
 
 @pytest.mark.parametrize("name", IMMEDIATE)
-def test_a_word_is_returned_with_its_token(name: str) -> None:
+def test_a_word_is_returned_as_soon_as_its_token_arrives(name: str) -> None:
     """Text that no later token can change is not held back."""
     tokenizer = ALL[name]
     words = [token for token in range(tokenizer.vocab_size) if is_word(tokenizer, token)][:200]
@@ -194,7 +194,7 @@ def is_word(tokenizer: Tokenizer, token: int) -> bool:
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "fused bytes"])
-def test_token_text_is_what_a_token_adds_in_the_middle_of_a_text(name: str) -> None:
+def test_token_text_equals_the_text_that_a_token_adds_in_the_middle_of_a_text(name: str) -> None:
     """Oracle: what a token adds to the library's `decode` after the letter a."""
     tokenizer = ALL[name]
     [letter] = tokenizer.encode("a", special_tokens=False)[-1:]

@@ -1,4 +1,4 @@
-"""HostileListener callers, repeated requests, thousands of requests: each may only harm its own results.
+"""Hostile listeners, repeated requests, thousands of requests: each may only affect its own results.
 
 The same holds for a completion that fails. Oracle: `EngineCore`, stepped by hand in this thread; for
 completions, the same request without the fault.
@@ -96,7 +96,7 @@ def test_each_listener_gets_its_own_events_even_if_listeners_compare_equal(
         UnprintableError(),
     ],
 )
-def test_any_exception_of_a_listener_or_watcher_affects_only_itself(
+def test_any_exception_of_a_listener_or_watcher_affects_only_that_listener_or_watcher(
     engine: Engine, held_core: HeldCore, error: BaseException
 ) -> None:
     def raising(_: object) -> None:

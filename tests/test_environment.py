@@ -141,7 +141,7 @@ print(k.num_threads(), mx.array_equal(alone, crowd).item())
 
 
 @compiled
-def test_kernels_run_on_fewer_threads_if_the_system_starts_no_more() -> None:
+def test_kernels_run_on_fewer_threads_if_the_system_cannot_start_more() -> None:
     """Regression test: a std::system_error terminated the process."""
     ended = run(FEW_THREADS)
     assert (ended.returncode, ended.stdout) == (0, "1 True\n"), ended.stderr

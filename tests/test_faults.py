@@ -224,7 +224,7 @@ def test_nan_logits_fail_the_request_that_has_them(params: SamplingParams, clean
     check_all_returned(engine.manager)
 
 
-def test_when_only_a_large_batch_fails_requests_fail_one_by_one_until_the_rest_can_run() -> None:
+def test_a_failing_batch_loses_one_request_at_a_time_until_the_rest_can_run() -> None:
     """No single request is at fault. One at a time has to fail, or no request would ever finish."""
 
     class FailsOnLargeBatches(Model):
@@ -265,7 +265,7 @@ def test_requests_are_recomputed_when_the_pools_arrays_cannot_be_evaluated(
     check_all_returned(engine.manager)
 
 
-def test_with_dense_batching_too_only_the_faulty_request_fails() -> None:
+def test_only_the_faulty_request_fails_with_dense_batching_too() -> None:
     requests = {name: REQUESTS_WITH_POISON[name] for name in ("greedy", "three", "late", "poisoned")}
     clean, _ = serve(EngineCore(DenseBatchManager(6, 64, model=tiny_model()), (EOS,)), requests)
     engine = EngineCore(DenseBatchManager(6, 64, model=model_with_fault(tiny_model(), raise_error)), (EOS,))

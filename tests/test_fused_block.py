@@ -151,7 +151,7 @@ def test_an_unpacked_or_replaced_part_makes_a_block_run_part_by_part(monkeypatch
 
 
 @pytest.mark.parametrize("make", [dense_model, qwen_model])
-def test_other_blocks_run_as_before(make: Callable[[], Model], runs: Runs) -> None:
+def test_blocks_that_cannot_be_fused_run_part_by_part(make: Callable[[], Model], runs: Runs) -> None:
     model = make()
     tokens = random_prompt(20, seed=7)
     assert np.array_equal(np.array(logits_through_pages(model, tokens, [20])), unfused(model, tokens, [20]))

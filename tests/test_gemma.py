@@ -294,7 +294,7 @@ def test_an_answer_without_max_tokens_ends_when_the_pool_is_full(tmp_path: Path)
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap", "none"])
-def test_answers_without_max_tokens_are_the_same_as_alone(tmp_path: Path, mode: str) -> None:
+def test_answers_without_max_tokens_are_the_same_as_when_served_alone(tmp_path: Path, mode: str) -> None:
     """Several requests, each of which may fill the pool. Oracle: an engine that serves only one of them."""
     path, prompts = write_folder(tmp_path, GEMMA, random_weights(GEMMA)), [[5, 6, 7], [8] * 4, [9, 10] * 2]
     params = [SamplingParams(max_tokens=None, ignore_eos=True, seed=i, logprobs=1) for i in range(3)]
@@ -321,7 +321,7 @@ def test_geglu_is_the_tanh_approximation_of_gelu_times_up() -> None:
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
 
 
-def test_a_row_of_geglu_has_the_same_bits_in_any_batch() -> None:
+def test_a_row_of_geglu_gives_the_same_bits_in_any_batch() -> None:
     """Oracle: the row computed alone."""
     both = mx.random.normal((33, 2 * 67), key=mx.random.key(3)) * 4
     whole = np.array(geglu(*mx.split(both, 2, axis=-1)))
@@ -358,7 +358,7 @@ def gemma() -> Checkpoint:
         pytest.skip("gemma3-270m is not installed")
 
 
-def test_text_becomes_sentencepieces_tokens_and_the_same_text_again(gemma: Checkpoint) -> None:
+def test_text_becomes_sentencepieces_tokens_and_decodes_to_the_same_text(gemma: Checkpoint) -> None:
     """Oracle: SentencePiece's rules, written out in make_gemma.py."""
     for record in GOLDENS["strings"]:
         assert gemma.tokenizer.encode(record["text"]) == record["ids"], record["text"]

@@ -58,7 +58,7 @@ def refusal(path: Path, generation_config: str = "auto") -> str:
 # Sampling parameters in the files.
 
 
-def test_the_fields_that_vllm_reads_are_read(tmp_path: Path) -> None:
+def test_only_the_fields_that_vllm_reads_are_read(tmp_path: Path) -> None:
     others = {
         "do_sample": False,
         "num_beams": 4,
@@ -311,7 +311,7 @@ def asked(**options: Any) -> AskedSampling:
     return asked_sampling(SamplingOptions(**options), max_tokens=128)
 
 
-def test_given_options_override_the_models_values_and_these_the_commands_own_defaults() -> None:
+def test_given_options_override_the_models_values_which_override_the_commands_own_defaults() -> None:
     assert asked().params() == SamplingParams(temperature=0.0, max_tokens=128)
     assert asked().params(RECOMMENDED) == SamplingParams(**RECOMMENDED)
     packaged = {"frequency_penalty": 0.2, "presence_penalty": 0.1}

@@ -470,7 +470,7 @@ def test_an_unexpected_tensor_is_rejected_by_its_name_in_the_file(name: str, tmp
 
 
 @pytest.mark.parametrize("kind", ["adapter", "mmproj", "vocab", "imatrix", 7])
-def test_a_gguf_of_another_type_than_model_is_rejected(kind: str, tmp_path: Path) -> None:
+def test_a_gguf_whose_type_is_not_model_is_rejected(kind: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", CONFIG, WEIGHTS, other={"general.type": kind})
     assert f"general.type is '{kind}', expected 'model'" in error_message(path)
 

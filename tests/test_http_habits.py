@@ -74,7 +74,7 @@ def status(answer: bytes) -> int:
 
 
 @pytest.mark.parametrize("path", GETS)
-def test_head_is_get_without_a_body(client: httpx.Client, path: str) -> None:
+def test_head_answers_like_get_without_a_body(client: httpx.Client, path: str) -> None:
     whole, head = client.get(path), client.head(path)
     assert whole.status_code == head.status_code
     assert head.content == b""
@@ -84,7 +84,7 @@ def test_head_is_get_without_a_body(client: httpx.Client, path: str) -> None:
     }
 
 
-def test_a_head_request_for_a_stream_returns(client: httpx.Client) -> None:
+def test_a_head_request_for_a_stream_returns_at_once(client: httpx.Client) -> None:
     assert client.head("/live").status_code == 200
     assert client.get("/health").status_code == 200
 
@@ -102,7 +102,7 @@ def test_a_head_request_for_a_stream_returns(client: httpx.Client) -> None:
         ("BREW", "/detokenize", "POST, OPTIONS"),
     ],
 )
-def test_another_method_gets_405_with_the_allowed_methods(
+def test_a_wrong_method_gets_405_and_a_list_of_allowed_methods(
     client: httpx.Client, method: str, path: str, allowed: str
 ) -> None:
     answer = client.request(method, path)
@@ -170,14 +170,14 @@ def test_an_unknown_path_gets_404_with_the_known_paths(client: httpx.Client, met
         ("/nowhere", "/nowhere does not exist. Available: "),
     ],
 )
-def test_a_path_of_another_api_is_refused_with_what_to_use_instead(
+def test_the_error_for_a_path_of_another_api_names_what_to_use_instead(
     client: httpx.Client, path: str, hint: str
 ) -> None:
     assert client.get(path).json()["error"]["message"].startswith(hint)
     assert client.get("/openapi.json").status_code == 200
 
 
-def test_a_wrong_method_is_refused_with_the_right_one(client: httpx.Client) -> None:
+def test_the_error_for_a_wrong_method_names_the_right_one(client: httpx.Client) -> None:
     error = client.get(CHAT).json()["error"]
     assert error["message"] == "/v1/chat/completions does not accept GET; use POST"
     error = client.delete("/v1/models").json()["error"]
@@ -265,7 +265,9 @@ OTHER += ["localhost evil", "[::1]evil", "localhost#", "localhost?", "\tevil", "
     ("host", "expected"),
     [*((one, 200) for one in [*OWN, "[::1]", "[::1]:8000"]), *((one, 403) for one in OTHER)],
 )
-def test_only_allowed_hosts_are_accepted_in_any_spelling(served: Served, host: str, expected: int) -> None:
+def test_allowed_hosts_are_accepted_in_any_spelling_and_others_are_rejected(
+    served: Served, host: str, expected: int
+) -> None:
     answer = raw(served, get("/v1/models", f"Host: {host}"))
     assert status(answer) in ({200} if expected == 200 else {400, 403}), answer
 
@@ -275,7 +277,7 @@ def test_a_host_in_the_target_overrides_the_header(served: Served) -> None:
     assert status(raw(served, get("http://localhost:1/v1/models", "Host: localhost"))) == 200
 
 
-def test_exactly_one_host_is_required_except_in_http_1_0(served: Served) -> None:
+def test_exactly_one_host_header_is_required_except_in_http_1_0(served: Served) -> None:
     """Load balancers may send health checks in HTTP/1.0; browsers do not."""
     assert status(raw(served, get("/health", "Host: localhost", "Host: localhost"))) == 400
     assert status(raw(served, get("/health"))) == 400

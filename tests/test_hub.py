@@ -218,7 +218,7 @@ def test_a_missing_path_is_not_mistaken_for_a_hub_id(name: str, monkeypatch: pyt
         find_model(name)
 
 
-def test_without_a_name_the_embedded_model_is_found() -> None:
+def test_the_embedded_model_is_found_if_no_name_is_given() -> None:
     assert find_model(None) == embedded_model_path()
 
 

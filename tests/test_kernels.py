@@ -478,7 +478,7 @@ def probabilities_after_filters(
     forbidden=st.sampled_from([0.0, 0.3]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_a_sampled_token_is_the_one_that_the_definition_gives(
+def test_a_sampled_token_equals_the_one_by_definition(
     size: int, spread: float, temperature: float, min_p: float, top_k: int, top_p: float, uniform: float,
     forbidden: float, seed: int,
 ) -> None:  # fmt: skip
@@ -505,7 +505,9 @@ def test_temperature_zero_takes_the_first_of_the_largest_logits(size: int) -> No
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 @pytest.mark.parametrize("place", [0, 7, 8, 19])
-def test_a_row_with_nan_or_infinity_gives_its_index(place: int, broken: float, temperature: float) -> None:
+def test_sampling_from_a_row_with_nan_or_infinity_returns_its_index(
+    place: int, broken: float, temperature: float
+) -> None:
     logits = normal(20)
     logits[place] = broken
     assert sampled(logits, temperature=temperature, top_p=0.5, top_k=3) == place

@@ -343,7 +343,7 @@ def test_a_window_as_long_as_the_sequence_does_not_change_bits(window: int) -> N
 
 @pytest.mark.parametrize("spoilt", [-1, -(2**31), 2**31 - 1, "not a number", "infinite"])
 @pytest.mark.parametrize("block_size", [1, 4, 16, 32])
-def test_blocks_before_the_window_may_be_anything(block_size: int, spoilt: int | str) -> None:
+def test_blocks_before_the_window_may_hold_anything(block_size: int, spoilt: int | str) -> None:
     """Oracle: the bits before the blocks were replaced, with invalid ids or with another sequence's NaNs."""
     for window in WINDOWS[:-1]:
         pages = Pages([120, 32], block_size=block_size, window=window)

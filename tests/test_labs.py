@@ -117,7 +117,7 @@ def test_help_describes_a_lab_and_its_options(
         (["--plot", "/no/such/folder/a.svg"], 1, "/no/such/folder"),
     ],
 )
-def test_a_wrong_option_is_an_error_of_one_line(
+def test_an_invalid_option_is_an_error_of_one_line(
     run: Run, options: list[str], code: int, named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["naive", *options]) == code
@@ -140,7 +140,7 @@ def test_a_lab_reports_predictions_measurements_and_its_setup(lab: Labs, name: s
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_lab_draws_its_picture(lab: Labs, name: str) -> None:
+def test_a_lab_draws_a_picture(lab: Labs, name: str) -> None:
     pytest.importorskip("matplotlib")
     picture = lab(name).picture
     assert picture is not None
@@ -181,7 +181,7 @@ def test_an_unwritten_exercise_is_an_error_of_one_line_with_its_place(tmp_path: 
 # ---- the counts ----
 
 
-def test_trap_counts_every_key_that_is_computed(lab: Labs) -> None:
+def test_the_trap_lab_counts_every_key_that_is_computed(lab: Labs) -> None:
     """Oracle: the sum of the text's length over all passes: 128 tokens, then 129, ... for 100 tokens."""
     without, cached = (row["keys"] for row in lab("trap").rows(0))
     assert without == {"predicted": 17_978, "measured": 17_978}
@@ -189,13 +189,13 @@ def test_trap_counts_every_key_that_is_computed(lab: Labs) -> None:
     assert cached == {"predicted": 228, "measured": 228}
 
 
-def test_trap_predicts_times_from_the_keys_of_the_timed_tokens(lab: Labs) -> None:
+def test_the_trap_lab_predicts_times_from_the_keys_of_the_timed_tokens(lab: Labs) -> None:
     [row] = lab("trap").rows(1)
     assert (row["length"], row["ratio"]["predicted"]) == (16, 16)
     assert row["ratio"]["measured"] == pytest.approx(row["recomputing_ms"] / row["cached_ms"])
 
 
-def test_naive_allocates_by_shape_and_uses_by_length(lab: Labs) -> None:
+def test_the_naive_lab_allocates_memory_by_shape_and_uses_it_by_length(lab: Labs) -> None:
     """Oracle: two arrays of bfloat16; the lengths are drawn again here."""
     token, draw = 2 * 2 * 8 * 2, random.Random(0)
     lengths = [draw.randint(100, 500) for _ in range(3)]
@@ -210,14 +210,14 @@ def test_naive_allocates_by_shape_and_uses_by_length(lab: Labs) -> None:
         assert row["waste"]["measured"] == pytest.approx(1 - sum(lengths) / 3 / capacity)
 
 
-def test_dynamic_refuses_requests_only_if_blocks_must_be_contiguous(lab: Labs) -> None:
+def test_the_dynamic_lab_refuses_requests_only_if_blocks_must_be_contiguous(lab: Labs) -> None:
     rows = lab("dynamic").rows(1)
     assert all(row["refused_anywhere"] == {"predicted": 0, "measured": 0} for row in rows)
     assert rows[-1]["refused"] > 0.1
     assert all(row["requests"] >= 30 for row in rows)
 
 
-def test_dynamic_rounds_every_user_up_to_whole_blocks(lab: Labs) -> None:
+def test_the_dynamic_lab_rounds_the_memory_of_every_user_up_to_whole_blocks(lab: Labs) -> None:
     [row] = lab("dynamic").rows(0)
     draw = random.Random(0)
     lengths = [draw.randint(100, 500) for _ in range(100)]
@@ -225,7 +225,7 @@ def test_dynamic_rounds_every_user_up_to_whole_blocks(lab: Labs) -> None:
     assert row["waste"]["predicted"] == pytest.approx(7.5 / 307.5)
 
 
-def test_paged_wastes_about_half_a_block_per_request(lab: Labs) -> None:
+def test_the_paged_lab_wastes_about_half_a_block_per_request(lab: Labs) -> None:
     """Two users give a rough mean; blocks of one token waste nothing."""
     rows = {row["block_size"]: row for row in lab("paged").rows(0)}
     assert rows[1]["chat"] == {"predicted": 0, "measured": 0}
@@ -235,7 +235,7 @@ def test_paged_wastes_about_half_a_block_per_request(lab: Labs) -> None:
     assert rows[16]["chat"]["measured"] < rows[32]["chat"]["measured"] < 0.05
 
 
-def test_paged_refuses_a_request_only_if_too_few_blocks_are_free(lab: Labs) -> None:
+def test_the_paged_lab_refuses_a_request_only_if_too_few_blocks_are_free(lab: Labs) -> None:
     enough, fewer = lab("paged").rows(1)
     assert enough["refused"] == {"predicted": 0, "measured": 0}
     assert fewer["refused"]["measured"] == fewer["pools"]
@@ -257,7 +257,7 @@ def test_beams_share_the_prompts_full_blocks_and_copy_where_they_diverge(lab: La
         assert width - 1 <= row["copies"]["measured"] <= 3 * (width - 1)
 
 
-def test_beams_without_sharing_are_equal_and_compute_every_token_again(lab: Labs) -> None:
+def test_beams_without_sharing_give_equal_results_and_compute_every_token_again(lab: Labs) -> None:
     """Four beams, 20 tokens in, 4 out: each step computes one, the last block's or all tokens of a beam."""
     inside, cached, plain = lab("beams").rows(1)
     assert [row["equal"] for row in (inside, cached, plain)] == [{"predicted": 4, "measured": 4}] * 3
@@ -266,7 +266,7 @@ def test_beams_without_sharing_are_equal_and_compute_every_token_again(lab: Labs
         assert row["computed"] == {"predicted": count, "measured": count}
 
 
-def test_slots_equal_the_positions_in_the_arrays(lab: Labs) -> None:
+def test_the_slots_in_the_lab_equal_the_positions_in_the_arrays(lab: Labs) -> None:
     """Token 25 in blocks 23, 64, 87: the tenth token of block 64, after 64 blocks of 16 keys or 16 pairs."""
     slots = [row["slot"] for row in lab("slots").rows(0)]
     expected = [64 * 16 + 9, (64 * 16 + 9) * 2, (64 * 16 + 9) * 2 + 1, 64 * 16 + 9]
@@ -274,13 +274,13 @@ def test_slots_equal_the_positions_in_the_arrays(lab: Labs) -> None:
     assert slots == [{"predicted": slot, "measured": slot} for slot in expected]
 
 
-def test_slots_gather_the_same_as_reading_token_by_token(lab: Labs) -> None:
+def test_gathering_by_slots_reads_the_same_as_reading_token_by_token(lab: Labs) -> None:
     rows = lab("slots").rows(1)
     assert [row["tokens"] for row in rows] == [8, 16, 32, 64]
     assert all(row["equal"] == {"predicted": row["tokens"], "measured": row["tokens"]} for row in rows)
 
 
-def test_sparse_reads_only_the_tokens_of_the_last_blocks(lab: Labs) -> None:
+def test_the_sparse_lab_reads_only_the_tokens_of_the_last_blocks(lab: Labs) -> None:
     """Oracle: the positions up to the token that are in the last four blocks, with 64 bytes each."""
     rows = lab("sparse").rows(0)
     assert [row["position"] for row in rows] == [63, 127, 255, 500, 511]
@@ -293,7 +293,7 @@ def test_sparse_reads_only_the_tokens_of_the_last_blocks(lab: Labs) -> None:
     assert rows[3]["window"]["measured"] == 53
 
 
-def test_sparse_counts_only_causal_pairs(lab: Labs) -> None:
+def test_the_sparse_lab_counts_only_causal_pairs(lab: Labs) -> None:
     """Oracle: all pairs of 8 blocks, without later blocks and without blocks before the window of 3."""
     full, window = lab("sparse").rows(1)
     pairs = [(query, read) for query in range(8) for read in range(8) if read <= query]
@@ -304,7 +304,7 @@ def test_sparse_counts_only_causal_pairs(lab: Labs) -> None:
     assert window["saved"]["measured"] == pytest.approx(1 - 21 / 36)
 
 
-def test_prefix_computes_and_stores_a_shared_prefix_once(lab: Labs) -> None:
+def test_the_prefix_lab_computes_and_stores_a_shared_prefix_once(lab: Labs) -> None:
     """Two prompts of 32 tokens with 0, 16 and 31 in common: 16 of the 31 are a block, and 15 are copied."""
     rows = lab("prefix").rows(0)
     assert [(row["share"], row["cache"]) for row in rows] == [
@@ -317,7 +317,7 @@ def test_prefix_computes_and_stores_a_shared_prefix_once(lab: Labs) -> None:
         assert row["blocks"]["predicted"] == row["blocks"]["measured"]
 
 
-def test_prefix_counts_the_blocks_of_a_crowd(lab: Labs) -> None:
+def test_the_prefix_lab_counts_the_blocks_of_many_users(lab: Labs) -> None:
     """Oracle: the lengths, drawn again here; 100 tokens fill 6 blocks of 16, 12 tokens fill 3 blocks of 4."""
     three, three_shared, five, five_shared = lab("prefix").rows(1)
     assert three["blocks"] == {"predicted": 4 + 5 + 5, "measured": 4 + 5 + 5}
@@ -331,7 +331,7 @@ def test_prefix_counts_the_blocks_of_a_crowd(lab: Labs) -> None:
     assert five_shared["blocks"]["measured"] == sum(blocks) - 4 * 6
 
 
-def test_prefix_runs_as_many_users_as_have_blocks(lab: Labs) -> None:
+def test_the_prefix_lab_runs_as_many_users_as_the_pool_has_blocks_for(lab: Labs) -> None:
     """Oracle: 2,048 blocks allocated user by user, for a prompt and one token; 6 blocks are common."""
     draw = random.Random(0)
     needed = [-(-(draw.randint(101, 500) + 1) // 16) for _ in range(327)]
@@ -349,7 +349,7 @@ def test_prefix_runs_as_many_users_as_have_blocks(lab: Labs) -> None:
     assert found == [{"predicted": count, "measured": count} for count in counts]
 
 
-def test_summary_agrees_with_the_predictions_and_pages_hold_more_users(lab: Labs) -> None:
+def test_the_summary_lab_agrees_with_its_predictions_and_pages_hold_more_users(lab: Labs) -> None:
     """Memory for 4,096 tokens. Lengths of 100 to 500 need 19.3 blocks on average, 17.3 with 2 in common."""
     contiguous, runs, anywhere, pages, shared = lab("summary").rows(0)
     assert contiguous["users"] == {"predicted": 4, "measured": 4}
@@ -368,7 +368,7 @@ def test_summary_agrees_with_the_predictions_and_pages_hold_more_users(lab: Labs
     assert pages["users"]["measured"] < shared["users"]["measured"]
 
 
-def test_window_reads_and_holds_what_each_layer_sees(lab: Labs) -> None:
+def test_the_window_lab_reads_and_holds_only_the_tokens_that_each_layer_sees(lab: Labs) -> None:
     """Oracle: of SmolLM2's 30 layers, 5 see all tokens and 25 see 512; 768 bytes per token and layer.
 
     There are six groups of five layers. 512 tokens are 32 blocks in each; after 1,024 tokens a group with a
@@ -389,7 +389,7 @@ def test_window_reads_and_holds_what_each_layer_sees(lab: Labs) -> None:
     assert long["saved"] == pytest.approx(1 - 224 / 384)
 
 
-def test_window_counts_causal_pairs_and_explains_the_rectangles(lab: Labs) -> None:
+def test_the_window_lab_counts_causal_pairs_and_explains_the_rectangles(lab: Labs) -> None:
     """Oracle: all pairs of 8 blocks, without later blocks and without blocks before the window of 3."""
     full, window = lab("window").rows(2)
     pairs = [(query, read) for query in range(8) for read in range(query + 1)]

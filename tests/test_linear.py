@@ -48,7 +48,7 @@ def test_stacking_packed_matrices_of_whole_tiles_gives_one_packed_matrix() -> No
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantized_matrix_agrees_with_its_python_twin(bits: int) -> None:
+def test_the_quantized_matmul_agrees_with_its_readable_twin(bits: int) -> None:
     x = random_matrix(3, seed=7)
     fast = quantized(40, 5, bits)
     with twins():

@@ -172,7 +172,7 @@ def test_a_client_knows_the_state_of_the_engine(served: Served, llm: LLM) -> Non
     assert "xyzzy" not in watcher.text, "a prompt was sent"
 
 
-def test_nothing_is_collected_after_the_last_client_has_left(served: Served, llm: LLM) -> None:
+def test_no_events_are_collected_after_the_last_client_has_left(served: Served, llm: LLM) -> None:
     with Watcher(served):
         assert llm.engine._loop._watch is not None
     until(lambda: llm.engine._loop._watch is None)
@@ -238,7 +238,7 @@ def test_the_stream_needs_a_key_and_the_page_does_not() -> None:
             assert answer.status_code == 200
 
 
-def test_no_live_disables_the_page_and_the_stream() -> None:
+def test_the_page_and_the_stream_can_be_disabled() -> None:
     with serving(small, ServerConfig(live=False)) as here, here.client() as client:
         for path in ("/", "/live", "/favicon.ico", "/page/main.js"):
             answer = client.get(path)

@@ -44,7 +44,7 @@ COUNT_ANNOUNCEMENTS = """() => {
 }"""
 
 
-def test_a_load_shows_sharing_copies_and_preemption_round_after_round(page: Any, llm: LLM) -> None:
+def test_a_load_shows_shared_blocks_copies_and_preemption_in_every_round(page: Any, llm: LLM) -> None:
     start = time.monotonic()
     page.evaluate(COUNT_ANNOUNCEMENTS)
     start_load(page)

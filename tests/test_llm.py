@@ -89,7 +89,7 @@ def test_each_prompt_may_have_its_own_parameters_and_outputs_are_in_order(llm: L
     assert [output.prompt for output in outputs] == ["A", "B", "C"]
 
 
-def test_the_number_of_parameters_must_be_one_or_that_of_the_prompts(llm: LLM) -> None:
+def test_there_must_be_one_set_of_sampling_params_or_one_for_each_prompt(llm: LLM) -> None:
     with pytest.raises(ValueError, match="2 sampling_params for 3 prompts"):
         llm.generate(["A", "B", "C"], [GREEDY, GREEDY], use_tqdm=False)
 
@@ -202,7 +202,7 @@ def test_log_probabilities_agree_with_the_models_logits(llm: LLM) -> None:
     assert completion.cumulative_logprob == pytest.approx(sum(chosen))
 
 
-def test_logits_are_computed_in_chunks_and_free_their_pages(llm: LLM) -> None:
+def test_logits_are_computed_in_chunks_and_their_pages_are_freed(llm: LLM) -> None:
     ids = llm.tokenizer.encode("The quick brown fox jumps over the lazy dog. " * 5)
     assert len(ids) > llm.engine_config.max_num_batched_tokens
     assert llm.logits(ids).shape == (len(ids), llm.model_config.vocab_size)

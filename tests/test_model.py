@@ -1,4 +1,4 @@
-"""The decoder against a plain NumPy one in float64; and without a cache it agrees with itself on pages."""
+"""The decoder against a plain NumPy one in float64, and its logits on pages against those without a cache."""
 
 import mlx.core as mx
 import numpy as np
@@ -76,7 +76,7 @@ def test_logits_equal_those_of_a_plain_numpy_decoder(tied: bool) -> None:
     np.testing.assert_allclose(logits, numpy_model(tokens, weights, config), rtol=1e-3, atol=1e-3)
 
 
-def test_pages_change_only_how_keys_are_stored() -> None:
+def test_the_logits_from_pages_are_close_to_those_without_a_cache() -> None:
     tokens = random_prompt(40, seed=5)
     paged = logits_through_pages(dense_model(), tokens, [40], kv_dtype=mx.float32)
     np.testing.assert_allclose(

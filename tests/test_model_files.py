@@ -725,7 +725,7 @@ def test_damaged_json_loads_or_is_rejected(
     read_to_the_end(copy)
 
 
-def test_a_folder_without_a_model_says_what_a_model_folder_has(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_without_a_model_lists_the_files_of_a_model_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"no config\.json in this folder; a model folder has"):
         read_checkpoint(tmp_path)
     (tmp_path / "model-q4.gguf").touch()

@@ -48,7 +48,9 @@ def continuations() -> list[Any]:
 
 
 @pytest.mark.parametrize("record", continuations())
-def test_it_follows_transformers_through_every_continuation(reference: Any, record: dict[str, Any]) -> None:
+def test_the_reference_follows_transformers_through_every_continuation(
+    reference: Any, record: dict[str, Any]
+) -> None:
     """At every position the same token, the same margin to the next, and the same top log-probabilities."""
     prompt, output = record["prompt_ids"], record["output_ids"]
     rows = reference.logits(prompt + output)[len(prompt) - 1 : -1]

@@ -155,7 +155,7 @@ def test_forks_of_one_step_share_a_row_of_logits() -> None:
     assert all(np.array_equal(np.array(row), whole) for row in logits.values())
 
 
-def test_the_newest_is_preempted_when_pages_run_out_and_resumes_with_its_outputs() -> None:
+def test_the_newest_request_is_preempted_when_pages_run_out_and_resumes_with_its_outputs() -> None:
     manager = manager_of(blocks=6, block_size=2, context=12)
     manager.add_request([1, 2, 3], "old", outputs(9))
     manager.add_request([4, 5, 6], "new", outputs(9))
@@ -208,7 +208,7 @@ def test_finishing_one_completion_keeps_the_others() -> None:
         manager.finish("a/0")
 
 
-def test_pages_held_outside_the_manager_fail_one_request_and_the_next_one_runs() -> None:
+def test_a_request_fails_if_tables_outside_the_manager_hold_too_many_pages_and_the_next_one_runs() -> None:
     manager = manager_of(blocks=4)
     elsewhere = BlockTable(manager.allocator, 4)
     elsewhere.append_tokens(12)

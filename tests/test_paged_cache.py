@@ -1,4 +1,4 @@
-"""Slots and the paged cache: against a plain dict of lists, and as a view of a running engine."""
+"""Slots and the paged cache: compared with a plain dict of lists, and as a view of a running engine."""
 
 import mlx.core as mx
 import numpy as np
@@ -69,7 +69,7 @@ def mixed_tables(totals: list[int], block_size: int, seed: int) -> list[BlockTab
 
 @settings(max_examples=examples(60))
 @given(st.lists(st.integers(0, 30), max_size=5), st.integers(1, 9), st.integers(0, 99), st.data())
-def test_flat_slots_are_those_that_the_tables_name(
+def test_flat_slots_match_the_tables(
     totals: list[int], block_size: int, seed: int, data: st.DataObject
 ) -> None:
     tables = mixed_tables(totals, block_size, seed)
@@ -82,7 +82,7 @@ def test_flat_slots_are_those_that_the_tables_name(
     ]
 
 
-def test_the_flat_slots_of_the_labs_example() -> None:
+def test_the_flat_slots_equal_those_of_the_labs_example() -> None:
     """Blocks 23, 64 and 87 of 16 tokens: token 25 is in block 64 at offset 9."""
     table = BlockTable(BlockAllocator(100), 16)
     table.append_tokens(40)
@@ -270,7 +270,7 @@ def test_a_token_of_another_shape_is_rejected_before_a_block_is_copied(shape: tu
 # ---- windows ----
 
 
-def test_the_window_of_the_labs_example() -> None:
+def test_the_labs_example_reads_only_its_window() -> None:
     """Token 500, blocks of 16, 4 blocks: 448 .. 500. The lab read up to 511, eleven tokens too far."""
     cache = make_cache(40, 16)
     add_sequence(cache, "a", list(range(512)))
@@ -312,7 +312,7 @@ def test_a_slot_mapping_finds_the_tokens_in_the_pool() -> None:
     assert cache.build_flat_slot_mapping([]).tolist() == []
 
 
-def test_a_mapping_of_more_tokens_than_there_are_is_rejected() -> None:
+def test_a_mapping_of_more_tokens_than_the_sequence_has_is_rejected() -> None:
     cache = make_cache()
     cache.allocate("a", 5)
     with pytest.raises(ValueError, match=r"6 .* 5 tokens"):

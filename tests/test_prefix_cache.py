@@ -188,7 +188,7 @@ def test_an_idle_prefix_that_is_computed_again_is_in_use_again() -> None:
     assert holders(cache, table.blocks) == [2, 2]
 
 
-def test_salts_keep_streams_apart() -> None:
+def test_streams_with_different_salts_share_no_blocks() -> None:
     cache = cache_of()
     one, other = cached_table(cache, "abcd", "one"), cached_table(cache, "abcd", "other")
     assert set(one.blocks).isdisjoint(other.blocks)
@@ -307,7 +307,7 @@ def test_clearing_keeps_blocks_in_use_in_their_tables_and_caches_nothing_after_t
     assert cache._allocator.num_free == 12
 
 
-def test_a_cleared_block_is_not_cached_again_after_another_tables_copy() -> None:
+def test_a_block_is_not_cached_if_another_tables_copy_of_its_parent_is() -> None:
     """A child of another table's copy of a block would not keep that copy from being evicted first."""
     cache = cache_of()
     table, stream = filled(cache, "aabb"), stream_of("aabb")
@@ -749,7 +749,7 @@ def run_machine(machine: type[Machine], phases: tuple[Phase, ...] = tuple(Phase)
     return happened
 
 
-def test_a_cache_agrees_with_a_dict_of_prefixes_through_any_events() -> None:
+def test_a_cache_agrees_with_a_dict_of_prefixes_after_any_events() -> None:
     happened = run_machine(Machine)
     for name in ("shared", "parts shared", "computed twice", "evicted", "cleared", "moved"):
         assert happened[name] >= 30, f"the machine hardly tests anything: {happened}"

@@ -44,7 +44,7 @@ def test_fifty_users_of_one_prefix_share_one_copy() -> None:
     assert keys(cache, "sys") == [float(100 + i) for i in range(10)]
 
 
-def test_a_prefix_and_its_users_outlive_each_other() -> None:
+def test_a_prefix_and_its_users_can_be_freed_in_any_order() -> None:
     cache = cache_of(10)
     cache.get_or_create_prefix("sys", 8)
     fill(cache, "sys", 0, 8, 0)
@@ -58,7 +58,7 @@ def test_a_prefix_and_its_users_outlive_each_other() -> None:
     assert cache.allocator.num_free == 10
 
 
-def test_asking_for_a_prefix_again_allocates_no_block() -> None:
+def test_requesting_a_prefix_again_allocates_no_block() -> None:
     cache = cache_of(4)
     first = cache.get_or_create_prefix("sys", 5)
     assert cache.get_or_create_prefix("sys", 5) == first

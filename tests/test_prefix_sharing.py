@@ -210,7 +210,7 @@ def test_equal_prompts_that_arrive_together_are_computed_once(budget: int) -> No
     assert manager.prefix_stats == (4 * 22, 3 * 20)
 
 
-def test_prompts_with_a_common_prefix_wait_for_it_and_no_longer() -> None:
+def test_prompts_with_a_common_prefix_wait_only_until_it_is_computed() -> None:
     manager, shared = manager_of(budget=8), random_prompt(16, 1)
     add(manager, "a", shared + random_prompt(8, 2))
     add(manager, "b", shared + random_prompt(8, 3))
@@ -245,7 +245,7 @@ def test_a_waiting_request_goes_on_where_a_cancelled_one_stopped() -> None:
     assert manager.computed["b"] == 16
 
 
-def test_requests_that_still_computed_the_same_end_with_one_copy() -> None:
+def test_equal_blocks_that_two_requests_computed_are_merged_into_one() -> None:
     """Both prompts are shorter than a block, so neither waits; with their answers they fill equal blocks."""
     manager = manager_of()
     for name in "ab":
@@ -288,7 +288,7 @@ def test_no_request_waits_for_a_block_with_unknown_tokens(known: int, computed: 
 
 @pytest.mark.parametrize("num_outputs", [0, 2, 4])
 @pytest.mark.parametrize(("known", "computed"), [(4, 0), (4, 3), (8, 4), (9, 6)])
-def test_the_block_to_wait_for_covers_prompt_and_outputs_alike(
+def test_the_block_to_wait_for_may_contain_prompt_tokens_and_outputs(
     num_outputs: int, known: int, computed: int
 ) -> None:
     allocator = BlockAllocator(20)
@@ -299,7 +299,7 @@ def test_the_block_to_wait_for_covers_prompt_and_outputs_alike(
     assert sharing.next_block(sequence) == stream.hashes[computed // 4]
 
 
-def test_a_sequence_in_the_middle_of_a_block_shares_nothing() -> None:
+def test_a_sequence_with_a_partly_computed_block_shares_nothing() -> None:
     allocator = BlockAllocator(20)
     sharing = PrefixSharing(allocator, 4)
     half = sequence_of(sharing, allocator, range(20), [], 6)
@@ -313,7 +313,7 @@ def test_a_sequence_in_the_middle_of_a_block_shares_nothing() -> None:
 # Requests that skip the lookup.
 
 
-def test_prompt_log_probabilities_skip_the_lookup_but_their_blocks_are_cached() -> None:
+def test_a_prompt_with_log_probabilities_skips_the_lookup_but_its_blocks_are_cached() -> None:
     manager, prompt = manager_of(real=True), random_prompt(21, 1)
     [first] = answers(manager, prompt)
     [second] = answers(manager, prompt, prompt_logprobs=1, temperature=0.0, max_tokens=6, logprobs=0)
@@ -328,7 +328,7 @@ def test_prompt_log_probabilities_skip_the_lookup_but_their_blocks_are_cached() 
     assert third[0].num_cached_tokens == 20
 
 
-def test_salts_keep_tenants_apart() -> None:
+def test_tenants_with_different_salts_share_no_blocks() -> None:
     manager, prompt = manager_of(), random_prompt(20, 1)
     for name, salt in (("a", "one"), ("b", "two"), ("c", ""), ("a again", "one"), ("c again", "")):
         add(manager, name, prompt, cache_salt=salt)
@@ -434,7 +434,7 @@ def test_the_most_recently_used_prefix_survives() -> None:
     assert manager.computed["again 2"] > 1
 
 
-def test_an_idle_hit_is_not_counted_as_free_capacity_too() -> None:
+def test_an_idle_block_that_is_a_hit_is_not_also_counted_as_free_capacity() -> None:
     """Shared blocks are in use when a request's need is checked; otherwise there would be too few pages."""
     manager = manager_of(8, preempts=False)
     add(manager, "first", random_prompt(28, 1))

@@ -247,7 +247,7 @@ def assert_machine_catches() -> None:
         _ = [run_machine(True, is_fixed, phases=(Phase.generate,)) for is_fixed in (True, False)]
 
 
-def test_pages_are_conserved_through_any_events() -> None:
+def test_pages_are_conserved_after_any_events() -> None:
     happened = run_machine(preempts=True) + run_machine(preempts=True, is_fixed=True)
     for name in (
         "preemptions",

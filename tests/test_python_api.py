@@ -72,7 +72,7 @@ def test_a_with_block_closes_the_llm_and_closing_twice_does_nothing(tiny_path: P
     assert repr(llm).endswith(", closed)")
 
 
-def test_an_exception_in_the_block_closes_it_too(tiny_path: Path) -> None:
+def test_an_exception_in_a_with_block_closes_the_llm_too(tiny_path: Path) -> None:
     before = threads()
     with pytest.raises(ZeroDivisionError), LLM(tiny_path, num_blocks=8):
         _ = 1 // 0
@@ -190,7 +190,7 @@ def test_completions_keep_vllms_default_of_16_tokens(llm: LLM) -> None:
     assert len(output.outputs[0].token_ids) == 16
 
 
-def test_a_default_that_is_left_out_survives_copies_and_equals_16() -> None:
+def test_copies_remember_that_max_tokens_was_left_out_and_it_equals_16() -> None:
     left_out = SamplingParams(temperature=0.5)
     for copy in (replace(left_out, top_p=0.5), deepcopy(left_out), pickle.loads(pickle.dumps(left_out))):
         assert copy.leaves_out_max_tokens
@@ -211,7 +211,7 @@ async def all_of(events: Any) -> list[RequestEvent]:
     return [event async for event in events]
 
 
-def test_engine_chat_streams_what_llm_chat_answers(llm: LLM) -> None:
+def test_engine_chat_streams_the_answer_that_llm_chat_gives(llm: LLM) -> None:
     """Several conversations at once, a text and its parts, with options and with the model's defaults."""
     parts = [{"role": "user", "content": [{"type": "text", "text": "ab"}]}]
     opened = [*MESSAGES, {"role": "assistant", "content": "b"}]
@@ -260,7 +260,7 @@ NOT_CONVERSATIONS: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("messages", "options", "message"), NOT_CONVERSATIONS)
-def test_what_is_not_a_conversation_is_rejected_by_every_chat(
+def test_every_chat_rejects_a_value_that_is_not_a_conversation(
     messages: Any, options: dict[str, Any], message: str, llm: LLM
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -322,7 +322,7 @@ def settings(found: recommendation.Recommendation) -> dict[str, Any]:
     return {setting.field: setting.value for setting in found}
 
 
-def test_the_table_applies_to_packaged_files_that_recommend_nothing(
+def test_the_table_of_parameters_applies_to_packaged_files_that_recommend_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     try:
@@ -344,7 +344,7 @@ def test_the_engines_own_defaults_replace_the_table() -> None:
         assert llm.get_default_sampling_params() == SamplingParams()
 
 
-def test_a_missing_embedded_model_is_told_with_the_command_that_installs_it(
+def test_the_error_for_a_missing_embedded_model_names_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(embedded, "PACKAGE", "no_such_package")

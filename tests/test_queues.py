@@ -201,7 +201,7 @@ def test_the_head_has_each_member_once_even_if_some_left_and_came_back() -> None
     assert len(queue.head(99)) == 19
 
 
-def test_removed_members_take_no_memory_after_one_that_stays() -> None:
+def test_members_that_are_removed_after_a_lasting_head_leave_no_memory_behind() -> None:
     """A head that never leaves must not keep the ranks of all members that came and left after it."""
     queue: RankedQueue[Sequence] = RankedQueue()
     for number in range(10_000):

@@ -1,4 +1,4 @@
-"""Priorities with aging: which request is served before which, and that each is served."""
+"""Priorities with aging: the order in which requests are served, and that every request is served."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ def order(priorities: Sequence[int], patience: int) -> list[int]:
     return sorted(range(len(priorities)), key=lambda number: (key(number, priorities[number]), number))
 
 
-def test_which_request_overtakes_which() -> None:
+def test_a_request_is_overtaken_by_urgent_ones_that_arrive_soon_after_it() -> None:
     """Oracle: by hand: priority 1 is overtaken by the two of priority 0 that arrive 1 and 2 later."""
     assert order([1, 0, 0, 0, 0], 3) == [1, 2, 0, 3, 4]
 
@@ -33,7 +33,7 @@ def test_requests_of_one_priority_keep_the_order_of_arrival() -> None:
 
 @pytest.mark.parametrize("patience", [0, 1, 2, 7])
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-2, -1), (0, 3), (-1, 2)])
-def test_a_level_of_priority_is_worth_patience_arrivals(patience: int, low: int, high: int) -> None:
+def test_each_level_of_priority_outweighs_patience_later_arrivals(patience: int, low: int, high: int) -> None:
     """Oracle: the docstring, counted: `patience` later arrivals for each level of priority between them."""
     for later in range(1, 40):
         passes = order([high, *[high] * (later - 1), low], patience).index(later) == 0
@@ -54,7 +54,7 @@ def test_every_request_is_served_eventually() -> None:
     assert order([5, *[0] * 100], 4).index(0) == 19
 
 
-def test_the_paged_manager_serves_waiting_requests_in_that_order() -> None:
+def test_the_paged_manager_serves_waiting_requests_in_the_order_of_their_keys() -> None:
     """Oracle: by hand: one sequence at a time, patience 2. Larger numbers first is wrong, so is no aging."""
     manager = PagedBatchManager(8, 4, 1, max_model_len=8, policies=Policies(priority_key=AgedPriority(2).key))
     for number, priority in enumerate([1, 0, 0, 2, 0, -1]):

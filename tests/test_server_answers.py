@@ -413,7 +413,7 @@ def test_the_operators_defaults_apply_to_fields_that_a_request_leaves_out(llm: L
         assert chat.json()["usage"]["completion_tokens"] == 32
 
 
-def test_a_default_max_tokens_is_lowered_to_what_the_context_has_left() -> None:
+def test_a_default_max_tokens_is_lowered_to_the_remaining_context() -> None:
     config = ServerConfig(override_generation_config={"max_new_tokens": 500})
     with serving(lambda: LLM(num_blocks=8, max_model_len=64), config) as here, here.client() as client:
         answer = client.post(CHAT, json={"messages": FRANCE, "ignore_eos": True})

@@ -196,7 +196,7 @@ def test_python_and_http_make_the_same_prompt(client: httpx.Client, llm: LLM) ->
     assert said == "".join(d.text for d in llm.stream_chat(messages, params, continue_final_message=True))
 
 
-def test_a_template_that_takes_parts_gets_all_text(
+def test_a_template_that_takes_content_parts_gets_all_text(
     client: httpx.Client, llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Oracle: the model's own template, which makes the same prompt of strings."""
@@ -231,7 +231,7 @@ def test_tools_are_refused_if_the_template_would_render_them(
     assert (error["param"], error["code"]) == ("tools", "unsupported_field")
 
 
-def test_special_tokens_may_be_left_out(client: httpx.Client) -> None:
+def test_a_request_can_leave_out_special_tokens(client: httpx.Client) -> None:
     answer = client.post(
         COMPLETE, json={"prompt": "The sky", "add_special_tokens": False, "echo": True, "max_tokens": 1}
     )

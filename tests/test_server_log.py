@@ -177,7 +177,7 @@ def test_a_full_queue_and_a_wrong_key_are_logged() -> None:
     assert "429: queue_full" in reasons[2:], "before or after the line of the stream that was left"
 
 
-def test_the_page_health_and_metrics_are_logged_only_at_level_debug(
+def test_requests_for_the_page_and_health_and_metrics_are_logged_only_at_level_debug(
     client: httpx.Client, log: list[str]
 ) -> None:
     paths = ["/", "/page/live.js", "/health", "/metrics"]
@@ -229,7 +229,7 @@ def test_a_draining_line_names_requests_and_seconds(num_left: int, seconds: floa
     assert draining_line(num_left, seconds) == line
 
 
-def test_a_drain_report_has_a_line_for_each_change_and_repeats_it(
+def test_a_drain_report_has_a_line_for_each_change_and_repeats_the_last_one(
     monkeypatch: pytest.MonkeyPatch, log: list[str]
 ) -> None:
     monkeypatch.setattr("tiny_llm_server.draining.CHECK_SECONDS", 0.001)

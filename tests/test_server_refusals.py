@@ -175,7 +175,7 @@ def test_unsupported_features_are_refused_with_the_same_code(
     assert "not supported" in error["message"]
 
 
-def test_a_tool_call_without_content_is_refused_for_the_tool_call(client: httpx.Client) -> None:
+def test_a_tool_call_without_content_is_refused_because_of_the_tool_call(client: httpx.Client) -> None:
     called = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     message = {"role": "assistant", "content": None, "tool_calls": [called]}
     error = client.post(CHAT, json={"messages": [*FRANCE, message, *FRANCE]}).json()["error"]

@@ -178,7 +178,7 @@ class TableMachine(RuleBasedStateMachine):
                     text.table.slots(*wrong)
 
 
-def test_tables_read_their_own_values_and_leak_no_block_through_any_events() -> None:
+def test_tables_read_their_own_values_and_leak_no_block_after_any_events() -> None:
     """Oracle: dicts from positions to values, and a count of every holder."""
     case = TableMachine.TestCase
     case.settings = settings(max_examples=examples(60), stateful_step_count=30, report_multiple_bugs=False)
@@ -434,7 +434,7 @@ class Layers:
 @pytest.mark.parametrize("readable", [True, False], ids=["twins", "kernels"])
 @pytest.mark.parametrize("windows", GROUPED.values(), ids=GROUPED)
 @pytest.mark.parametrize(("block_size", "dtype"), [(1, "float32"), (4, "float16"), (16, "bfloat16")])
-def test_groups_that_share_a_pool_do_not_disturb_each_other(
+def test_groups_that_share_a_pool_do_not_affect_each_other(
     windows: tuple[int | None, ...], block_size: int, dtype: str, readable: bool
 ) -> None:
     """Oracle: dense attention in float64, layer by layer, and the tokens in the pool after each step."""
@@ -497,7 +497,7 @@ def test_a_model_on_pages_gives_the_logits_of_the_whole_text(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_keys_in_half_the_bytes_change_logits_little(
+def test_keys_and_values_in_16_bits_change_logits_little(
     oracle: tuple[list[int], np.ndarray], dtype: str
 ) -> None:
     """Oracle: one pass over the whole text, keys and values in float32."""
@@ -674,7 +674,7 @@ def test_models_with_only_windows_serve_any_length_from_a_few_blocks() -> None:
 
 
 @pytest.mark.parametrize(("windows", "together"), [(WINDOWS, 2), ((None, None, None), 1)])
-def test_blocks_that_one_sequences_windows_have_passed_serve_another(
+def test_blocks_that_the_windows_of_one_sequence_have_passed_can_serve_another(
     windows: tuple[int | None, ...], together: int
 ) -> None:
     """Oracle: by hand: 30 blocks a layer, or 6 with a window: 42 for each sequence, or 90. There are 100."""

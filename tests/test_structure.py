@@ -75,14 +75,14 @@ def unannotated(function: AnyFunction) -> list[str]:
 # ---- the reference ----
 
 
-def test_the_reference_is_flat() -> None:
+def test_the_reference_is_a_flat_package() -> None:
     """A package inside the package would not fall through to the overlay."""
     folders = [path.name for path in REFERENCE.iterdir() if path.is_dir() and path.name != "__pycache__"]
     assert folders == []
 
 
 @pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_the_reference_imports_itself_relatively(file: Path) -> None:
+def test_the_reference_uses_relative_imports_for_its_own_modules(file: Path) -> None:
     """An absolute import would bypass the learner's modules."""
     tree = parse(file)
     assert {top_package(m) for m in absolute_imports(tree)}.isdisjoint({"tiny_llm", "tiny_llm_ref"})
@@ -157,7 +157,7 @@ def test_every_package_is_in_the_table_of_imports() -> None:
     assert with_code | {"labs", "benches"} == set(ALLOWED)
 
 
-def test_the_architecture_page_states_the_same_table() -> None:
+def test_the_architecture_page_has_the_same_table_of_imports() -> None:
     """ARCHITECTURE.md, "Packages": package, contents, imports."""
     page = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("\n## Packages\n")[2]
     rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page.partition("\n### ")[0], re.MULTILINE)
@@ -205,7 +205,7 @@ def test_every_module_belongs_to_one_day_or_is_given() -> None:
     assert set(owned) < {file.stem for file in MODULES}
 
 
-def test_the_table_of_days_is_the_syllabus() -> None:
+def test_the_table_of_days_matches_the_syllabus() -> None:
     """ARCHITECTURE.md, "Days": day, title, modules."""
     table = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").partition("\n### Days\n")[2]
     rows = re.findall(r"^\| (\d\.\d) \| (.*) \| (.*) \|$", table, re.MULTILINE)

@@ -286,7 +286,7 @@ class CopyingFailedError(Exception):
     """The injected error."""
 
 
-def test_hits_that_a_window_skips_at_swap_in_are_idle_again() -> None:
+def test_cached_blocks_that_a_window_skips_at_swap_in_are_idle_again() -> None:
     """Only the cache holds these blocks then: not counted as idle, they could never be evicted."""
     groups = group_layers((None, 5))
     those = policies(True, True, groups, 1000)
@@ -510,7 +510,7 @@ def only_known_tokens(self: NewestFirst, sequence: PagedSequence) -> int:
 
 @pytest.mark.parametrize("too_little", [True, False])
 @pytest.mark.parametrize("make", [tiny_model, gemma_model], ids=["full", "windows"])
-def test_sequences_in_a_tiny_pool_get_the_same_tokens_as_alone(
+def test_sequences_in_a_tiny_pool_get_the_same_tokens_as_when_served_alone(
     monkeypatch: pytest.MonkeyPatch, make: Callable[[], Model], too_little: bool
 ) -> None:
     """The promises when preemption is the rule: same bits, every request finishes, all blocks are freed.

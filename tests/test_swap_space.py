@@ -193,7 +193,7 @@ class Host:
     num_blocks=st.sampled_from([4, 12, 300]),
     seed=st.integers(0, 2**32),
 )
-def test_a_sequence_swapped_in_has_its_contents_back_and_the_host_had_them_once(
+def test_a_swapped_in_sequence_has_its_contents_back_and_the_host_stored_them_only_once(
     windows: tuple[int | None, ...], num_blocks: int, seed: int
 ) -> None:
     host = Host(windows, num_blocks, random.Random(seed))
@@ -248,7 +248,7 @@ def on_their_own(tokens: Sequence[int], allocator: BlockAllocator) -> PagedSeque
     return sequence
 
 
-def test_an_equal_hash_is_not_enough() -> None:
+def test_an_equal_hash_without_equal_tokens_is_not_a_match() -> None:
     """Two texts have the same hashes, and both can be looked for: each is copied, and comes back."""
     allocator, space = BlockAllocator(20), SwapSpace(20, SIZE)
     first, second = on_their_own(range(6), allocator), on_their_own(range(10, 16), allocator)
@@ -264,7 +264,7 @@ def test_an_equal_hash_is_not_enough() -> None:
     assert not space._held
 
 
-def test_the_same_tokens_after_another_parent_do_not_match_either() -> None:
+def test_the_same_tokens_after_another_parent_are_not_a_match() -> None:
     """Only the first blocks differ; the second has the right hash by forgery, and a wrong past."""
     allocator, space = BlockAllocator(20), SwapSpace(20, SIZE)
     first, second = on_their_own(range(6), allocator), on_their_own((7, 7, 7, 3, 4, 5), allocator)

@@ -109,7 +109,7 @@ def test_a_character_of_several_tokens_is_streamed_whole(text: str) -> None:
     assert streamed + stream.flush() == text
 
 
-def test_the_flush_returns_an_incomplete_last_character_once() -> None:
+def test_a_flush_returns_an_incomplete_last_character_only_once() -> None:
     ids = TOKENIZER.encode("ok \U0001fae8")
     stream = TOKENIZER.stream()
     pushed = "".join(stream.push(token_id) for token_id in ids[:-1])

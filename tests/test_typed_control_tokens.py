@@ -189,7 +189,7 @@ def test_control_tokens_typed_in_other_fields_stay_text(token: str, place: str) 
 
 
 @pytest.mark.parametrize(("first", "second"), [(t[:n], t[n:]) for t in CONTROL[:6] for n in range(1, len(t))])
-def test_messages_that_together_spell_a_control_token_are_text(first: str, second: str) -> None:
+def test_messages_that_together_spell_a_control_token_stay_text(first: str, second: str) -> None:
     """With a template that writes nothing between messages."""
     tokenizer = built()
     template = ChatTemplate(BARE, bos_token="<s>", eos_token="</s>")

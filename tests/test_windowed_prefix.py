@@ -248,7 +248,7 @@ def test_a_hit_within_a_block_is_copied_in_every_group_and_leaves_its_owner_unch
         assert [answer] == answers(serving(model, shares=False), prompt, max_tokens=12)
 
 
-def test_salts_keep_tenants_apart_under_windows() -> None:
+def test_tenants_with_different_salts_share_no_blocks_under_windows() -> None:
     """Oracle: by hand: 40 tokens, of which the last block is computed again."""
     manager, prompt = manager_of(), random_prompt(40, 1)
     for salt in ("one", "two", "", "1 one"):
@@ -302,7 +302,7 @@ def test_a_prompt_that_diverges_far_before_the_window_finds_what_its_own_window_
     assert run(manager, "other", base[:place] + random_prompt(10, 2)) == 10
 
 
-def test_blocks_behind_the_window_are_evicted_first_and_the_text_still_gets_a_hit() -> None:
+def test_blocks_before_the_window_are_evicted_first_and_the_text_still_gets_a_hit() -> None:
     """Oracle: by hand: after 40 tokens in blocks of 4 a window of 6 needs two, and has passed eight."""
     base, more = random_prompt(40, 1), random_prompt(5, 2)
     for num_evicted in range(8 + 1):

@@ -1,7 +1,7 @@
 """Day 1.1: attention, written in plain MLX.
 
 When these tests pass, you have softmax, the causal mask and scaled dot-product attention: the plain version
-that the tests of every faster one compare with.
+against which the tests compare every faster one.
 """
 
 import mlx.core as mx
@@ -96,7 +96,7 @@ def test_task_2_causal_mask_hides_later_tokens() -> None:
     np.testing.assert_array_equal(np.array(causal_mask(3, 3)), [[0, x, x], [0, 0, x], [0, 0, 0]])
 
 
-def test_task_2_causal_mask_counts_its_rows_from_the_last_token() -> None:
+def test_task_2_the_rows_of_a_causal_mask_are_the_last_tokens() -> None:
     """Oracle: by hand. A mask that counts rows from the first token, not from the last, hides the past."""
     np.testing.assert_array_equal(np.array(causal_mask(2, 4)), [[0, 0, 0, -np.inf], [0, 0, 0, 0]])
 

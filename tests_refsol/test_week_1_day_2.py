@@ -14,7 +14,7 @@ from common.numpy_oracles import numpy_rope
 # Task 1: inverse_frequencies
 
 
-def test_task_1_a_head_of_four_has_two_frequencies() -> None:
+def test_task_1_a_head_dim_of_four_has_two_frequencies() -> None:
     """Oracle: by hand: 100 ** 0 and 100 ** (-2/4)."""
     np.testing.assert_allclose(np.array(inverse_frequencies(4, 100.0)), [1, 0.1], rtol=1e-5)
 
@@ -76,7 +76,7 @@ def test_task_2_the_angle_is_position_times_frequency() -> None:
     np.testing.assert_allclose(np.array(out).ravel(), [0, 1], rtol=1e-5, atol=1e-6)
 
 
-def test_task_2_a_pair_is_value_i_of_each_half_of_the_head() -> None:
+def test_task_2_pair_i_consists_of_value_i_of_each_half_of_the_head() -> None:
     """Oracle: by hand: of (1, 2, 3, 4) the pair (1, 3) makes a quarter turn, and (2, 4) stays.
 
     Pairs of neighbours, the layout of `mx.fast.rope(traditional=True)`, would give (-2, 1, 3, 4).
@@ -133,7 +133,7 @@ def test_task_2_rotation_keeps_the_norm_of_each_pair() -> None:
     np.testing.assert_allclose(lengths[1], lengths[0], rtol=1e-5, atol=1e-6)
 
 
-def test_task_2_a_score_depends_only_on_the_distance_of_query_and_key() -> None:
+def test_task_2_a_score_depends_only_on_the_distance_between_query_and_key() -> None:
     """Oracle: the definition: the same product at all positions that are 3 apart."""
     rng = np.random.default_rng(6)
     q, k = (mx.array(rng.normal(size=(1, 1, 1, 16)).astype(np.float32)) for _ in range(2))

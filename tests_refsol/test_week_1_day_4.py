@@ -327,7 +327,7 @@ def random_matrices(seed: int, width: int, inner: int) -> list[np.ndarray]:
     return [(rng.normal(size=shape) * 2 / shape[1] ** 0.5).astype(np.float32) for shape in shapes]
 
 
-def test_task_4_one_value_passes_gate_up_and_down() -> None:
+def test_task_4_a_single_value_passes_through_gate_up_and_down() -> None:
     """Oracle: by hand: gate ln 3 and up 4 give 3 ln 3, and down doubles it.
 
     Swapping gate and up gives 8.63.

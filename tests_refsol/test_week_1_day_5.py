@@ -154,7 +154,7 @@ def fake_block(
     )
 
 
-def test_task_1_each_half_gets_normalized_input_and_is_added_to_the_stream() -> None:
+def test_task_1_each_half_reads_a_normalized_input_and_adds_its_output_to_the_stream() -> None:
     """Oracle: by hand, with halves that return their input.
 
     The first half normalizes (1, 7) to (0.2, 1.4), multiplies it by 10 and adds (2, 14): (3, 21). The second
@@ -172,7 +172,7 @@ def test_task_1_halves_that_output_zeros_leave_the_stream_unchanged() -> None:
     np.testing.assert_allclose(np.array(block(x, NoCacheContext(3, 1.0))), np.array(x), rtol=1e-6)
 
 
-def test_task_1_the_second_half_sees_what_the_first_one_added() -> None:
+def test_task_1_the_second_half_sees_the_output_of_the_first() -> None:
     """Oracle: by hand: (1, 7) + (6, -6) is (7, 1), which is normalized to (1.4, 0.2)."""
     block = fake_block(lambda x: mx.array([[[6.0, -6.0]]]), lambda x: 10 * x, mx.ones(2), mx.ones(2))
     out = block(mx.array([[[1.0, 7.0]]]), NoCacheContext(1, 1.0))
@@ -262,7 +262,7 @@ def run_model(model: Model, tokens: list[list[int]], rows: list[int] | None = No
     return np.array(model(mx.array(tokens, mx.int32), context))
 
 
-def test_task_2_a_model_without_layers_looks_up_normalizes_and_projects() -> None:
+def test_task_2_a_model_without_layers_embeds_normalizes_and_projects() -> None:
     """Oracle: by hand: (1, 7) is normalized to (0.2, 1.4), weighted (2, 7); (7, 1) gives (14, 1).
 
     Without the last norm the first logits are 1, 70 and 800.

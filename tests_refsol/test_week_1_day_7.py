@@ -61,7 +61,7 @@ def test_task_1_top_k_of_one_keeps_only_the_largest_logit() -> None:
 
 
 @pytest.mark.parametrize("k", [4, 5, 1000])
-def test_task_1_a_k_of_the_vocabulary_size_or_more_keeps_all(k: int) -> None:
+def test_task_1_a_k_of_at_least_the_vocabulary_size_keeps_all_tokens(k: int) -> None:
     """Oracle: the docstring: k above V keeps all."""
     logits = mx.array([1.0, 4.0, 2.0, 3.0])
     check_kept(keep_top_k(logits, k), logits, range(4))
@@ -182,7 +182,7 @@ def test_task_3_a_fraction_of_one_keeps_the_most_likely_token_and_its_ties() -> 
     check_kept(keep_min_p(logits, 1.0), logits, [1, 2])
 
 
-def test_task_3_a_fraction_of_zero_keeps_all() -> None:
+def test_task_3_a_fraction_of_zero_keeps_all_tokens() -> None:
     """Oracle: by hand: no token is less likely than impossible."""
     logits = mx.array([0.0, -20.0, -50.0, -INF])
     check_kept(keep_min_p(logits, 0.0), logits, range(4))
@@ -290,7 +290,7 @@ def test_task_4_first_tokens_of_many_seeds_are_drawn_with_their_probabilities() 
     check_distribution(drawn(lambda seed: draw(logits_of(*probabilities), seed, 0), 2000), probabilities)
 
 
-def test_task_4_a_token_is_the_first_whose_cumulative_probability_reaches_the_threshold() -> None:
+def test_task_4_the_first_token_whose_cumulative_probability_reaches_the_threshold_is_drawn() -> None:
     """Oracle: the docstring, by hand: compare 1 - u with the sums 0.25, 0.75, 0.75 and 1.
 
     Comparing with u instead of 1 - u gives the same distribution but other tokens than the reference.
@@ -446,13 +446,13 @@ def test_task_6_a_repeated_token_is_penalized_once() -> None:
     np.testing.assert_allclose(np.array(out), [4, -16, 1], rtol=1e-6)
 
 
-def test_task_6_zero_and_minus_infinity_do_not_change() -> None:
+def test_task_6_logits_of_zero_and_minus_infinity_do_not_change() -> None:
     """Oracle: by hand: a token that another rule removed stays removed."""
     out = penalize_repetition(mx.array([0.0, -INF, 3.0]), [0, 1], 1.5)
     np.testing.assert_array_equal(np.array(out), [0, -INF, 3])
 
 
-def test_task_6_no_seen_tokens_change_nothing() -> None:
+def test_task_6_without_seen_tokens_the_logits_do_not_change() -> None:
     """Oracle: by hand."""
     out = penalize_repetition(mx.array([2.0, -2.0]), [], 2.0)
     np.testing.assert_array_equal(np.array(out), [2, -2])
@@ -480,7 +480,7 @@ def test_task_6_many_tokens_match_a_plain_loop(penalty: float) -> None:
 # Task 7: penalize_output
 
 
-def test_task_7_presence_counts_once_and_frequency_each_time() -> None:
+def test_task_7_the_presence_penalty_counts_once_and_the_frequency_penalty_each_time() -> None:
     """Oracle: by hand: token 0 came twice, 5 - 2 * 0.5 - 1, and token 2 once, 5 - 0.5 - 1."""
     out = penalize_output(mx.array([5.0, 5.0, 5.0]), [0, 2, 0], 0.5, 1.0)
     np.testing.assert_allclose(np.array(out), [3, 5, 3.5], rtol=1e-6)
@@ -504,7 +504,7 @@ def test_task_7_negative_penalties_make_tokens_likelier() -> None:
     np.testing.assert_allclose(np.array(out), [1, 3], rtol=1e-6)
 
 
-def test_task_7_no_output_tokens_change_nothing() -> None:
+def test_task_7_without_output_tokens_the_logits_do_not_change() -> None:
     """Oracle: by hand: the first token of a request has no output before it."""
     out = penalize_output(mx.array([2.0, -2.0]), [], 0.5, 1.0)
     np.testing.assert_array_equal(np.array(out), [2, -2])

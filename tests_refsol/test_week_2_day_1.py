@@ -27,7 +27,7 @@ from tiny_llm_checkpoints.model_config import ModelConfig
 # Task 1: attention_without_cache
 
 
-def test_task_1_one_generated_token_costs_a_pass_over_the_prompt_and_one_over_both() -> None:
+def test_task_1_one_generated_token_costs_a_pass_over_the_prompt_and_a_pass_over_prompt_and_token() -> None:
     """Oracle: counted by hand: 3 keys for the prompt, then 4 for the prompt and the token."""
     assert attention_without_cache(3, 1) == 3 + 4
 
@@ -37,7 +37,7 @@ def test_task_1_without_generated_tokens_only_the_prompt_is_computed() -> None:
     assert attention_without_cache(5, 0) == 5
 
 
-def test_task_1_the_formula_counts_one_pass_more_than_generate_runs() -> None:
+def test_task_1_the_formula_counts_one_more_pass_than_generate_runs() -> None:
     """Oracle: the tokens that `generate` of day 1.6 feeds to a model.
 
     To generate 2 tokens after 3 it runs passes over 3 and 4 tokens. The formula adds the pass

@@ -269,7 +269,7 @@ def test_task_3_forty_gib_hold_640_caches_of_4096_tokens() -> None:
     assert found.wasted == pytest.approx(0.9375)
 
 
-def test_task_3_longer_caches_refuse_fewer_and_waste_more() -> None:
+def test_task_3_longer_caches_refuse_fewer_requests_and_waste_more_memory() -> None:
     """Oracle: NumPy, over random lengths: a longer cache refuses no more, and fewer of them fit."""
     lengths = np.random.default_rng(7).integers(1, 500, size=200).tolist()
     before = None

@@ -1,8 +1,8 @@
 """Day 2.3: blocks on demand, from a pool that all sequences share.
 
 When these tests pass, you have an allocator and a cache of blocks: a sequence wastes at most part of one
-block, and you have seen why its blocks should not have to be contiguous (external fragmentation). Task 6 uses
-the whole cache: it also reads after `free`, which is given.
+block, and you have seen why its blocks should not have to be contiguous (external fragmentation). The tests
+of task 6 use the whole cache, and also `free`, which is given.
 """
 
 from collections.abc import Sequence
@@ -66,7 +66,7 @@ def test_task_1_a_request_for_more_blocks_than_are_free_is_rejected_and_takes_no
     assert sorted(first + allocator.alloc_blocks(2)) == [0, 1, 2, 3]
 
 
-def test_task_1_a_full_pool_rejects_one_block_and_accepts_zero() -> None:
+def test_task_1_a_full_pool_rejects_a_request_for_one_block_but_not_for_zero() -> None:
     """Oracle: the docstring: zero blocks can always be allocated."""
     allocator = make_pool(2)
     allocator.alloc_blocks(2)
@@ -118,7 +118,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
-def test_task_2_freeing_a_block_that_is_not_allocated_is_rejected_and_frees_none(wrong: list[int]) -> None:
+def test_task_2_freeing_a_block_that_is_not_allocated_is_rejected_and_frees_no_block(
+    wrong: list[int],
+) -> None:
     """Oracle: the docstring: blocks 0 and 1 are free, 2 and 3 are allocated, -1, 4 and 7 are not in the pool.
 
     Common mistake, found by the mixed lists: freeing valid blocks before the invalid one is noticed.
@@ -269,9 +271,7 @@ def test_task_3_a_run_is_found_if_and_only_if_one_exists() -> None:
 
 
 @pytest.mark.parametrize(("prompt_len", "blocks"), [(1, 1), (3, 1), (4, 1), (5, 2), (8, 2), (9, 3), (40, 10)])
-def test_task_4_a_prompt_takes_its_length_divided_by_the_block_size_rounded_up(
-    prompt_len: int, blocks: int
-) -> None:
+def test_task_4_the_number_of_blocks_for_a_prompt_is_rounded_up(prompt_len: int, blocks: int) -> None:
     """Oracle: by hand, blocks of 4: rounding down, or adding a block for exact multiples, is off by one."""
     allocator = make_pool(12, block_size=4)
     cache = DynamicKVCache(allocator, "a")
@@ -534,7 +534,7 @@ def test_task_6_reading_a_cache_without_tokens_gives_empty_arrays() -> None:
         assert read.keys.shape == read.values.shape == (1, 0, 2)
 
 
-def test_task_6_free_returns_every_block() -> None:
+def test_task_6_freeing_a_cache_returns_every_block() -> None:
     """Oracle: by hand: the whole pool can be allocated again."""
     allocator = make_pool(4, block_size=2)
     cache = DynamicKVCache(allocator, "a")
@@ -544,7 +544,7 @@ def test_task_6_free_returns_every_block() -> None:
     assert sorted(allocator.alloc_blocks(4)) == [0, 1, 2, 3]
 
 
-def test_task_6_free_returns_unused_prompt_blocks_too() -> None:
+def test_task_6_freeing_a_cache_returns_unused_prompt_blocks_too() -> None:
     """Oracle: by hand: 4 blocks for 7 tokens, one of which was appended."""
     allocator = make_pool(5, block_size=2)
     cache = DynamicKVCache(allocator, "a")

@@ -47,7 +47,7 @@ def test_task_1_the_first_key_gets_weight_one() -> None:
     check(running, (np.array([[5.0]]), np.array([[1.0]]), np.array([[2.0]])))
 
 
-def test_task_1_a_larger_score_scales_down_what_was_summed_before() -> None:
+def test_task_1_a_larger_score_scales_down_the_earlier_sums() -> None:
     """Oracle: by hand: relative to ln 3, a score of 0 has weight 1/3: the sum is 1/3 + 1, the values 2/3 + 8.
 
     Common mistake: rescaling only the sum or only the values.
@@ -285,7 +285,7 @@ def test_task_2_large_scores_do_not_overflow(base: float, tile: int) -> None:
 
 
 @pytest.mark.parametrize("tile", [1, 2, 3, 64])
-def test_task_2_the_largest_score_wins_in_every_tile(tile: int) -> None:
+def test_task_2_the_largest_score_takes_all_the_weight_in_every_tile(tile: int) -> None:
     """Oracle: by hand: the largest score takes all the weight, in every tile."""
     for winner in range(5):
         keys = [-1e4, 5e3, -3e3, 2e3, 0.0]

@@ -181,7 +181,7 @@ def num_instructions(run: Callable[[], object]) -> int:
     return count
 
 
-def test_task_1_larger_blocks_need_no_more_python_instructions() -> None:
+def test_task_1_the_number_of_python_instructions_does_not_grow_with_the_block_size() -> None:
     """Oracle: by count: two tables of two blocks, of 4 and of 512 tokens.
 
     Common mistake: one token at a time. `BlockTable.slots` gives the right slots, with over a hundred times
@@ -292,7 +292,7 @@ def test_task_2_a_fork_that_grows_copies_the_shared_last_block() -> None:
     assert cache.allocator.num_free == 12 - 3, "the full first block must stay shared"
 
 
-def test_task_2_free_sequence_frees_the_blocks_and_the_id() -> None:
+def test_task_2_freeing_a_sequence_frees_its_blocks_and_its_id() -> None:
     """Oracle: by hand: the whole pool can be allocated again, with the same id."""
     cache = make_cache(3)
     add_sequence(cache, "a", [1, 2, 3, 4, 5])
@@ -303,7 +303,7 @@ def test_task_2_free_sequence_frees_the_blocks_and_the_id() -> None:
     expect_stored(cache, "a", list(range(12)))
 
 
-def test_task_2_free_sequence_keeps_blocks_that_others_hold() -> None:
+def test_task_2_freeing_a_sequence_keeps_blocks_that_others_hold() -> None:
     """Oracle: by hand. The lab frees blocks that another sequence still
     reads, and the next sequence overwrites them."""
     cache = make_cache(3)

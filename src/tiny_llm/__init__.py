@@ -24,7 +24,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 
 def _search_path() -> list[str]:
-    """The overlay folder first, then the reference's folder."""
+    """Return the overlay folder and the reference's folder, in this order.
+
+    Raises ImportError if one of them is missing, or if the overlay has a file that overrides no module.
+    """
     reference = find_spec("tiny_llm_ref")
     if reference is None or reference.submodule_search_locations is None:
         raise ImportError("tiny_llm_ref is not installed: run `pdm install`")
@@ -53,5 +56,5 @@ __path__ = _search_path()
 
 if TYPE_CHECKING:
     from tiny_llm_ref.api import *  # noqa: F403
-else:  # hidden from type checkers, which would take every name for the Any of __getattr__
+else:  # hidden from type checkers, which would accept any name because of __getattr__
     from .api import __all__, __dir__, __getattr__  # noqa: F401 (re-exported)

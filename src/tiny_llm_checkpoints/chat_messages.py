@@ -14,7 +14,7 @@ from .errors import TinyLLMError, shown
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 IGNORED = ("annotations", "cache_control", "prompt_cache_breakpoint")  # these do not change the prompt
-IGNORED_IN_PARTS = (*IGNORED, "logprobs", "id", "index")  # fields of an answer's parts besides the text
+IGNORED_IN_PARTS = (*IGNORED, "logprobs", "id", "index")  # answers have these in their parts, too
 UNSUPPORTED = {
     "tool_calls": "tool calls are not supported",
     "function_call": "function calls are not supported",

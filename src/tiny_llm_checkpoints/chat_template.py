@@ -21,7 +21,7 @@ from .tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 CONTENT_FORMATS = ("auto", "string", "openai")
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # names that need no disguise
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # never disguised: see `Disguise`
 MAX_KWARGS = 100_000  # characters in all template variables of a caller
 _MAX_REASON = 300  # characters quoted from a template's own error message
 _OWN = {"messages", "add_generation_prompt", "continue_final_message", "tools", "chat_template", "tokenize"}
@@ -74,9 +74,9 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt for `messages`: mappings with "role" and "content"; other keys are passed on.
 
-        A content is a string or a list of text parts, which are joined by line breaks if the template takes
-        strings. With `add_generation_prompt` the prompt ends where the assistant's answer starts. Further
-        keyword arguments are variables of the template.
+        The content is a string or a list of text parts; the parts are joined by line breaks if the template
+        takes strings. With `add_generation_prompt` the prompt ends where the assistant's answer starts.
+        Further keyword arguments are variables of the template.
 
         Raises `MessageError` for a bad message, and ValueError if the template raises an error (which is
         quoted), uses what the sandbox forbids, or exceeds its limits.

@@ -46,7 +46,7 @@ def as_array(data: bytes) -> mx.array:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's configuration, its tokenizer, and its tensors by checkpoint name, which are not loaded yet.
+    """A model's configuration, its tokenizer, and its tensors by checkpoint name. No tensor is loaded yet.
 
     recommended: the sampling settings that the model's author recommends.
     """

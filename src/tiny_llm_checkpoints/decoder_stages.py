@@ -313,7 +313,7 @@ _ON_TOKENS: dict[str, _Maker] = {
     "WordPiece": _each,
 }
 _ON_FUSED: dict[str, _Maker] = {
-    "Metaspace": _alike,  # fused text is one token: the first
+    "Metaspace": _alike,  # the fused text is a single token, so it is the first
     "Replace": _replace_on_fused,
     "Strip": _StripEnds,
 }

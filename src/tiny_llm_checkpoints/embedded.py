@@ -46,7 +46,7 @@ def gemma3_path() -> Path:
     """The path of Gemma 3 270M's GGUF file, which comes in four packages, one part in each.
 
     The first call joins the parts in the user's cache and checks the result. Raises `ModelFileError` with the
-    commands that install the parts, or with what is wrong with them.
+    commands that install the parts, or with the reason why the parts are unusable.
     """
     target = _gemma3_target()
     if target.exists():
@@ -64,13 +64,13 @@ def gemma3_path() -> Path:
 
 PACKAGED: dict[str, Callable[[], Path]] = {"smollm2": embedded_model_path, "gemma3-270m": gemma3_path}
 
-# SmolLM2-135M-Instruct: the model card samples with temperature 0.2 and top_p 0.9. With these alone, one
+# SmolLM2-135M-Instruct: the model card samples with temperature 0.2 and top_p 0.9. With only these two, one
 # answer in five repeats itself until it is cut off, and one in three to "What is the capital of France?" is
-# wrong, because three first tokens are almost equally likely. Greedy decoding is right more often, and a
-# frequency penalty prevents the loops; unlike a repetition penalty it does not count the tokens of the
-# prompt, which a right answer often repeats. `pdm run bench defaults` asks 36 questions with 3 seeds each
-# (greedy: once), at most 512 tokens an answer. "nats" is the mean negative log-probability of a token under
-# the model itself: the higher, the more noise. On 2 cores, Zen 4, AVX-512:
+# wrong, because three candidates for its first token are almost equally likely. Greedy decoding is right more
+# often, and a frequency penalty prevents the loops; unlike a repetition penalty it does not count the tokens
+# of the prompt, which a right answer often repeats. `pdm run bench defaults` asks 36 questions with 3 seeds
+# each (greedy: once), at most 512 tokens an answer. "nats" is the mean negative log-probability of a token
+# under the model itself: the higher, the more noise. On 2 cores, Zen 4, AVX-512:
 #
 #                                      cut off   looping   right   nats   tokens
 #     temperature 1 (engine's own)       20.4%      0.0%   41.7%   3.02      197

@@ -73,7 +73,7 @@ def _renamed(token: AddedToken, names: dict[str, str]) -> AddedToken:
 
 
 def _without_frame(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str]) -> tokenizers.Tokenizer:
-    """A tokenizer with the same vocabulary and rules, but without added tokens and special-token frame."""
+    """A tokenizer with the same vocabulary and rules, but without added tokens or a post-processor."""
     bare = tokenizers.Tokenizer(_without_control_tokens(tokenizer, names))
     for part in ("normalizer", "pre_tokenizer"):
         if getattr(tokenizer, part) is not None:

@@ -139,7 +139,10 @@ def _check_scale(keys: GGUFKeys, scalar: float) -> None:
 
 
 def _as_gemma3(config: ModelConfig, keys: GGUFKeys) -> ModelConfig:
-    """Add what Gemma 3 has and Llama has not. GGUF files store its norm weights as they are used."""
+    """Add the features that Gemma 3 has and Llama lacks.
+
+    Gemma's norm weights need no change: GGUF files store them as they are used, not minus one.
+    """
     return replace(
         _with_windows(config, keys),
         query_pre_attn_scalar=_query_scalar(config),
@@ -184,7 +187,10 @@ def _layer_types(keys: GGUFKeys, num_layers: int) -> tuple[str, ...]:
 
 
 def _rope_factors(file: GGUFFile, keys: GGUFKeys, config: ModelConfig) -> tuple[float, ...] | None:
-    """Divisors of the rotary frequencies: one each (llama 3), multiplied by one for all (linear scaling)."""
+    """Divisors of the rotary frequencies; None for no scaling.
+
+    Each is the frequency's own divisor (llama 3's scaling; otherwise 1) times the factor of linear scaling.
+    """
     linear = _linear_factor(keys)
     if ROPE_FACTORS in file.tensors and config.architecture in WITH_ROPE_FACTORS:
         return tuple(linear * factor for factor in _stored_factors(file, config.head_dim // 2))
@@ -192,7 +198,7 @@ def _rope_factors(file: GGUFFile, keys: GGUFKeys, config: ModelConfig) -> tuple[
 
 
 def _linear_factor(keys: GGUFKeys) -> float:
-    """The factor of linear scaling, the default if the file names no type; 1 means no scaling."""
+    """The factor of linear scaling, which is the default type of scaling; 1 means no scaling."""
     kind = keys.text("rope.scaling.type", "linear")
     if kind not in _ROPE_SCALING:
         raise ValueError(

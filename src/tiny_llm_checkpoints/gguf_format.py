@@ -157,7 +157,7 @@ class _Cursor:
             raise ValueError(f"{what} is not UTF-8 (at byte {self.position - length})") from error
 
     def texts(self, count: int, what: str) -> list[str]:
-        """Read `count` strings; fast from the buffer, with `text` at its end and for bad ones."""
+        """Read `count` strings: fast from the buffer, otherwise (at its end, or if invalid) with `text`."""
         found: list[str] = []
         while len(found) < count:
             buffer, at = self._buffer, self.position - self._buffered_from

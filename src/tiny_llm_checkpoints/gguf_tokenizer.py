@@ -117,7 +117,8 @@ def _add_special(
         return AddedToken(token, normalized=normalized, rstrip=rstrip)
 
     typed = list(zip(vocabulary.tokens, vocabulary.special.types, strict=True))
-    # SentencePiece finds them in normalized text, but a space prefix would also precede their own text.
+    # SentencePiece finds user-defined tokens in normalized text. That fails if normalizing adds a space
+    # prefix, because the prefix would also be added to the text of the token itself.
     normalized = kind == "llama" and not vocabulary.keys.flag("add_space_prefix", True)
     built.add_tokens([added(token, normalized) for token, t in typed if t == USER_DEFINED])
     control = (UNKNOWN, CONTROL)

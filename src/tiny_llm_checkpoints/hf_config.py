@@ -115,7 +115,7 @@ def _hidden_act(config: Json, architecture: _Architecture) -> str:
 
 
 def _with_windows(checked: ModelConfig, config: Json) -> ModelConfig:
-    """Add sliding windows; the layers that have one are those of transformers."""
+    """Add sliding windows to the layers that have one in transformers."""
     window = _window(config, checked.architecture)
     by_default = _default_layer_types(checked, config, window)
     named = config.get("layer_types")
@@ -134,7 +134,7 @@ def _with_windows(checked: ModelConfig, config: Json) -> ModelConfig:
 
 
 def _window(config: Json, model_type: str) -> int | None:
-    """The window of the windowed layers; None if no layer has one. If the field is missing, the default."""
+    """The window of the windowed layers, or the default if the field is missing; None if no layer has one."""
     uses = _flag(config, "use_sliding_window")
     if model_type == "llama" and uses:
         raise ValueError("use_sliding_window True is not supported in a llama model; expected False")

@@ -46,8 +46,8 @@ class Setting(NamedTuple):
 class Recommendation:
     """Recommended sampling parameters, not yet checked.
 
-    file: the file they belong to. settings: values by the file's own names. fields: from the file's names to
-    the fields of `SamplingParams`. source: where the values come from, for people to read.
+    file: the file that they belong to. settings: values by the file's own names. fields: the fields of
+    `SamplingParams` by the file's names. source: where the values come from, for people to read.
     """
 
     file: Path
@@ -69,7 +69,7 @@ def of_folder(folder: Path) -> Recommendation:
 
 
 def of_gguf(file: Path, metadata: Mapping[str, Any]) -> Recommendation:
-    """The recommendation of a GGUF file, or if it has none, that of `packaged_sampling` for the file."""
+    """The recommendation in a GGUF file, or else the one that `packaged_sampling` has for the file."""
     recommended = Recommendation(file, metadata, _GGUF_FIELDS, "general.sampling")
     packaged = None if any(recommended) else packaged_sampling(file)
     if packaged is None:

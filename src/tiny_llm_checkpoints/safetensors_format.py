@@ -1,7 +1,7 @@
 """The safetensors container: the tensors of a file and their positions. Source: Hugging Face's safetensors.
 
 The file is untrusted: its header is checked against the file's length before tensors are read. As in the
-format's own library, the tensors must fill the data section exactly, without overlaps and gaps. Knows nothing
+format's own library, the tensors must fill the data section exactly, without overlaps or gaps. Knows nothing
 of models.
 """
 

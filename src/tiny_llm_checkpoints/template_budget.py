@@ -20,7 +20,8 @@ _CHARS_PER_STEP = 64  # that are copied, compared or searched
 _SHORT = 30_000  # in shorter strings Python's search may compare the pattern at every position
 _VIEWS = (KeysView, ValuesView, ItemsView)
 _NUMBER = re.compile(r"\d+")
-_NESTED_FIELD = re.compile(r"\{[^{}]*\{(?!\{)")  # as in "{0:{1}{1}{1}}": arguments can lengthen its digits
+# A field such as "{0:{1}{1}{1}}": its width consists of the digits of several arguments and may be huge.
+_NESTED_FIELD = re.compile(r"\{[^{}]*\{(?!\{)")
 
 
 class TemplateLimitError(Exception):

@@ -39,7 +39,7 @@ from .template_text import Disguise, check_parts
 STEPS_PER_CALL = 8
 MAX_SOURCE = 200_000  # characters of a template; the longest known have 40 thousand
 MAX_NODES = 15_000  # of its syntax tree; the longest known have about 5 thousand
-_NODES_PER_FUNCTION = 8  # what a node counts that is compiled to a Python function
+_NODES_PER_FUNCTION = 8  # a node that is compiled to a Python function counts as this many nodes
 MAX_DIGITS = 400  # in an argument of `round`
 MAX_DATE = 200  # characters of a date format
 

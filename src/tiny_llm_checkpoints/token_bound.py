@@ -1,7 +1,7 @@
 """A lower bound on a text's number of tokens, known from its length, so that huge prompts fail fast.
 
 The bound follows from the tokenizer's components. There is no bound if a component may drop or absorb text.
-Knows nothing of requests and contexts.
+Knows nothing of requests or contexts.
 """
 
 import json

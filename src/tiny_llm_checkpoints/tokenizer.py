@@ -17,7 +17,7 @@ from .framed_text import FramedText
 from .sizes import counted
 from .token_bound import token_bound
 
-_ANCHOR = "\ue000"  # a token that no vocabulary has; the tokens after it are not at the start of a text
+_ANCHOR = "\ue000"  # a token that is in no vocabulary; tokens after it are in the middle of a text
 
 
 class Tokenizer:

@@ -55,7 +55,7 @@ class AnswerMeter:
 
 
 def stats_text(stats: AnswerStats, context: int) -> str:
-    """The measurements of an answer in lines of words and numbers; context: its size in tokens."""
+    """The measurements of an answer as text, one per line. context: the context's size in tokens."""
     speed = stats.tokens_per_second
     rows = {
         "prompt": f"{stats.num_prompt_tokens:,} tokens, {stats.num_cached_tokens:,} from the prefix cache",

@@ -37,7 +37,7 @@ class Outcome:
 def run_batch(
     llm: LLM, requests: Sequence[BatchRequest], defaults: Mapping[str, Any], target: TextIO, report: Report
 ) -> Outcome:
-    """Answer the requests and write their results to `target`, in order, each as soon as it can be.
+    """Answer the requests and write each result to `target` as soon as all earlier ones are written.
 
     defaults: sampling parameters for requests that leave them out, by the names of `SamplingParams`.
     """

@@ -59,7 +59,7 @@ class Conversation:
 
     @property
     def context(self) -> int:
-        """The longest prompt and answer together, in tokens."""
+        """The maximum number of tokens of a prompt and its answer together."""
         return self._llm.max_model_len
 
     @property
@@ -87,7 +87,7 @@ class Conversation:
             raise
 
     def restore(self, messages: Sequence[Message]) -> None:
-        """Replace system message and exchanges by those of saved messages.
+        """Replace the system message and the exchanges with those of saved messages.
 
         Raises ValueError unless the messages are an optional system message and then questions (user) and
         answers (assistant), alternating.

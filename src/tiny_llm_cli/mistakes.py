@@ -135,7 +135,7 @@ def _unknown_option(name: str, params: Sequence["Parameter"]) -> str:
 
 
 def _guesses(name: str, known: list[str]) -> Iterator[str]:
-    """The options that a name may stand for; only one if it differs just in case, dashes or underscores."""
+    """The options that a name may stand for; only one if just case, dashes and underscores differ."""
     plain = _letters(name)
     by_letters = {_letters(option): option for option in known}
     other = {_letters(one): option for one, option in _OTHER_NAMES.items() if option in known}

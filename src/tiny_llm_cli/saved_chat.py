@@ -15,8 +15,8 @@ def write_messages(path: Path, model_name: str, messages: list[dict[str, str]]) 
 def read_messages(path: Path) -> list[dict[str, str]]:
     """Read the messages of a saved conversation, or of a JSON list of messages.
 
-    Raises OSError if the file cannot be read, and ValueError if it is not JSON or holds anything other than
-    messages with the roles system, user and assistant and a text as content.
+    Raises OSError if the file cannot be read, and ValueError if it is not JSON, or if a message does
+    not have the role system, user or assistant and a string as its content.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))

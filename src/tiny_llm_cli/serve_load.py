@@ -20,7 +20,8 @@ book both but call came can change children city close come could country day di
 end even every eye face family far father few find first follow food for form found friend from full get
 girl give good great group had hand hard has have head help here high home house how idea keep kind know
 land large last later learn leave left letter life light like line little live long look made make"""
-WORDS = tuple(_COMMON.split())  # of chats, which take no ids; one token each in all vocabularies seen
+# Chats take text instead of ids. Each of these words is one token in every vocabulary that we have seen.
+WORDS = tuple(_COMMON.split())
 
 
 class ServeRun(NamedTuple):

@@ -18,7 +18,7 @@ class WordWrap:
         self._column = 0
         self._space = ""  # before the word
         self._word = ""
-        self._line_start = ""  # of the line of the text, to find fences
+        self._line_start = ""  # the start of the text's current line, to detect fences
         self._in_code = False
 
     def feed(self, text: str) -> str:

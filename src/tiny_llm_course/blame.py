@@ -32,9 +32,10 @@ class OutOfBudgetError(Exception):
 class Blame:
     """The cause that was found.
 
-    today: False if the unit passes without the learner's other modules. module: the other module with which
-    it fails. exercise: `test` passes if this exercise has the reference's code. sometimes: the unchanged code
-    passed when it ran again. complete: False if the search ran out of time.
+    today: False if the unit passes when the reference replaces the learner's other modules. module: the
+    one of these modules that makes it fail. exercise: `test` passes if this exercise has the reference's
+    code. sometimes: the unchanged code passed when it ran again. complete: False if the search ran out of
+    time.
     """
 
     today: bool
@@ -71,9 +72,9 @@ def find_blame(repo: Repo, unit: Unit, outcome: Outcome) -> Blame:
 
 
 def _module(repo: Repo, trials: "Trials", today: dict[str, str], suspects: list[str]) -> str | None:
-    """The other module with which today's code fails; None if it takes several together.
+    """The suspect that makes today's code fail; None if only several suspects together do.
 
-    It is known to fail with all of them.
+    The caller knows that today's code fails with all suspects.
     """
     if len(suspects) == 1:
         return suspects[0]
@@ -117,7 +118,7 @@ class Trials:
     """Runs a few tests on different overlays, with a cache and a time budget."""
 
     def __init__(self, repo: Repo, unit: Unit, tests: Sequence[str]) -> None:
-        self._house, self._day, self._tests = repo, unit.day, list(tests)
+        self._repo, self._day, self._tests = repo, unit.day, list(tests)
         self.task = task_of(tests[0])
         self._until = time.monotonic() + BUDGET
         self._file = repo.records / "trials.json"
@@ -127,7 +128,7 @@ class Trials:
 
         Raises `OutOfBudgetError`.
         """
-        with overlay_of(self._house, sources, kernels=bool(self._day.kernels)) as exchanged:
+        with overlay_of(self._repo, sources, kernels=bool(self._day.kernels)) as exchanged:
             known = self._known()
             key = self._key(exchanged)
             if again or key not in known:

@@ -96,8 +96,8 @@ def _checks(repo: Repo, days: Sequence[Day], only: Sequence[Day]) -> Iterator[tu
 def _checks_of_parts(repo: Repo, day: Day, later: Sequence[Day]) -> Iterator[tuple[str, Check]]:
     """The checks of a day's parts that the day's own checks do not include.
 
-    Starter files that equal the whole day's are checked with the day. The last part passes without the later
-    days because the day does.
+    Starter files that equal the whole day's are checked with the day. The last part needs no run with later
+    code blank, because the day has the same run.
     """
     for part in day.parts:
         if any(starter(repo, module, part) != starter(repo, module, day) for module in part.modules):

@@ -155,7 +155,7 @@ def compiles(repo: Repo, source: str) -> subprocess.CompletedProcess[str]:
 def build(repo: Repo, syllabus: Syllabus) -> Path:
     """Build the learner's library, with their kernels replacing the reference's, and return its path.
 
-    Raises `CourseError` if there is no kernel of theirs, a tool is missing, or compilation fails.
+    Raises `CourseError` if they have no kernel, a tool is missing, or compilation fails.
     """
     own = own_kernels(repo, syllabus)
     if not own:

@@ -63,7 +63,7 @@ def _mlx(repo: Repo) -> Finding:
 
         installed = metadata.version("mlx")
         total = mx.sum(mx.ones(3)).item()
-    except Exception as error:  # a broken install raises anything
+    except Exception as error:  # a broken install may raise any error
         return Finding("MLX", False, f"cannot be used ({error})", "run `pdm install`")
     works = total == 3 and installed == pinned
     advice = "" if works else f"{pinned} is pinned: run `pdm install`"

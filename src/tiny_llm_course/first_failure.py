@@ -44,7 +44,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def _show(terminal: pytest.TerminalReporter, failed: list[pytest.TestReport]) -> None:
-    first = min(failed, key=lambda report: task_of(report.nodeid))  # of one task, the first that ran
+    first = min(failed, key=lambda report: task_of(report.nodeid))  # the lowest task's first failure
     others = Counter(_name(report) for report in failed if report is not first)
     if others:
         terminal.write_line(f"{others.total()} other failures (-v --tb=short shows everything):")

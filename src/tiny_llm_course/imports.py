@@ -14,7 +14,7 @@ LONGEST_LINE = 110
 
 
 def without_unused_imports(source: str, before: str) -> str:
-    """The source without the imports of the standard library that `before` used and it does not."""
+    """The source without those imports of the standard library that only `before` used."""
     tree = ast.parse(source)
     idle = _used(ast.parse(before)) - _used(tree)
     lines = source.splitlines(keepends=True)

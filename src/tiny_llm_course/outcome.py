@@ -136,6 +136,6 @@ def first_to_fix(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -
 
 
 def _tests(number: int, says: str, whose: str) -> str:
-    """How many tests fail or wait. Failures are of one task; tests of any task may wait for a blank."""
+    """How many tests fail or wait. Failing tests belong to one task; waiting ones may belong to any."""
     of = f" of {whose}" if says == "fail" else ""
     return f"{number}{of} tests {says}" if number > 1 else f"1{of} test{'s' if of else ''} {says}s"

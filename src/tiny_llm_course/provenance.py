@@ -109,7 +109,7 @@ def _own(overlay: Path) -> list[str]:
 def _hide_reference(raised: BaseException) -> None:
     """Hide the reference's frames in an error's traceback, unless --full-trace is set.
 
-    A run without modules of the learner's tests the reference itself, and shows everything.
+    If the learner has no modules, the run tests the reference itself, and no frame is hidden.
     """
     overlay, reference = _folders()
     if _own(overlay):

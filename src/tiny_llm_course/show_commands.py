@@ -4,6 +4,7 @@ They parse arguments, call other modules and print.
 """
 
 import json
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -28,13 +29,9 @@ def on_try(day: ADay) -> None:
     """
     repo, syllabus = open_course()
     chosen = syllabus.to_start(day)
-    yours = set(own_modules(repo))
-    whose = (
-        f"{m}.py is {'yours' if m in yours else 'the reference' + chr(39) + 's'}" for m in chosen.modules
-    )
-    print(f"{chosen.named}, {chosen.title}: {', '.join(whose)}")
+    print(f"{chosen.named}, {chosen.title}: {_whose(chosen.modules, own_modules(repo))}")
     if not has_own(chosen, "show"):
-        print(f"part {chosen.id} has no demonstration; this one is of the whole day {chosen.day.id}")
+        print(f"part {chosen.id} has no demonstration of its own; this is the one of day {chosen.day.id}")
     left_out, lines = slow_modules(repo, syllabus, chosen)
     print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
     with blanks_of_others(repo, syllabus, chosen), learners_errors(repo):
@@ -42,6 +39,16 @@ def on_try(day: ADay) -> None:
             leave_out(repo, module)
         for line in function_of(chosen, "show")():
             print(line, flush=True)
+
+
+def _whose(modules: Iterable[str], yours: Iterable[str]) -> str:
+    """Which of these modules are the learner's, and which are the reference's, in words."""
+    is_yours = {module: module in yours for module in modules}
+    files = {
+        owner: ", ".join(f"{module}.py" for module, own in is_yours.items() if own is wanted)
+        for owner, wanted in (("your", True), ("the reference's", False))
+    }
+    return "; ".join(f"{owner} {names}" for owner, names in files.items() if names)
 
 
 def on_hint(

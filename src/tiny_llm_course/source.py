@@ -15,7 +15,7 @@ from .errors import CourseError
 from .imports import without_unused_imports
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-STAND_INS = ("accelerated",)  # decorators that replace the reference's functions by faster code
+STAND_INS = ("accelerated",)  # decorators that replace the reference's functions with faster code
 STAND_IN_NAMES = ("accelerated", "compiled_kernel", "can_fuse", "run_fused")
 STATEMENTS = ("body", "orelse", "handlers", "finalbody", "cases")  # fields of a node with statements
 CACHE_SIZE = 500  # sources whose imports are cached

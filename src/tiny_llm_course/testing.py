@@ -31,7 +31,7 @@ from .units import Day, Exercise, Part, Unit
 
 ONLY_SHOWN = re.compile(
     r"-(v+|q+|x|l|s)|--tb=.*|--showlocals|--full-trace"
-)  # pytest's; they leave no test out
+)  # pytest options that do not deselect any test
 
 
 def run_started(

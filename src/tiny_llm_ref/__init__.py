@@ -9,5 +9,5 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .api import *  # noqa: F403
-else:  # hidden from type checkers, which would take every name for the Any of __getattr__
+else:  # hidden from type checkers, which would accept any name because of __getattr__
     from .api import __all__, __dir__, __getattr__  # noqa: F401 (re-exported)

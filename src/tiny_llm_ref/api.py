@@ -123,7 +123,7 @@ _MODULE_OF = {
     "WrongThreadError": ".errors",
 }
 
-if not TYPE_CHECKING:  # type checkers cannot evaluate it, and would then export nothing
+if not TYPE_CHECKING:  # type checkers cannot evaluate this list, and would see no exports
     __all__ = [*_MODULE_OF]  # noqa: PLE0604 (its keys are strings)
 
 

@@ -1,4 +1,4 @@
-"""The interface of the batch managers, which serve many requests at once, and their checks of new requests.
+"""The interface of batch managers, which serve many requests at once, and the checks of new requests.
 
 A step: `process_batch` schedules and runs the model, the caller samples, `commit` appends the tokens. The
 dense and the paged manager differ in where they store keys and values; the engine sees no difference.

@@ -43,7 +43,7 @@ class BeamSearchPageManager:
 
     beam_size: the maximum number of beams at once. page_size: tokens in a block. The search starts with beam
     0, which is empty. `_tables` has the table of each active beam. Ids are never reused: `_next_id` only
-    grows.
+    grows. Raises ValueError for a beam_size or page_size below 1.
     """
 
     def __init__(self, beam_size: int, page_allocator: BlockAllocator, page_size: int = 16) -> None:
@@ -190,7 +190,7 @@ class BeamSearch:
 
     @property
     def num_candidates(self) -> int:
-        """How many likeliest tokens `advance` needs for each beam: some of them may end it."""
+        """How many of the likeliest tokens `advance` needs for each beam, as some may end the beam."""
         return self.params.beam_width * (1 + len(self._eos))
 
     def advance(self, candidates: Seq[Seq[tuple[int, float]]]) -> list[Choice]:

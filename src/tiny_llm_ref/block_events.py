@@ -46,7 +46,7 @@ class TableView(NamedTuple):
 
 
 class SequenceView(NamedTuple):
-    """A sequence that has not ended, in numbers: tokens of each kind, and where its keys and values are.
+    """A snapshot of a sequence that has not ended: its token counts, and where its keys and values are.
 
     num_forks: completions that are still to be forked from it. num_host_blocks: its blocks on the host.
     """

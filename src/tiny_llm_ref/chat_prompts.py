@@ -18,7 +18,8 @@ Messages = Sequence[Mapping[str, Any]]
 class ChatOptions(NamedTuple):
     """How a conversation becomes a prompt; the names are those of vLLM's `LLM.chat`.
 
-    add_generation_prompt: end the prompt at the start of an answer; None: unless `continue_final_message`.
+    add_generation_prompt: end the prompt at the start of an answer; None: True unless
+        `continue_final_message` is True.
     continue_final_message: end the prompt inside the last message, which the model continues.
     add_special_tokens: add the tokenizer's own special tokens; most templates already write them.
     chat_template_kwargs: variables of the template, such as `{"enable_thinking": False}`.
@@ -53,7 +54,7 @@ class ChatPrompts:
 
         Raises ValueError if the model has no chat template; `MessageError`, a ValueError that names the
         message and the field, for anything that is not a conversation and for text that the template drops;
-        `RequestTooLargeError` if the prompt leaves no capacity for an answer.
+        `RequestTooLargeError` if the prompt leaves no tokens of the context for an answer.
         """
         if self._template is None:
             raise ValueError(f"{self._model_name} has no chat template: use generate instead of chat")

@@ -88,7 +88,7 @@ class ControlStops:
 
 
 def control_patterns(texts: Sequence[str], tokenizer: Tokenizer) -> dict[str, Sequence[Item]]:
-    """Patterns of those texts that contain control tokens, by text; each token is replaced by its id."""
+    """Map each text that has control tokens to its pattern, in which the tokens' ids replace them."""
     patterns = {text: tokenizer.split_control_tokens(text) for text in texts}
     return {
         text: pattern for text, pattern in patterns.items() if any(isinstance(item, int) for item in pattern)

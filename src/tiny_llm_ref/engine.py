@@ -50,11 +50,12 @@ EXIT_SECONDS = 30.0  # how long the exit of the program, or a finalizer, waits f
 class Engine:
     """Serves requests from any number of threads and event loops in one batch.
 
-    make_core: makes the core, in the engine's thread; the constructor raises its errors. It must not refer to
-    the owner of the engine, because the thread ends when the engine is garbage-collected. max_model_len: the
-    longest prompt + output in tokens, so that a longer prompt is rejected before it is tokenized; None: the
-    core rejects it. chat_prompts: makes the prompts of `chat`; None: there is no chat template. defaults: the
-    parameters of requests that have none of their own; None: `SamplingParams()`.
+    make_core: makes the core, in the engine's thread; the constructor raises its errors. The thread ends when
+    the engine is garbage-collected, so `make_core` must not refer to an object that refers to the engine: the
+    thread would keep both alive. max_model_len: the longest prompt + output in tokens, so that a longer
+    prompt is rejected before it is tokenized; None: the core rejects it. chat_prompts: makes the prompts of
+    `chat`; None: there is no chat template. defaults: the parameters of requests that have none of their own;
+    None: `SamplingParams()`.
 
     Calls that wait for the engine raise `WrongThreadError` in the engine's own thread, and
     `ForkedProcessError` in a forked process.
@@ -163,8 +164,8 @@ class Engine:
            `EngineDeadError`).
         3. `_admission.admit` raises `QueueFullError` if more than `max_num_waiting` requests would wait.
 
-        Then post `_loop.add` to the inbox, which the engine's thread runs between two steps, and return the
-        future that `post` returns. The future raises the errors of `_loop.add`: ValueError for an empty
+        Then post `_loop.add` to the inbox, and return the future that `post` returns. The engine's thread
+        runs this task between two steps. The future raises the errors of `_loop.add`: ValueError for an empty
         prompt or for something that the batch manager cannot do, `RequestTooLargeError`, and
         `DuplicateRequestError` for an id in use or a request that was submitted before. Post a `partial` of
         the loop's method: a lambda would refer to the engine, whose thread ends when nothing refers to it any
@@ -427,7 +428,7 @@ class Engine:
         return _checked(params, SamplingParams).for_chat()
 
     def _fitted(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
-        """The default parameters; a `max_tokens` that the model recommends is cut to what the context has."""
+        """The default parameters; a recommended `max_tokens` is reduced to the tokens left in the context."""
         if params.leaves_out_max_tokens or self._max_model_len is None:
             return params
         return fit_to_context(params, num_prompt_tokens, self._max_model_len)
@@ -515,7 +516,7 @@ def _stack_of(nbytes: int) -> Iterator[None]:
 
 
 def _stop(inbox: Inbox, loop: EngineLoop, thread: threading.Thread) -> None:
-    """End the thread of a garbage-collected engine, or at exit, which must not interrupt a step."""
+    """End the thread of a garbage-collected engine, or at exit; wait, so that no step is interrupted."""
     inbox.post(loop.stop)
     if threading.current_thread() is not thread:
         thread.join(EXIT_SECONDS)

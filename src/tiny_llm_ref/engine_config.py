@@ -165,7 +165,8 @@ class EngineConfig:
     def pool_blocks(self, model: ModelConfig, bytes_per_value: int) -> int:
         """The number of blocks of the pool for `model`, from `num_blocks` or from its size in bytes.
 
-        Raises `ConfigError` for a pool that is larger than the machine's memory.
+        Raises `ConfigError` for a pool that is larger than the machine's memory, and for a `kv_cache_memory`
+        that is smaller than one block.
         """
         block_bytes = self._block_bytes(model, bytes_per_value)
         blocks = self._wanted_blocks(model, block_bytes)
@@ -181,7 +182,11 @@ class EngineConfig:
         return self.pool_blocks(model, bytes_per_value) * self._block_bytes(model, bytes_per_value)
 
     def swap_blocks(self, model: ModelConfig, bytes_per_value: int) -> int:
-        """Blocks in host memory for swapped-out sequences; 0 unless preemption_mode is "swap"."""
+        """Blocks in host memory for swapped-out sequences; 0 unless preemption_mode is "swap".
+
+        Raises `ConfigError` for a `swap_space` that is smaller than one block or larger than the machine's
+        memory.
+        """
         if self.preemption_mode != "swap":
             return 0
         if self.swap_space is None:

@@ -79,7 +79,7 @@ class EngineLoop:
     # Tasks: other threads post them to the inbox, and they run between two steps.
 
     def begin(self, make_core: Callable[[], EngineCore]) -> None:
-        """Make the core; the first task. If `make_core` raises, this raises the same, and the thread ends."""
+        """Make the core; this is the first task. If `make_core` raises, so does this, and the thread ends."""
         self._stopping = True
         self.core = make_core()
         self._stopping = False
@@ -257,8 +257,8 @@ class EngineLoop:
            tasks, because a task may set the deadline.)
         3. Call `step` once, if a request is active and no task has set `_stopping`. Do not catch what it
            raises: that ends the thread.
-        4. Call `_tell_watchers`, for changes in the pool, and `_deliver`, which calls the listeners. Both in
-           every iteration: a cancelled request has its last event without a step.
+        4. Call `_tell_watchers`, for changes in the pool, and `_deliver`, which calls the listeners. Call
+           both in every iteration: a cancelled request has its last event without a step.
         5. If no request is active now, `_end_drains(None)` ends all drains: a drain is over when the last
            events have been delivered.
 
@@ -299,9 +299,9 @@ class EngineLoop:
 
         Set `self.refusal` to `draining_error`, unless a refusal is already set. Append `drained` to
         `_drained`, whose futures `run_once` completes. After `timeout` seconds, requests that are still
-        active are cancelled: set `_deadline`, a time of `time.monotonic()`. If there are several drains, the
-        earliest deadline counts. A timeout of None sets no deadline; one of 0 or less cancels in this
-        iteration.
+        active are cancelled: set `_deadline` to that time, as `time.monotonic()` gives it. If there are
+        several drains, the earliest deadline counts. A timeout of None sets no deadline; one of 0 or less
+        cancels in this iteration.
 
         >>> loop = EngineLoop(Inbox(), AdmissionControl(None, 8))
         >>> loop.drain(timeout=30.0, drained=Future())
@@ -347,7 +347,7 @@ class EngineLoop:
         """Show a watcher the content of the pool, and its changes from now on. ValueError without a pool."""
         if not isinstance(self.core.manager, PagedBatchManager):
             raise ValueError("only batching='paged' has blocks to watch")
-        self._tell_watchers()  # of earlier changes; the new watcher gets them with the content
+        self._tell_watchers()  # about earlier changes, which the content for the new watcher includes
         watch = self._watch or BlockWatch(self.core.manager)
         watcher(watch.snapshot())
         self._watch = watch

@@ -48,7 +48,7 @@ class RequestTooLargeError(TinyLLMError, ValueError):
 
 
 class DuplicateRequestError(TinyLLMError, ValueError):
-    """The request id belongs to a request that has not ended."""
+    """The request id belongs to a request that has not ended, or the request was submitted before."""
 
 
 class QueueFullError(TinyLLMError):
@@ -71,7 +71,7 @@ class RequestFailedError(TinyLLMError):
 
 
 class EngineStoppingError(TinyLLMError):
-    """The engine takes no more requests, because it drains, or has been stopped or closed."""
+    """The engine takes no more requests, because it is draining, or has been stopped or closed."""
 
 
 class WrongThreadError(TinyLLMError, RuntimeError):

@@ -13,7 +13,7 @@ from .kernels import accelerated, compiled_kernel
 
 
 class Running(NamedTuple):
-    """The attention over the keys so far, before its division: the output would be weighted / total.
+    """The attention over the keys so far, not yet divided: the output for these keys is weighted / total.
 
     largest: [..., L, 1], the largest score. total: [..., L, 1], the sum of exp(score - largest). weighted:
     [..., L, D], the sum of exp(score - largest) * value. Before a query has seen a key they are -inf, 0 and

@@ -41,7 +41,7 @@ class Answer(Future[T]):
             del self  # breaks a reference cycle: self -> the error -> its traceback -> this frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As `Future.exception`. Unless the task is done, raises the errors of `Inbox.refuse_to_wait`."""
+        """Like `Future.exception`; if the task is not done, raises the errors of `Inbox.refuse_to_wait`."""
         self._refuse_to_wait("exception", timeout)
         return super().exception(timeout)
 

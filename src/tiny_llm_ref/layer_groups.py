@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-# Groups are as large as the most frequent kind of layer if that is less than this many times as large as the
+# A group has as many layers as the most frequent kind if that has less than this many times as many as the
 # rarest kind.
 MAX_SIZE_RATIO = 1.25
 

@@ -134,7 +134,7 @@ class ScaledRows:
 def stack_packed(parts: Sequence[LinearLike]) -> PackedLinear | None:
     """Join matrices that are packed for the compiled kernels into one; None if they cannot be joined.
 
-    They can if all are packed, have the same inputs and bits, and consist of whole tiles.
+    They can be joined if all are packed, have the same inputs and bits, and consist of whole tiles.
     """
     packed = [part for part in parts if isinstance(part, PackedLinear)]
     if len(packed) < len(parts) or any(part.out_features % PACKED_TILE for part in packed):

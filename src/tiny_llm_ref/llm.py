@@ -55,10 +55,11 @@ class LLM:
     ends at `close`, at the end of a `with` block, or when the `LLM` is garbage-collected. The attribute
     `max_model_len` is the longest prompt + output in tokens.
 
-    Raises `ModelFileError` for a file that cannot be read and `ConfigError` for a bad option. Methods that
-    wait raise `EngineStoppingError` after `close`, `WrongThreadError` in the engine's thread (in a listener,
-    a watcher, or a function for `engine.call`), and `ForkedProcessError` in a process that was forked from
-    one with an `LLM`; creating another `LLM` there raises it too.
+    Raises `ModelFileError` for a file that cannot be read, `ConfigError` for a bad option, and
+    `OutOfResourcesError` if memory or threads are short. Methods that wait raise `EngineStoppingError` after
+    `close`, `WrongThreadError` in the engine's thread (in a listener, a watcher, or a function for
+    `engine.call`), and `ForkedProcessError` in a process that was forked from one with an `LLM`; creating
+    another `LLM` there raises it too.
     """
 
     def __init__(
@@ -290,8 +291,8 @@ class LLM:
     def _serve(self, requests: Sequence[Request]) -> Generator[list[RequestEvent], None, None]:
         """Submit requests and yield the events of each step, until all requests have ended.
 
-        Requests that have not ended when the caller leaves, by Ctrl-C too, are cancelled. Raises as
-        `Gathering.check` does.
+        If the caller leaves early, by Ctrl-C for example, the requests that have not ended are cancelled.
+        Raises as `Gathering.check` does.
         """
         inbox: SimpleQueue[list[Item]] = SimpleQueue()
         gathering = Gathering(requests)

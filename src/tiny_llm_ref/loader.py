@@ -117,7 +117,7 @@ def _load(checkpoint: Checkpoint, name: str) -> mx.array | Quantized:
 
 
 def _recommended(checkpoint: Checkpoint, generation_config: str) -> tuple[Checkpoint, Recommendation | None]:
-    """The checkpoint, and the recommendation to use. A folder's end-of-sequence ids join the checkpoint's."""
+    """The checkpoint, with a named folder's end-of-sequence ids added, and the recommendation to use."""
     if generation_config == NEUTRAL:
         return checkpoint, None
     if generation_config == AUTO:

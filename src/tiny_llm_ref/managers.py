@@ -26,7 +26,8 @@ from .windowed_prefix import WindowedPrefixSharing
 def make_manager(config: EngineConfig, model: Model) -> BatchManager:
     """A batch manager for a loaded model, paged or dense, with all of its memory allocated.
 
-    Raises `OutOfResourcesError` if there is not enough memory.
+    Raises `OutOfResourcesError` if there is not enough memory, and `ConfigError` for batching="dense" if a
+    layer of the model has a window that is shorter than the context.
     """
     value_bytes = DTYPES[config.kv_cache_dtype].size
     with requiring("keys and values", config.pool_bytes(model.config, value_bytes)):

@@ -137,7 +137,7 @@ class CompletionText:
         return [(old + end - len(text), text) for end, text in ends if end is not None]
 
     def _cut_at(self, found: Seq[tuple[int, str]]) -> None:
-        """End the text at the first of the stop strings that were found; found: their starts and texts."""
+        """End the text at the first stop string in `found`, which has the start and the text of each."""
         if found:
             at, stop = min(found)
             self._text = self._text[:at] + (stop if self._shows_stop else "")
@@ -194,7 +194,8 @@ class RequestState:
     def begin(self, core: EngineCore) -> None:
         """Queue the request in the core.
 
-        Raises the errors of `EngineCore.add_request`, and ValueError if the request was queued before.
+        Raises the errors of `EngineCore.add_request`, `DuplicateRequestError` if the request was queued
+        before, and `QueueFullError` if it cannot be queued now.
         """
         reject_resubmission(self, self._core)
         if not core.add_request(self.request_id, list(self.prompt_token_ids), self.params):
@@ -320,7 +321,10 @@ class _Submitted(Protocol):
 
 
 def reject_resubmission(request: _Submitted, core: "ref[EngineCore] | None") -> None:
-    """Raise ValueError for a request that was submitted before. core: the core in which it was queued."""
+    """Raise `DuplicateRequestError`, a ValueError, for a request that was submitted before.
+
+    core: the core in which the request was queued; None if it was never queued.
+    """
     queued_in = None if core is None else core()
     if request.has_begun or (queued_in is not None and queued_in.has_request(request.request_id)):
         raise DuplicateRequestError(

@@ -45,7 +45,7 @@ class RequestMetrics:
     scheduled: float | None = None
 
     def __repr__(self) -> str:
-        """Durations instead of clock readings, which say nothing without the clock: `ttft=0.012 s`."""
+        """Show durations, such as `ttft=0.012 s`; the times themselves have no meaning for a reader."""
         times = {"queue_time": self.queue_time, "ttft": self.ttft, "e2e_latency": self.e2e_latency}
         shown = (f"{name}={seconds:.3f} s" for name, seconds in times.items() if seconds is not None)
         return f"RequestMetrics({', '.join(shown)})"

@@ -152,8 +152,8 @@ class PageScheduler:
             self.prefix.adopt(sequence)
             needed = self.reserved_blocks(sequence)
             if reserved + needed > self.num_available:
-                # A reservation assumes that the window frees the sequence's own blocks, but not the shared
-                # ones: without shared blocks the sequence may need fewer.
+                # The window of a sequence frees its own blocks but not shared ones, and the reservation
+                # takes that into account. So a sequence without shared blocks may need fewer.
                 self.release(sequence)
                 needed = self.reserved_blocks(sequence)
             if reserved + needed > self.num_available:
@@ -178,7 +178,7 @@ class PageScheduler:
         plan.swapped_in_sequences.append(sequence)
 
     def _adopt_cached(self) -> None:
-        """Let running sequences share blocks that are now in the prefix cache, and let parked beams join."""
+        """Let running sequences share newly cached blocks, and let parked beams (see `Parked`) run again."""
         for sequence in list(self._queues.running):
             self.prefix.adopt(sequence)
             self._release_passed(sequence)
@@ -206,7 +206,8 @@ class PageScheduler:
             self._release_passed(sequence)
             count = min(count, sequence.num_uncomputed)
             if sequence.blocks_to_append(count) > self.num_available:
-                # Compute only to the end of the partly shared block: its original is available once copied.
+                # Compute only to the end of the partly shared block. Its copy takes one block, but then the
+                # original becomes available.
                 size = sequence.table.block_size
                 count = min(count, size - sequence.num_computed % size)
         if self._ensure_blocks(sequence, count, plan):
@@ -222,7 +223,8 @@ class PageScheduler:
     def _ensure_blocks(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> bool:
         """Free enough blocks for `count` more tokens, preempting others if needed.
 
-        Returns False if `sequence` itself was preempted.
+        Returns False if `sequence` itself was preempted. Raises `OutOfBlocksError` if the preemption policy
+        allows no preemption.
         """
         while (needed := sequence.blocks_to_append(count)) > self.num_available:
             candidates = [other for other in self._queues.running if other.rank >= sequence.rank]

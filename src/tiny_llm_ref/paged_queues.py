@@ -21,8 +21,9 @@ class BeamStep(NamedTuple):
 class PagedQueues(RequestQueues[PagedSequence]):
     """The queues of the paged batch manager.
 
-    Invariant: either all beams of a request are running, next to each other and best first, or all but the
-    first are parked with the first. Beam i has the i-th of the request's completion ids.
+    Invariant: either all beams of a request are running, next to each other and best first, or the first beam
+    is waiting or running and all others are parked with it (`Parked`). Beam i has the i-th of the request's
+    completion ids.
     """
 
     def return_to_waiting(self, sequence: PagedSequence) -> list[PagedSequence]:

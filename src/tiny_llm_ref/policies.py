@@ -50,7 +50,7 @@ class PrefixPolicy(Protocol):
         """The number of cached blocks that no table holds: `evict` can free these now."""
 
     def adopt(self, sequence: PagedSequence) -> None:
-        """Let a sequence share those full blocks of its next tokens that are cached."""
+        """Let a sequence share cached full blocks that hold its next tokens."""
 
     def adopt_part(self, sequence: PagedSequence) -> None:
         """Let a sequence share the first tokens of one more block, which its next write will copy."""

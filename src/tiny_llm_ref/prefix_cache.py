@@ -118,11 +118,11 @@ class PrefixCache:
     Every block of the pool is in one of four states; `allocator.ref_count` counts its holders:
 
     - free: no holder. When a table allocates it, it becomes private.
-    - private: held by tables only. With `add` it becomes in use; when the last table releases it, free.
+    - private: held by tables only. `add` changes it to in use; when the last table releases it, it is free.
     - in use: held by the cache and by at least one table. When the last table releases it, `released` makes
       it idle.
-    - idle: held by the cache only, and in the queue. With `share` or `exchange` it becomes in use again; with
-      `evict`, free.
+    - idle: held by the cache only, and in the queue. `share` and `exchange` change it to in use again;
+      `evict` frees it.
 
     "Kept" means in use or idle. Invariants: the allocator counts the cache as one holder of each kept block.
     The queue holds exactly the idle blocks, in the order of eviction. Three more invariants hold as long as

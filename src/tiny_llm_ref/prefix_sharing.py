@@ -10,7 +10,7 @@ from .paged_attention import BlockAllocator
 from .prefix_cache import PrefixCache, TokenBlocks
 from .sequence import PagedSequence
 
-MIN_TOKENS_TO_COPY = 4  # fewer are not worth a copy of their block, which costs as much as computing two
+MIN_TOKENS_TO_COPY = 4  # sharing fewer is not worthwhile: copying the block costs as much as computing two
 
 
 class PrefixSharing:

@@ -86,7 +86,7 @@ def parse_prompt(prompt: object, place: str = "prompt") -> ParsedPrompt:
 
 
 def _not_empty(prompt: object, place: str = "prompt") -> ParsedPrompt:
-    """As `parse_prompt`, but also raises ValueError for an empty list of token ids."""
+    """Like `parse_prompt`, but also raises ValueError for an empty list of token ids."""
     parsed = parse_prompt(prompt, place)
     if parsed.token_ids == []:
         raise ValueError(f"{place} has no tokens: there is nothing to continue")

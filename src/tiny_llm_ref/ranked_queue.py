@@ -1,6 +1,6 @@
 """A priority queue of sequences: reading the first one, adding and removing cost O(log n).
 
-A heap of ranks with lazy deletion, and a dict of the members. Of a sequence, only `rank` is used.
+A heap of ranks with lazy deletion, and a dict of the members. Only the `rank` of a sequence is used.
 """
 
 from collections.abc import Iterator
@@ -75,7 +75,7 @@ class RankedQueue(Seq[S]):
     @overload
     def __getitem__(self, place: slice) -> list[S]: ...
     def __getitem__(self, place: int | slice) -> S | list[S]:
-        """By position; position 0 is `first`, and any other sorts the members if they have changed."""
+        """Return a member, or a slice of them; except for 0, this sorts the members if they have changed."""
         return self.first() if place == 0 else self._ordered()[place]
 
     def __eq__(self, other: object) -> bool:

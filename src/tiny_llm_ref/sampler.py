@@ -40,8 +40,8 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
     All other logits become -inf. Probabilities are the softmax of the given logits, so a token that an
     earlier filter removed has a probability of 0. p is above 0 and at most 1.
 
-    Go from the likeliest token to the unlikeliest: a token stays if the probabilities before it sum to less
-    than p. So the likeliest token always stays. Tokens as likely as the last one that stays also stay. A
+    Go from the most likely token to the least likely: a token stays if the probabilities before it sum to
+    less than p. So the likeliest token always stays. Tokens as likely as the last one that stays also stay. A
     token of probability 0 never stays, even at p = 1: its logit is -inf, or so low that the probability is 0
     in float32. At p = 1 all other tokens stay, except that in float32 the sum can reach 1 early: tokens with
     a probability of about 1e-7 or less may then be removed.

@@ -30,7 +30,7 @@ class SearchState:
         self._has_ended = False
 
     def begin(self, core: EngineCore) -> None:
-        """Queue the search. Raises the errors of `add_beam_search`, and ValueError if called twice."""
+        """Queue the search; raises as `add_beam_search` does, and `DuplicateRequestError` if called twice."""
         reject_resubmission(self, self._core)
         self._search = core.add_beam_search(self.request_id, list(self._prompt), self._params)
         self._core = ref(core)

@@ -131,7 +131,7 @@ class WindowedTable(BlockTable):
         return super().slots(start - self.start, stop - self.start)
 
     def fork(self) -> "WindowedTable":
-        """Return a second table with the same start, blocks and tokens, one more holder of each block."""
+        """Return a table with the same start, blocks and tokens; it is one more holder of each block."""
         child = WindowedTable(self.allocator, self.block_size)
         child.blocks, child.num_tokens, child.start = list(self.blocks), self.num_tokens, self.start
         for shared in child.blocks:

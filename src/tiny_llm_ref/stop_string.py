@@ -19,7 +19,10 @@ class StopString:
         self._borders = [0]
 
     def push(self, piece: Iterable[Item]) -> int | None:
-        """Add `piece` to the text; returns the number of its items up to the first match's end, or None."""
+        """Add `piece` to the text; return None if no match ends in it.
+
+        Otherwise return the number of the piece's items up to the end of the first match.
+        """
         found = None
         for end, character in enumerate(piece, start=1):
             self.matched = self._grown(self.matched, character)

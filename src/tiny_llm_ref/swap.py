@@ -154,7 +154,7 @@ class SwapSpace:
         return sum(len(swapped.host_blocks[max(0, place - swapped.first) :]) for swapped in tables)
 
     def swap_in(self, sequence: PagedSequence, at_hand: Mapping[bytes, int] | None = None) -> list[SwapCopy]:
-        """Give a sequence's tables the blocks again that it had when it was swapped out; return the copies.
+        """Extend a sequence's tables by the blocks that were swapped out; return the copies to make.
 
         The caller makes the copies next. `sequence.num_computed` is the number of tokens that the sequence
         has found in the prefix cache since then: call it `found`; it is a multiple of the block size.
@@ -232,8 +232,8 @@ class SwapSpace:
     def _take(self, sequence: PagedSequence, index: int, place: int) -> int:
         """Allocate a host block for a block of a sequence; `_find` finds it from now on if it is full.
 
-        A host block must be free. The exception: if the block's hash is in `_held` already, that entry stays,
-        and `_find` does not find the new block.
+        But if the block's hash is in `_held` already, that entry stays, and `_find` does not find the new
+        block. Raises `OutOfBlocksError` if no host block is free.
         """
         host_block = self.allocator.allocate()
         if (place + 1) * self.block_size <= sequence.num_computed:

@@ -110,7 +110,7 @@ def likeliest(logprobs: mx.array, num_top: int) -> list[tuple[int, float]]:
 
 
 def _candidates(logprobs: mx.array, num_top: int) -> mx.array:
-    """Token ids that include the `num_top` most likely ones of a row [V], so that fewer are partitioned.
+    """A subset of a row's token ids with the `num_top` most likely ones; only these must be partitioned.
 
     Each of the `num_top` largest values is in one of the `num_top` blocks with the largest maxima.
     """

@@ -59,7 +59,7 @@ def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> Fas
             for task in tasks:  # a model that is not loaded by now is not needed
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            if service.failure is None:  # after a failure, the system may have no thread left to stop in
+            if service.failure is None:  # after a failure, there may be no thread left for this
                 await asyncio.to_thread(service.stop)
 
     app = FastAPI(

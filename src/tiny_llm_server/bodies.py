@@ -19,7 +19,8 @@ from pydantic_core import from_json
 from .errors import ApiError, refused
 
 SHORT = 16_384  # bytes; longer bodies are parsed in a thread instead of the event loop
-MAX_COUNTS = {  # of each character outside of strings: objects, lists, fields, and values after the first
+# Limits for characters outside of strings. They count objects, lists, fields, and all values after the first.
+MAX_COUNTS = {
     b"{": 50_000,
     b"[": 50_000,
     b":": 100_000,

@@ -124,7 +124,10 @@ class _Work:
         return choice.take(event, self._prompt_texts[one.prompt], positions)
 
     def _read_prompts(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Decode each prompt once, as far as its choices need it; run in a thread, as long ones are slow."""
+        """Decode each prompt once, as far as its choices need it.
+
+        Called in a thread, because a long prompt takes a while.
+        """
         pairs = zip(self.prompts, prompts, strict=True)
         self._prompt_texts = [self._prompt_text(prompt, tokens) for prompt, tokens in pairs]
 
@@ -146,7 +149,7 @@ class _Work:
 
 @dataclass(frozen=True)
 class _PromptText:
-    """What the choices of a prompt need of it. stream: decodes the tokens that follow the prompt.
+    """The parts of a prompt that its choices need. stream: decodes the tokens that follow the prompt.
 
     echo: the text that each choice starts with. tokens, offsets: the echo's tokens and their offsets in it.
     """
@@ -227,7 +230,7 @@ class _Choice:
 
 
 def _without_output(event: RequestEvent) -> RequestEvent:
-    """Remove the output of a prompt with max_tokens 0: the engine computes one token all the same."""
+    """Remove the output of a prompt with max_tokens 0: the engine computes one token anyway."""
     usage = None if event.usage is None else replace(event.usage, completion_tokens=0)
     reason = "length" if event.finish_reason == "stop" else event.finish_reason
     return replace(

@@ -21,7 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .config import ServerConfig
 from .errors import ApiError
 
-MAX_FILES = 65_536  # the most file descriptors to ask the system for
+MAX_FILES = 65_536  # highest limit on file descriptors to request from the system
 SPARE_FILES = 64  # file descriptors reserved for everything other than connections
 MAX_CHUNKS = 32_768  # in one body; a client that writes JSON in small chunks needs fewer
 READ_BYTES = 16_384  # read from a socket at once, so that one connection cannot delay the others

@@ -24,7 +24,8 @@ LONGEST_PARAM = 200
 UNEXPECTED = "internal_error"  # the code of an error that no part of the server expects
 RETRY_SECONDS = 1  # in the header Retry-After if the queue is full
 UNSUPPORTED = "unsupported_field"
-_UNION_DEPTH = 3  # of ("body", field, type), where pydantic reports a value that fits no type of a union
+# The length of ("body", field, type), the location that pydantic reports if a value fits no type of a union.
+_UNION_DEPTH = 3
 _CHAT = "is not supported; use /v1/chat/completions"
 _NO_EMBEDDINGS = "is not supported: this server only generates text"
 _INSTEAD = {  # paths of other servers or newer APIs, and what to tell a client that asks for one

@@ -25,7 +25,7 @@ _RULES = {
 
 
 def invalid(error: Mapping[str, Any]) -> str:
-    """Describe one error of pydantic without the field's name; in its own words if its type is not known.
+    """Describe one of pydantic's errors without the field's name; unknown types keep pydantic's message.
 
     >>> invalid({"type": "less_than_equal", "ctx": {"le": 2.0}, "msg": "Input should be less than ..."})
     'must be at most 2'

@@ -112,7 +112,7 @@ class _Watcher:
                             yield message
 
     async def _until_overrun(self, collector: _Collector) -> AsyncGenerator[str | None, None]:
-        """Yield the whole state and then the steps, until the client is too slow or the server ends."""
+        """Yield the whole state and then the steps, until the client is too slow or the server stops."""
         yield json.dumps(self._pool(collector.steps.pop(0)))
         while not collector.is_overrun and not self._service.is_stopping:
             if not await self._wait(self._service.config.keep_alive):
@@ -122,7 +122,7 @@ class _Watcher:
                 await asyncio.sleep(FRAME_SECONDS)
 
     async def _wait(self, seconds: float) -> bool:
-        """Wait for a step or the end of the server; False if neither comes in `seconds`."""
+        """Wait until a step arrives or the server stops; return False if neither happens within `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 await self._news.wait()

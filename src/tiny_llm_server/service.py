@@ -129,7 +129,7 @@ class Service:
 
     @property
     def max_prompts(self) -> int:
-        """The most prompts in one request: no more than the engine can run and queue when it is idle."""
+        """The maximum number of prompts in one request; no more than an idle engine can run and queue."""
         limit, engine = self.config.max_prompts, self.llm.engine_config
         if engine.max_num_waiting is None:
             return limit

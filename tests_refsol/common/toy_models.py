@@ -1,4 +1,4 @@
-"""Toy models with random weights, and their tokens without a cache."""
+"""Toy models with random weights, and the tokens that they generate without a cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

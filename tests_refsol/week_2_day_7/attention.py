@@ -40,7 +40,7 @@ def test_task_1_every_span_attends_to_its_own_slot() -> None:
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [2, 3, 10, 7, 8], rtol=1e-6)
 
 
-def test_task_1_the_next_step_sees_what_the_slot_holds() -> None:
+def test_task_1_the_next_step_attends_to_the_tokens_in_the_slot() -> None:
     """Oracle: by hand: one sequence continues with 9 after 2 and 4, the other with 4 and 4 after 10."""
     first, second = empty_slot(), empty_slot()
     step = DenseContext([DenseSpan(first, 0, 2), DenseSpan(second, 0, 1)], 1.0, None)

@@ -69,7 +69,7 @@ def test_task_4_a_chunk_that_is_not_the_last_needs_no_logits() -> None:
     expect_logits(logits[0], first)
 
 
-def test_task_4_the_next_chunk_sees_what_the_slot_holds() -> None:
+def test_task_4_the_next_chunk_attends_to_the_tokens_in_the_slot() -> None:
     """Oracle: the model without cache and batch, on the whole prompt; positions continue across chunks."""
     tokens = prompt(10, 6)
     manager = started(with_model(1), a=tokens)
@@ -95,7 +95,7 @@ def test_task_4_a_decode_and_a_prompt_share_a_pass() -> None:
         expect_logits(row, known)
 
 
-def test_task_4_prompt_logprobs_give_a_row_for_every_prompt_token() -> None:
+def test_task_4_with_prompt_logprobs_every_prompt_token_gets_a_row_of_logits() -> None:
     """Oracle: the model without cache and batch, on each prefix of the prompt.
 
     With prompt log-probabilities the plan requests a row of logits for every prompt token.

@@ -73,7 +73,7 @@ def test_task_3_new_blocks_are_needed_only_for_tokens_that_do_not_fit_the_last_b
 
 
 @pytest.mark.parametrize(("new", "blocks"), [(1, 1), (2, 1), (3, 2), (6, 2), (7, 3)])
-def test_task_3_a_shared_partial_block_needs_one_block_more(new: int, blocks: int) -> None:
+def test_task_3_a_shared_partial_block_needs_one_more_block(new: int, blocks: int) -> None:
     """Oracle: by hand: 6 tokens in blocks of 4: the last block holds 2 of them and must be copied."""
     table = filled(6)
     other = sharing(table)
@@ -103,7 +103,7 @@ def test_task_3_zero_tokens_need_no_blocks() -> None:
     assert filled(0).blocks_to_append(0) == 0
 
 
-def test_task_3_blocks_to_append_changes_nothing() -> None:
+def test_task_3_counting_the_blocks_to_append_changes_nothing() -> None:
     """Oracle: by hand; it does not check whether that many blocks are free."""
     table = filled(6, num_blocks=2)
     other = sharing(table)
@@ -114,7 +114,7 @@ def test_task_3_blocks_to_append_changes_nothing() -> None:
 
 @quick
 @given(st.integers(1, 7), st.integers(0, 30), st.integers(0, 30), st.data())
-def test_task_3_the_count_is_the_number_of_written_blocks_not_held_exclusively(
+def test_task_3_the_count_is_the_number_of_blocks_that_the_append_must_allocate(
     block_size: int, num_tokens: int, new: int, data: st.DataObject
 ) -> None:
     """Oracle: the positions of the new tokens, one by one; any block may have other references."""
@@ -392,7 +392,7 @@ class TableWithPlaceholders(BlockTable):
         return [0, 0, *self.blocks]
 
 
-def test_task_5_slots_use_blocks_and_not_physical_indices() -> None:
+def test_task_5_slots_are_computed_from_blocks_and_not_from_physical_indices() -> None:
     """Oracle: the docstring: ids from `blocks`; `physical_indices`, which is for kernels, is longer here."""
     table = TableWithPlaceholders(BlockAllocator(10), 4)
     table.blocks, table.num_tokens = [9, 2], 6
@@ -506,7 +506,7 @@ def test_task_6_three_completions_of_one_prompt_share_its_full_blocks() -> None:
 # Task 7: BlockTable.release
 
 
-def test_task_7_release_frees_every_block_and_empties_the_table() -> None:
+def test_task_7_releasing_a_table_frees_every_block_and_empties_it() -> None:
     """Oracle: by hand."""
     table = filled(6)
     table.release()
@@ -539,7 +539,7 @@ def test_task_7_shared_blocks_stay_with_the_other_holders() -> None:
     assert table.allocator.num_free == 8
 
 
-def test_task_7_after_the_others_release_the_last_holder_writes_in_place() -> None:
+def test_task_7_the_last_holder_writes_in_place_after_the_others_have_released() -> None:
     """Oracle: by hand: the last block was shared until the others were released."""
     table = filled(6)
     child, grandchild = table.fork(), table.fork()

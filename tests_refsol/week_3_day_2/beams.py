@@ -249,7 +249,7 @@ def test_task_9_a_repeated_id_is_pruned_once() -> None:
     check_conserved(allocator, beams.tables[child])
 
 
-def test_task_9_a_pruned_beam_makes_room_for_a_new_one() -> None:
+def test_task_9_pruning_a_beam_frees_its_slot_for_a_new_one() -> None:
     """Oracle: by hand: two of two beams exist. After the prune a new beam gets a new id."""
     beams = beams_of(beam_size=2)
     child = beams.fork_beam(0)
@@ -418,7 +418,7 @@ def test_task_10_a_finished_candidate_takes_no_beam_slot() -> None:
     assert list(search.ended) == [Ended(-0.5, Hypothesis((2,), -0.5), "stop")]
 
 
-def test_task_10_a_finished_candidate_counts_only_in_the_top_beam_width() -> None:
+def test_task_10_a_finished_candidate_is_kept_only_if_it_ranks_within_the_beam_width() -> None:
     """Oracle: by hand: with a width of 2, the finished candidate is third in its step and is dropped."""
     search = BeamSearch(BeamSearchParams(beam_width=2, max_tokens=9), (2,))
     search.advance([[(0, -1.0), (1, -2.0), (2, -3.0)]])
@@ -455,7 +455,7 @@ def test_task_10_finished_candidates_with_equal_scores_keep_their_rank_order() -
     assert [one.hypothesis.tokens for one in search.ended] == [(3,), (1, 2), (1, 3)]
 
 
-def test_task_10_a_hypothesis_of_max_tokens_finishes_by_length() -> None:
+def test_task_10_a_hypothesis_that_reaches_max_tokens_finishes_with_reason_length() -> None:
     """Oracle: by hand: two tokens at most; an end token in the last position gives "stop", not "length"."""
     search = BeamSearch(BeamSearchParams(beam_width=3, max_tokens=2, length_penalty=0), (0,))
     search.advance([[(1, -0.5), (0, -2.0)]])
@@ -497,7 +497,7 @@ def test_task_10_a_search_stops_when_no_beam_can_improve_the_result() -> None:
     assert (steps, len(search.ended[0].hypothesis.tokens)) == (3, 3)
 
 
-def test_task_10_end_of_sequence_may_be_ignored() -> None:
+def test_task_10_end_tokens_may_be_ignored() -> None:
     """Oracle: the definition, without end tokens."""
     params = BeamSearchParams(beam_width=2, max_tokens=3, ignore_eos=True)
     table = partial(uneven, vocab=3, seed=1)
@@ -508,7 +508,7 @@ def test_task_10_end_of_sequence_may_be_ignored() -> None:
 
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
 @pytest.mark.parametrize("eos", [(), (1,), (0, 2)], ids=["no_eos", "one_eos", "two_eos"])
-def test_task_10_a_beam_of_unlimited_width_finds_every_output(penalty: float, eos: tuple[int, ...]) -> None:
+def test_task_10_a_search_of_unlimited_width_finds_every_output(penalty: float, eos: tuple[int, ...]) -> None:
     """Oracle: all outputs of up to 4 tokens from a vocabulary of 3."""
     for seed in range(3):
         table = partial(uneven, vocab=3, seed=seed)
@@ -517,7 +517,7 @@ def test_task_10_a_beam_of_unlimited_width_finds_every_output(penalty: float, eo
 
 
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
-def test_task_10_a_beam_that_holds_every_prefix_finds_the_best_outputs(penalty: float) -> None:
+def test_task_10_a_beam_wide_enough_for_every_prefix_finds_the_best_outputs(penalty: float) -> None:
     """Oracle: all outputs: one of 4 tokens ends, so at most 9 prefixes are active and 36 are ranked."""
     for seed in range(4):
         table = partial(uneven, vocab=4, seed=seed)

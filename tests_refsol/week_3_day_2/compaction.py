@@ -30,7 +30,7 @@ def held(num_blocks: int, *blocks: int) -> BlockAllocator:
     return allocator
 
 
-def test_task_11_only_blocks_past_the_new_end_move_into_the_free_ids_before_it() -> None:
+def test_task_11_only_blocks_past_the_new_end_move_and_they_fill_the_free_ids_before_it() -> None:
     """Oracle: by hand: 4 blocks are in use, so 5 and 7 are past the new end, and 1 and 3 are free."""
     moved = moves_to_front(held(8, 0, 2, 5, 7))
     assert (set(moved), set(moved.values())) == ({5, 7}, {1, 3})
@@ -44,7 +44,7 @@ def test_task_11_nothing_moves_if_all_blocks_are_at_the_front(blocks: tuple[int,
     assert moves_to_front(held(6, *blocks)) == {}
 
 
-def test_task_11_moves_to_front_changes_nothing() -> None:
+def test_task_11_planning_the_moves_changes_nothing() -> None:
     """Oracle: by hand: a shared block is one block; the allocator does not change."""
     allocator = held(6, 3, 4)
     allocator.add_ref(4)

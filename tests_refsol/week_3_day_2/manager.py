@@ -28,7 +28,7 @@ def test_task_14_a_sequence_has_a_table_and_a_stream_for_each_group_of_layers() 
     assert {table.num_tokens for table in sequence.tables} == {0}
 
 
-def test_task_14_windowed_layers_get_another_kind_of_table() -> None:
+def test_task_14_layers_with_and_without_a_window_get_different_kinds_of_tables() -> None:
     """Oracle: by hand: layers with a window need another kind of table than layers with full attention."""
     groups = (LayerGroup((0,)), LayerGroup((1,), window=8))
     manager = PagedBatchManager(16, 4, 4, max_model_len=32, groups=groups)
@@ -230,7 +230,7 @@ def keep_last(manager: PagedBatchManager, num_blocks: int, num_idle: int = 0) ->
     return kept
 
 
-def test_task_15_an_unused_pool_halves_down_to_min_pages() -> None:
+def test_task_15_an_unused_pool_is_halved_until_it_has_min_pages() -> None:
     """Oracle: by hand: 20, 10, 5; half of 5 is less than `min_pages`, 4."""
     manager, sizes = manager_of(blocks=64, min_pages=4), []
     manager.allocator.resize(20)

@@ -40,7 +40,7 @@ def test_task_1_each_span_has_a_padded_row_of_blocks() -> None:
     assert batch.tables.tolist() == [[7, 0, 0], [5, 1, 3]]
 
 
-def test_task_1_a_row_includes_blocks_after_its_span() -> None:
+def test_task_1_a_row_of_the_tables_includes_blocks_after_its_span() -> None:
     """Oracle: by hand: all 3 blocks of the table, although the span needs only one."""
     batch = pack_batch([Span(table_of([5, 1, 3], 9), 0, 2), Span(table_of([7, 2], 8), 0, 8)])
     assert batch.tables.tolist() == [[5, 1, 3], [7, 2, 0]]

@@ -125,7 +125,7 @@ def test_task_4_pages_of_different_shapes_or_dtypes_are_rejected(
 # Task 5: pack_last_tokens
 
 
-def test_task_5_tables_hold_page_indices_and_the_rest_is_a_packed_batch() -> None:
+def test_task_5_the_tables_hold_page_indices_and_the_rest_equals_a_packed_batch() -> None:
     """Oracle: by hand, blocks of 4: the last 3 of 10 tokens and of 3."""
     tables = [table_of([42, 7, 9], 10), table_of([7], 3)]
     batch = pack_last_tokens(tables, 3, {42: 2, 7: 0, 9: 1})
@@ -205,7 +205,7 @@ def test_task_6_each_query_attends_to_its_own_row_and_head() -> None:
         )
 
 
-def test_task_6_a_scale_of_zero_is_used() -> None:
+def test_task_6_a_scale_of_zero_is_not_replaced_by_the_default() -> None:
     """Oracle: by hand: with a scale of 0 all scores are equal, so the output is the mean of 2 and 4."""
     keys = mx.array([[[9.0, 9.0], [0.0, 0.0]]])
     pages = {0: PageBlock(keys, numbers(2, 4)[0])}
@@ -267,7 +267,7 @@ def test_task_6_forks_read_the_pages_that_they_share() -> None:
         np.testing.assert_allclose(out[row : row + 1], expected, rtol=0, atol=2e-5)
 
 
-def test_task_6_block_ids_may_be_any_and_unused_pages_may_have_any_shape() -> None:
+def test_task_6_block_ids_are_arbitrary_and_unused_pages_may_have_any_shape() -> None:
     """Oracle: NumPy. Block ids are only keys here: page 0 is missing, and page 5 has another shape."""
     pool = pool_of([10, 3])
     query = mx.random.normal((2, 4, 2, 8), key=mx.random.key(4))

@@ -104,7 +104,7 @@ def test_task_16_the_pool_is_resized_to_the_allocator_before_the_pass() -> None:
     assert manager.pool.num_blocks == 16
 
 
-def test_task_16_prompt_logprobs_give_a_row_for_every_prompt_token() -> None:
+def test_task_16_with_prompt_logprobs_every_prompt_token_gets_a_row_of_logits() -> None:
     """Oracle: the model without cache and batch: a prompt's log-probabilities need all rows."""
     manager, tokens = with_model(), prompt(5, 9)
     manager.add_request(tokens, "a", SamplingParams(max_tokens=4, prompt_logprobs=0))
@@ -157,7 +157,7 @@ def test_task_16_blocks_are_swapped_before_copies_and_the_pass() -> None:
     [(3, ["evaluate"]), (5, ["start with logits"])],
     ids=["no_row", "one_row"],
 )
-def test_task_16_the_pool_is_evaluated_after_the_model_or_started_with_the_logits(
+def test_task_16_without_logits_the_pool_is_evaluated_and_with_logits_it_is_only_started(
     monkeypatch: pytest.MonkeyPatch, stop: int, expected: list[str]
 ) -> None:
     """Oracle: the docstring: after the model comes `evaluate` without rows, and `start` with them.
@@ -284,7 +284,7 @@ class RecordingPrefixCache(NoPrefixSharing):
         self.seen.append((sequence.seq_id, sequence.num_computed, sequence.num_forks))
 
 
-def test_task_17_computed_is_called_before_completions_are_forked() -> None:
+def test_task_17_the_method_computed_is_called_before_completions_are_forked() -> None:
     """Oracle: the docstring: a leader with two pending forks is kept once, before they exist."""
     manager = PagedBatchManager(16, 4, 4, max_model_len=32, policies=Policies(prefix=RecordingPrefixCache))
     manager.add_request([5] * 6, "a", limits(n=3))
@@ -304,7 +304,7 @@ class FailingModel(RecordingModel):
         raise RuntimeError("no memory on the device")
 
 
-def test_task_17_computed_is_not_called_if_the_pass_fails() -> None:
+def test_task_17_the_method_computed_is_not_called_if_the_pass_fails() -> None:
     """Oracle: the docstring: the pass raises, so the plan's blocks hold no keys, and no cache may hold them.
 
     Common mistake: calling `computed` before the pass.
@@ -317,7 +317,7 @@ def test_task_17_computed_is_not_called_if_the_pass_fails() -> None:
     assert manager.prefix.seen == [], "`computed` was called before the model had computed the plan"
 
 
-def test_task_17_last_plan_is_the_plan_of_the_step() -> None:
+def test_task_17_the_last_plan_is_the_plan_of_the_step() -> None:
     """Oracle: by hand: `_schedule` stores it as `last_plan`. Common mistake: `_scheduler.plan()`."""
     manager, planned = manager_of(budget=4), []
     manager.add_request([5] * 6, "a", limits())
@@ -373,7 +373,7 @@ def test_task_17_each_part_of_a_step_is_called_once(monkeypatch: pytest.MonkeyPa
     assert called == ["shrink_pool", "_schedule", "run_plan", "computed", "conclude"]
 
 
-def test_task_17_a_step_with_an_empty_plan_runs_and_concludes_nothing(
+def test_task_17_a_step_with_an_empty_plan_calls_neither_run_plan_nor_conclude(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Oracle: the docstring: there is nothing to run or to conclude; an idle step shrinks the pool too."""
@@ -437,7 +437,7 @@ def test_task_17_completions_are_forked_when_their_prompt_is_complete() -> None:
     check_pages(manager)
 
 
-def test_task_17_a_beam_search_starts_as_one_beam_and_advance_makes_the_others() -> None:
+def test_task_17_a_beam_search_starts_as_one_beam_and_advance_forks_the_others() -> None:
     """Oracle: by hand: its slots are reserved, and `advance` makes three beams of one."""
     manager = manager_of(max_seqs=4)
     manager.add_request([1] * 6, "a", limits(n=3), beam_search=True)

@@ -77,7 +77,9 @@ def next_tokens(start: Sequence[int]) -> Table:
 
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 @pytest.mark.parametrize("width", [1, 2, 4])
-def test_task_17_a_beam_search_finds_the_same_as_without_a_cache(width: int, penalty: float) -> None:
+def test_task_17_a_beam_search_finds_the_same_hypotheses_as_without_a_cache(
+    width: int, penalty: float
+) -> None:
     """Oracle: beam search in plain loops that recompute every beam.
 
     The test uses your beams, pages and batches together. Two searches and a request run at the same time on

@@ -212,7 +212,7 @@ def test_task_4_cached_blocks_are_found_in_order() -> None:
     assert list(cache.match(stream_of(range(20)), 0, 5)) == blocks[:3]
 
 
-def test_task_4_match_adds_no_references() -> None:
+def test_task_4_a_match_adds_no_references() -> None:
     """Oracle: by hand: only `share` adds a reference."""
     allocator, cache = make_cache()
     table = cached(allocator, cache, range(12))
@@ -220,7 +220,7 @@ def test_task_4_match_adds_no_references() -> None:
     assert holders(table) == [2, 2, 2]
 
 
-def test_task_4_match_returns_only_the_requested_blocks() -> None:
+def test_task_4_a_match_returns_only_the_requested_blocks() -> None:
     """Oracle: by hand."""
     allocator, cache = make_cache()
     blocks = cached(allocator, cache, range(16)).blocks
@@ -251,7 +251,7 @@ def test_task_4_a_collision_in_the_middle_ends_a_match() -> None:
     assert list(cache.match(stream, 0, 3)) == blocks[:1]
 
 
-def test_task_4_an_equal_hash_with_other_tokens_or_parent_is_no_match() -> None:
+def test_task_4_an_equal_hash_of_other_tokens_or_another_parent_is_not_a_match() -> None:
     """Oracle: by hand: the hashes of cached blocks with other tokens, or with another parent.
 
     A match would leak another client's prompt into the answer.

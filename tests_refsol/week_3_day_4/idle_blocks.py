@@ -120,7 +120,7 @@ def test_task_5_a_block_that_was_used_again_moves_to_the_end_of_the_queue() -> N
 
 
 @pytest.mark.parametrize(("asked", "evicted"), [(0, 0), (1, 1), (3, 3), (4, 3), (100, 3), (-2, 0)])
-def test_task_6_evict_frees_at_most_the_requested_number_of_idle_blocks(asked: int, evicted: int) -> None:
+def test_task_6_eviction_frees_at_most_the_requested_number_of_idle_blocks(asked: int, evicted: int) -> None:
     """Oracle: by hand: three are idle."""
     allocator, cache = make_cache()
     release_table(cache, cached(allocator, cache, range(12)))
@@ -341,7 +341,7 @@ def test_task_8_blocks_after_a_missing_block_are_not_cached() -> None:
     assert holders(table) == [1, 1, 1]
 
 
-def test_task_8_keep_takes_an_equal_idle_block_into_use() -> None:
+def test_task_8_keeping_a_block_that_equals_an_idle_one_takes_the_idle_one_into_use() -> None:
     """Oracle: by hand: `keep` puts the idle block into the table, so it is no longer idle."""
     allocator, cache = make_cache()
     table = filled(allocator, 8)

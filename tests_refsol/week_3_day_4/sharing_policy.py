@@ -40,7 +40,7 @@ def test_task_9_the_length_of_the_common_prefix_is_returned(tokens: list[int], l
     assert cache.match_part(root(), tokens) == PartMatch(table.blocks[0], length)
 
 
-def test_task_9_a_different_first_token_is_no_match() -> None:
+def test_task_9_a_different_first_token_is_not_a_match() -> None:
     """Oracle: by hand."""
     allocator, cache = make_cache()
     assert cache.match_part(root(), [5, 6]) is None
@@ -70,7 +70,7 @@ def test_task_9_of_several_candidates_the_most_recently_cached_is_returned() -> 
     assert cache.match_part(root(), [5, 6, 7, 8]) == PartMatch(newer.blocks[0], 2)
 
 
-def test_task_9_an_evicted_block_is_no_match() -> None:
+def test_task_9_an_evicted_block_is_not_a_match() -> None:
     """Oracle: by hand."""
     allocator, cache = make_cache()
     release_table(cache, cached(allocator, cache, [5, 6, 7, 8]))
@@ -79,7 +79,7 @@ def test_task_9_an_evicted_block_is_no_match() -> None:
     assert cache.match_part(root(), [5, 6]) is None
 
 
-def test_task_9_match_part_does_not_take_a_block_into_use() -> None:
+def test_task_9_a_partial_match_does_not_take_a_block_into_use() -> None:
     """Oracle: by hand."""
     allocator, cache = make_cache()
     release_table(cache, cached(allocator, cache, [5, 6, 7, 8]))
@@ -88,7 +88,7 @@ def test_task_9_match_part_does_not_take_a_block_into_use() -> None:
     assert allocator.num_free == 11
 
 
-def test_task_9_no_tokens_are_no_match() -> None:
+def test_task_9_an_empty_list_of_tokens_matches_nothing() -> None:
     """Oracle: the docstring."""
     allocator, cache = make_cache()
     cached(allocator, cache, [5, 6, 7, 8])
@@ -179,7 +179,7 @@ def test_task_10_without_a_cached_block_nothing_changes() -> None:
     assert sharing.num_idle == 3
 
 
-def test_task_10_a_partly_computed_sequence_adopts_blocks_cached_since() -> None:
+def test_task_10_a_partly_computed_sequence_adopts_blocks_that_were_cached_meanwhile() -> None:
     """Oracle: by hand: one block is computed, and meanwhile two more are cached."""
     allocator, sharing = make_sharing()
     sequence = sequence_of(allocator, range(20))
@@ -191,7 +191,7 @@ def test_task_10_a_partly_computed_sequence_adopts_blocks_cached_since() -> None
     assert holders(sequence.table) == [2, 2, 2]
 
 
-def test_task_10_a_sequence_inside_a_block_adopts_nothing() -> None:
+def test_task_10_a_sequence_with_a_partly_computed_block_adopts_nothing() -> None:
     """Oracle: by hand: 6 of 20 tokens are computed, so no cached block starts at the next token."""
     allocator, sharing = make_sharing()
     sequence = sequence_of(allocator, range(20))

@@ -463,7 +463,7 @@ def test_task_11_blocks_that_a_window_has_passed_are_released() -> None:
     assert setup.sharing.evict(9) == 2
 
 
-def test_task_11_a_sequence_inside_a_block_adopts_nothing() -> None:
+def test_task_11_a_sequence_with_a_partly_computed_block_adopts_nothing() -> None:
     """Oracle: by hand: 6 tokens are computed, so no cached block starts at the next token."""
     setup = Setup((None, 6))
     sequence = setup.sequence(TEXT)

@@ -71,7 +71,7 @@ def test_task_1_a_window_below_one_is_rejected(window: int) -> None:
 NO = -float("inf")
 
 
-def test_task_2_with_a_window_of_two_each_token_sees_two() -> None:
+def test_task_2_with_a_window_of_two_each_token_sees_two_tokens() -> None:
     """Oracle: by hand: four tokens, a window of 2."""
     mask = sliding_window_mask(4, 4, 2)
     assert mask.tolist() == [[0, NO, NO, NO], [0, 0, NO, NO], [NO, 0, 0, NO], [NO, NO, 0, 0]]
@@ -138,7 +138,9 @@ def test_task_3_blocks_that_end_before_a_position_are_released() -> None:
 @pytest.mark.parametrize(
     ("position", "num_released"), [(0, 0), (3, 0), (4, 1), (5, 1), (7, 1), (8, 2), (9, 2), (10, 2), (100, 2)]
 )
-def test_task_3_a_block_is_released_when_all_of_it_is_passed(position: int, num_released: int) -> None:
+def test_task_3_a_block_is_released_when_all_its_positions_are_before_the_given_one(
+    position: int, num_released: int
+) -> None:
     """Oracle: by hand, blocks of 4; a last block that is not full stays, for every position."""
     table, blocks = table_of([7, 2, 5], 10), [7, 2, 5]
     assert list(table.release_before(position)) == blocks[:num_released]
@@ -300,7 +302,7 @@ def test_task_5_a_table_without_blocks_has_only_placeholders() -> None:
     assert list(table_of([], 0).physical_indices()) == []
 
 
-def test_task_5_pack_batch_keeps_the_placeholders() -> None:
+def test_task_5_packing_a_batch_keeps_the_placeholders() -> None:
     """Oracle: by hand: the last of 14 tokens, and 3 tokens of another table; the shorter row is padded."""
     long, short = table_of([7, 2], 6, start=8), table_of([5], 3)
     batch = pack_batch([Span(long, 13, 14), Span(short, 0, 3)])

@@ -126,7 +126,7 @@ def test_task_4_releasing_a_partly_filled_block_needs_no_hash() -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_task_4_a_full_block_whose_hash_is_taken_can_be_released(first: int) -> None:
+def test_task_4_a_full_block_whose_hash_belongs_to_another_block_can_be_released(first: int) -> None:
     """Oracle: by hand: two contents with one forged hash. Only the first is found by it.
 
     The second is full too but has no entry in `_hash_of`. Releasing it must keep the first one's hash.

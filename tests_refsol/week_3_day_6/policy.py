@@ -25,7 +25,7 @@ from week_3_day_6.two_pools import SIZE, TEXT, Setup
     ("num_prompt", "num_outputs", "max_len", "reserved"),
     [(10, 0, 40, 14), (10, 3, 40, 17), (1, 0, 40, 5), (10, 0, 14, 14), (10, 0, 12, 12), (10, 2, 12, 12)],
 )
-def test_task_1_the_known_tokens_and_one_block_more_are_reserved(
+def test_task_1_the_known_tokens_and_one_more_block_are_reserved(
     num_prompt: int, num_outputs: int, max_len: int, reserved: int
 ) -> None:
     """Oracle: by hand, blocks of 4: 10 known tokens reserve 14, or `max_len` if that is less."""

@@ -23,7 +23,7 @@ from week_3_day_6.two_pools import SIZE, TEXT, Setup, in_use
 # Task 7: swapping out and in; `forget`, which is given, releases the host blocks
 
 
-def test_task_7_forget_releases_the_host_blocks() -> None:
+def test_task_7_forgetting_a_sequence_releases_its_host_blocks() -> None:
     """Oracle: by hand."""
     setup = Setup()
     sequence = setup.sequence(TEXT[:10], 10)
@@ -46,7 +46,7 @@ def test_task_7_forgetting_a_sequence_without_host_blocks_changes_nothing() -> N
     assert in_use(setup.space.allocator) == 3, "the number of blocks in use"
 
 
-def test_task_7_forget_does_not_change_the_pool() -> None:
+def test_task_7_forgetting_a_sequence_does_not_change_the_pool() -> None:
     """Oracle: symbolic contents: the sequence is swapped in and reads its own blocks."""
     setup = Setup()
     sequence = setup.sequence(TEXT[:10], 10)
@@ -71,7 +71,7 @@ def test_task_7_a_sequence_can_be_swapped_out_and_in_repeatedly() -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_task_7_forget_keeps_host_blocks_of_other_sequences(first: int) -> None:
+def test_task_7_forgetting_a_sequence_keeps_host_blocks_of_other_sequences(first: int) -> None:
     """Oracle: by hand: two sequences share 2 blocks and have one more each; either is forgotten first.
 
     The remaining blocks are still found: a third sequence with the same prefix shares them.
@@ -105,7 +105,7 @@ def test_task_7_a_released_host_block_is_not_found() -> None:
     setup.check(waiting=[again])
 
 
-def test_task_7_forget_releases_host_blocks_of_windowed_tables() -> None:
+def test_task_7_forgetting_a_sequence_releases_host_blocks_of_its_windowed_tables() -> None:
     """Oracle: by hand."""
     setup = Setup(windows=(None, 6, 3))
     sequence = setup.sequence(TEXT, 18)

@@ -41,7 +41,7 @@ def test_task_6_blocks_of_a_windowed_table_count_from_its_first_block(adopted: i
     assert setup.space.blocks_to_swap_in(sequence) == blocks, "the number of blocks to swap in"
 
 
-def test_task_6_blocks_to_swap_in_changes_nothing() -> None:
+def test_task_6_counting_the_blocks_to_swap_in_changes_nothing() -> None:
     """Oracle: by hand."""
     setup = Setup()
     sequence = setup.sequence(TEXT[:10], 10)
@@ -84,7 +84,7 @@ def test_task_7_swapping_in_restores_every_token(computed: int) -> None:
     setup.check(sequence, waiting=[sequence])
 
 
-def test_task_7_num_cached_tokens_is_restored() -> None:
+def test_task_7_the_number_of_cached_tokens_is_restored() -> None:
     """Oracle: by hand: 4 tokens were cached at admission; finding 8 now must not change that."""
     setup = Setup()
     donor, sequence = setup.sequence(TEXT[:12], 12), setup.sequence(TEXT[:10], 10)
@@ -185,7 +185,7 @@ def test_task_7_a_windowed_table_keeps_its_start() -> None:
         (4, 1 + 1 + 1, [0, 8, 12]),
     ],
 )
-def test_task_7_a_windowed_table_continues_or_skips_to_its_first_host_block(
+def test_task_7_a_windowed_table_continues_at_its_first_host_block_or_skips_to_it(
     adopted: int, copied: int, starts: list[int]
 ) -> None:
     """Oracle: by hand: 18 tokens, windows of 6 and 3, and a prefix cache with the first blocks.

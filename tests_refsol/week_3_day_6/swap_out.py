@@ -34,7 +34,7 @@ def test_task_5_computed_blocks_get_host_blocks() -> None:
     assert [setup.allocator.ref_count(block) for block in blocks] == [1, 1, 1]
 
 
-def test_task_5_num_cached_tokens_is_recorded() -> None:
+def test_task_5_the_number_of_cached_tokens_is_recorded() -> None:
     """Oracle: `Swapped`: 8 tokens of the sequence came from the prefix cache."""
     sequence = Setup().sequence(TEXT[:10], 10)
     sequence.num_cached_tokens = 8

@@ -54,7 +54,7 @@ def test_task_7_requests_that_the_engine_has_seen_are_counted_once() -> None:
     check_waiting(control, 0)
 
 
-def test_task_7_num_waiting_changes_nothing() -> None:
+def test_task_7_counting_the_waiting_requests_changes_nothing() -> None:
     """Oracle: by hand."""
     control = AdmissionControl(1, 2)
     control.occupancy = Occupancy(num_waiting=3, num_running=1)
@@ -109,7 +109,7 @@ def test_task_8_all_requests_of_a_call_are_admitted_or_none() -> None:
     control.admit(0)
 
 
-def test_task_8_a_limit_of_none_admits_everything() -> None:
+def test_task_8_without_a_limit_every_request_is_admitted() -> None:
     """Oracle: the docstring of the class."""
     control = AdmissionControl(None, 1)
     control.admit(10**6)

@@ -78,7 +78,7 @@ def test_task_11_the_iterator_ends_with_the_last_of_several_completions() -> Non
     assert [event.usage is None for event in found] == [True] * 5 + [False]
 
 
-def test_task_11_five_concurrent_clients_get_the_same_tokens_as_separately() -> None:
+def test_task_11_five_concurrent_clients_get_the_same_tokens_as_when_served_separately() -> None:
     """Oracle: `EngineCore` on a small model, one request at a time; at most four sequences run."""
     requests = [
         ([1 + i, 2, 3 * i % 26], SamplingParams(max_tokens=8 + i, seed=i, ignore_eos=True)) for i in range(5)
@@ -115,7 +115,7 @@ def test_task_11_an_invalid_request_is_rejected_at_the_first_event(
         assert text(run(collect_events(engine, "x", THREE_TOKENS))) == "yza"
 
 
-def test_task_11_a_client_is_rejected_by_a_full_queue() -> None:
+def test_task_11_a_full_queue_rejects_a_client() -> None:
     """Oracle: by hand: one request runs, one may wait, and the third is rejected."""
     core = AlphabetCore(max_seqs=1)
     core.hold()

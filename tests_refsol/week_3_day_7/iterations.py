@@ -171,7 +171,7 @@ def test_task_5_an_error_of_a_step_ends_the_loop() -> None:
         driver.run_once()
 
 
-def test_task_5_a_listener_that_raises_loses_its_requests() -> None:
+def test_task_5_the_requests_of_a_listener_that_raises_are_cancelled() -> None:
     """Oracle: by hand: both of its requests are cancelled before the next step; others continue."""
     driver = LoopDriver()
 
@@ -188,7 +188,7 @@ def test_task_5_a_listener_that_raises_loses_its_requests() -> None:
     assert text(listener.events) == "bc"
 
 
-def test_task_5_a_passed_deadline_cancels_all_requests_before_the_step() -> None:
+def test_task_5_an_expired_deadline_cancels_all_requests_before_the_step() -> None:
     """Oracle: by hand: a task sets it.
 
     Common mistake: checking it before the tasks, which makes one step too many.
@@ -281,7 +281,7 @@ def test_task_6_new_requests_are_rejected() -> None:
     assert not drained.done()
 
 
-def test_task_6_an_existing_refusal_is_kept() -> None:
+def test_task_6_a_drain_keeps_an_existing_refusal() -> None:
     """Oracle: the docstring: a stopped or dead engine keeps its own error."""
     driver, existing = LoopDriver(), partial(EngineStoppingError, "stopped before")
     driver.loop.refusal = existing

@@ -36,7 +36,7 @@ from week_3_day_7.serving import free_blocks, small_core
 # Task 1: EngineLoop.add
 
 
-def test_task_1_add_queues_a_request_and_records_its_listener() -> None:
+def test_task_1_adding_a_request_queues_it_and_records_its_listener() -> None:
     """Oracle: by hand."""
     loop, one, listener = make_loop(), request("one"), RecordingListener()
     loop.add([one], listener)
@@ -132,7 +132,7 @@ def test_task_1_a_refusal_is_raised_for_every_request() -> None:
 
 
 @pytest.mark.parametrize("outcome", ["queued", "rejected by the core", "rejected by the engine"])
-def test_task_1_requests_are_counted_as_seen_with_every_outcome(outcome: str) -> None:
+def test_task_1_requests_are_counted_as_seen_whatever_their_outcome(outcome: str) -> None:
     """Oracle: by hand: 2, 4 and 6. Admission control counts a request as waiting until it is seen."""
     control = AdmissionControl(None, 0)
     loop = EngineLoop(Inbox(), control)
@@ -253,7 +253,7 @@ def test_task_2_a_beam_search_can_be_cancelled() -> None:
 # `forget`, which is given, cancels by the object, not by the id
 
 
-def test_task_2_forget_cancels_the_given_requests() -> None:
+def test_task_2_forgetting_requests_cancels_them() -> None:
     """Oracle: by hand: cancelled as by `cancel`; the other continues."""
     loop, one, other = make_loop(), request("one"), request("other")
     listener = activate(loop, one, other)
@@ -265,7 +265,7 @@ def test_task_2_forget_cancels_the_given_requests() -> None:
     assert listener.events[0].request_id == "one"
 
 
-def test_task_2_forget_does_not_cancel_another_request_with_the_id() -> None:
+def test_task_2_forgetting_a_request_does_not_cancel_another_request_with_the_same_id() -> None:
     """Oracle: by hand: the old request finished, and a new one uses its id.
 
     Common mistake: cancelling by id.
@@ -282,7 +282,7 @@ def test_task_2_forget_does_not_cancel_another_request_with_the_id() -> None:
     assert not loop.core.has_work
 
 
-def test_task_2_forget_ignores_finished_and_unknown_requests() -> None:
+def test_task_2_forgetting_requests_ignores_finished_and_unknown_ones() -> None:
     """Oracle: by hand: of four, the only active one is cancelled."""
     loop, names = make_loop(), "abcd"
     requests = [request(name) for name in names]

@@ -357,7 +357,7 @@ def test_task_10_nested_calls_do_not_deadlock() -> None:
         assert with_timeout(engine.call, lambda: engine.call(lambda: engine.call(lambda: 7))) == 7
 
 
-def test_task_10_a_stopped_engine_raises() -> None:
+def test_task_10_a_call_to_a_stopped_engine_raises_an_error() -> None:
     """Oracle: the docstring of `stop`: an error instead of a deadlock.
 
     The calling thread has the ident of the engine's ended thread, which an operating system may reuse.

@@ -25,7 +25,8 @@ def show() -> Lines:
         rows.append(loaded.model(inputs, context)[0, -1])
         best = loaded.tokenizer.token_text(int(mx.argmax(rows[-1])))
         difference = float(mx.max(mx.abs(rows[-1] - rows[0])))
-        yield f"positions {name:22} {text!r} continues with {best!r}; logits differ by {difference:.4f}"
+        yield f"positions {name:22} {text!r} continues with {best!r}; change in logits: {difference:.4f}"
+    yield "change in logits: the largest difference from the first line"
     yield "shifting all positions keeps the distances, and so the answer; with one position for all tokens,"
     yield "the model cannot see their order"
 

@@ -16,7 +16,7 @@ def show() -> Lines:
     row = llm.logits(llm.tokenizer.encode(text))[-1]
     for temperature in (0.0, 0.7, 1.3):
         possible = int(mx.sum(keep_top_p(row / temperature, 0.9) > -mx.inf)) if temperature else 1
-        yield f"temperature {temperature}: {possible:,} of {row.size:,} tokens make up 90% of the probability"
+        yield f"temperature {temperature}: 90% of the probability is on {possible:,} of {row.size:,} tokens"
         for seed in (1, 2):
             params = SamplingParams(temperature=temperature, top_p=0.9, seed=seed, max_tokens=14)
             [output] = llm.generate(text, params, use_tqdm=False)

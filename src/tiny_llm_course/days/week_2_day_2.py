@@ -20,13 +20,13 @@ def show() -> Lines:
     token_bytes = config.num_hidden_layers * NaiveKVCache(1, *shape).allocated_bytes()
     yield (
         f"a simulation: {USERS} users with {min(lengths)} to {max(lengths)} tokens each; {token_bytes:,} "
-        f"bytes per token, as in all layers of the real model; {MEMORY / 2**20:.0f} MiB for caches"
+        f"bytes per token, the size in the real model; {MEMORY / 2**20:.0f} MiB for caches"
     )
     for max_seq_len in (256, 512, 2048, config.max_position_embeddings):
         found = reserve(lengths, max_seq_len, token_bytes, MEMORY)
         yield (
             f"  caches of {max_seq_len:5,} tokens: {found.num_caches:3} fit, {found.num_refused:2} users are "
-            f"refused, {found.wasted:.0%} of the other users' caches is wasted"
+            f"refused, {found.wasted:.0%} of the memory of the other users' caches is wasted"
         )
     used = sum(lengths)
     yield f"  without waste, all {USERS} users need {used * token_bytes / 2**20:.0f} MiB"

@@ -25,7 +25,7 @@ def show() -> Lines:
         answers.append([o.outputs[0].text for b in batches for o in llm.generate(b, params, use_tqdm=False)])
         speed = 24 * len(prompts) / (time.perf_counter() - start)
         yield f"8 requests {name:19}: {speed:5.0f} tokens/s"
-    yield f"both gave the same texts: {answers[0] == answers[1]}; the first: {prompts[0]}{answers[1][0]!r}"
+    yield f"both gave the same texts: {answers[0] == answers[1]}; the first: {prompts[0] + answers[1][0]!r}"
 
 
 def work() -> Work:

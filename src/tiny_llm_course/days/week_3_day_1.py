@@ -27,7 +27,7 @@ def show() -> Lines:
     full, rest = divmod(len(tokens), size)
     yield (
         f"the real model, a prompt of {len(tokens)} tokens: {full} full blocks of {size} tokens, and "
-        f"{rest} in another block"
+        f"a last block with {rest}"
     )
     params = SamplingParams(n=n, temperature=0.8, top_p=0.9, seed=3, max_tokens=20, ignore_eos=True)
     llm.core.add_request("one", tokens, params)
@@ -36,7 +36,7 @@ def show() -> Lines:
             llm.core.step()
         yield from _who_holds_what(what, [sequence.table for sequence in manager.running])
     lengths = ", ".join(str(copy.length) for copy in copies) or "none"
-    yield f"* shared with another sequence. Copied on write: {len(copies)} blocks, tokens in them: {lengths}"
+    yield f"* shared with another sequence; blocks copied on write: {len(copies)}; tokens copied: {lengths}"
     for sequence in manager.running:
         yield f"  {end}{llm.tokenizer.decode(sequence.outputs).splitlines()[0]}"
 

@@ -29,12 +29,13 @@ def show() -> Lines:
         held = Counter(block for one in manager.running for block in one.table.physical_indices())
         most = max(most, (held.total(), len(held)))
     seconds = time.perf_counter() - start
-    yield f"the real model, a prompt of {len(tokens)} tokens, beams of width {width}: {seconds:.1f} s"
+    yield f"the real model, a prompt of {len(tokens)} tokens, {width} beams: {seconds:.1f} s"
+    yield "each line: log-probability per token, tokens, why it ended, text"
     yield f"{STORY} ..."
     for ended in search.ended:
         said, count = llm.tokenizer.decode(list(ended.hypothesis.tokens)), len(ended.hypothesis.tokens)
         shown = " ".join(said.split())
-        yield f"  {ended.score:6.3f} a token, {count:2} tokens, {ended.finish_reason:6}: ... {shown}"
+        yield f"  {ended.score:6.3f}, {count:2} tokens, {ended.finish_reason:6}: ... {shown}"
     yield (
         f"at most {most[1]} blocks of {size} tokens for all beams; without sharing, {most[0]}: "
         f"{most[0] / most[1]:.1f} times as many"
@@ -57,7 +58,7 @@ def show_a() -> Lines:
         read = spans[row].table.physical_indices()[: position // size + 1]
         yield (
             f"  token {index}: sequence {row}, position {position}, written to block {slot // size} "
-            f"at {slot % size}; reads blocks {', '.join(map(str, read))}"
+            f"at offset {slot % size}; reads blocks {', '.join(map(str, read))}"
         )
     q, k, v = random_array(1, 4, 8, 16), random_array(1, 2, 8, 16), 2 * random_array(1, 2, 8, 16)
     pool = random_array(12, 2, size, 16)
@@ -104,10 +105,11 @@ def show_c() -> Lines:
     loaded = load_model(None)
     tokens = loaded.tokenizer.encode(STORY)
     search = BeamSearch(BeamSearchParams(beam_width=width, max_tokens=12), loaded.tokenizer.eos_token_ids)
-    pages = BeamSearchPageManager(2 * width, BlockAllocator(96), size)  # parents and children, for a moment
+    # Twice the width, because parents and children exist together until the parents are pruned.
+    pages = BeamSearchPageManager(2 * width, BlockAllocator(96), size)
     pages.expand_beam(0, tokens)
     living = [0]
-    yield f"the real model, a prompt of {len(tokens)} tokens, beams of width {width}, blocks of {size}"
+    yield f"the real model, a prompt of {len(tokens)} tokens, {width} beams, blocks of {size}"
     while search.beams:
         texts = [[*tokens, *beam.tokens] for beam in search.beams]
         choices = search.advance(_candidates(loaded.model, texts, search.num_candidates))
@@ -123,9 +125,10 @@ def show_c() -> Lines:
                 f"after {len(search.beams[0].tokens):2} tokens: {len(living)} beams, of {continued} parents; "
                 f"{pages.num_physical_blocks} blocks; without sharing, {pages.num_logical_blocks}"
             )
+    yield "each line: log-probability per token, why it ended, text"
     for ended in search.ended:
         said = " ".join(loaded.tokenizer.decode(list(ended.hypothesis.tokens)).split())
-        yield f"  {ended.score:6.3f} a token, {ended.finish_reason:6}: ... {said}"
+        yield f"  {ended.score:6.3f}, {ended.finish_reason:6}: ... {said}"
 
 
 def show_d() -> Lines:
@@ -173,7 +176,7 @@ def show_e() -> Lines:
             yield f"  after step {steps:2}: {_pool(manager)}; running {runs:5}; waiting {waits}"
         seen = (manager.allocator.num_blocks, runs, waits)
     yield f"{sum(lengths.values())} tokens in {steps} steps, {time.perf_counter() - start:.1f} s"
-    yield "nothing is in use now; each step, even without work, halves the pool, down to the first 4 blocks"
+    yield "nothing is in use now; each step, even without work, halves the pool, down to its 4 initial blocks"
     for idle in (1, 2):
         core.step()
         yield f"  idle step {idle}:    {_pool(manager)}"

@@ -27,7 +27,8 @@ def show() -> Lines:
     batch = [(seq_id, table.num_tokens) for seq_id, table in cache.tables.items()]
     for seq_id, length in batch:
         slots = cache.build_flat_slot_mapping([(seq_id, length)])[::size].tolist()
-        yield f"  {seq_id}: {length} tokens; slots of every {size}th: {', '.join(map(str, slots[:8]))}, ..."
+        shown = ", ".join(map(str, slots[:8]))
+        yield f"  {seq_id}: {length} tokens; slots of every {size}th token: {shown}, ..."
     seq_id, length = batch[0]
     whole, _ = cache.read_blocks(seq_id, 0, length)
     window, _ = cache.read_sparse(seq_id, length - 1, 4)

@@ -67,7 +67,7 @@ def _what_one_token_reads(table: Any, position: int, window: int) -> Lines:
     first, holes = first_visible(position, window), indices.count(NO_BLOCK)
     yield (
         f"token {position:,} sees positions {first:,} to {position:,}: {len(indices) - holes} blocks of "
-        f"{len(indices)}; the {holes} before have no block"
+        f"{len(indices)}; the first {holes} were freed"
     )
     num_blocks, batch = table.allocator.num_blocks, pack_batch([Span(table, position, position + 1)])
     q = mx.random.normal((1, 4, 1, 64), key=mx.random.key(0))

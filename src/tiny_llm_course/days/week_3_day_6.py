@@ -44,7 +44,7 @@ def show() -> Lines:
         )
         every = -(-steps // 80)
         yield from (f"  {animal:4} {line[::every].rstrip()}" for animal, line in shown.items())
-    yield f"  #: runs. .: waits. o: waits, keys and values are on the host. One character is {every} steps"
+    yield f"  # running; . waiting; o waiting, keys and values on the host; one character is {every} steps"
     yield "recompute and swap take about as many steps: sequences wait for the same blocks in both modes, and"
     yield "a short story is computed again in one step. Swapping saves work if texts are long"
     yield f"all runs gave the same answers: {all(said == answers[0] for said in answers)}"

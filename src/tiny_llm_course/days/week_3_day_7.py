@@ -24,8 +24,8 @@ def show() -> Lines:
     llm.generate(STORY, SamplingParams(max_tokens=2), use_tqdm=False)  # the first pass warms up
     watched = _Watched(llm.core, ("cat", "dog", "fox", "owl", "wolf"))
     yield "the real model, 2 sequences at once: five clients send a request at the same moment, the wolf"
-    yield "last. It has priority -1, so it overtakes all that wait; none runs yet when all are queued. The"
-    yield "owl has priority 1. The cat's client cancels after reading 12 tokens"
+    yield "last. It has priority -1, so it overtakes every request that still waits; the cat may run already."
+    yield "The owl has priority 1. The cat's client cancels after reading 12 tokens"
     start = time.perf_counter()
     try:
         clients = asyncio.run(_five_clients(llm.engine, watched))
@@ -40,7 +40,7 @@ def show() -> Lines:
     seconds, steps = time.perf_counter() - start, len(watched.steps)
     yield f"in all, {steps} steps and {seconds:.1f} s"
     yield from (f"  {name:4} {line.rstrip()}" for name, line in watched.lines())
-    yield "  #: runs. .: waits"
+    yield "  # running; . waiting"
     held, more = watched.after_the_cancel("cat")
     yield f"the cat held {held} blocks when it was cancelled; steps that computed it afterwards: {more}"
     yield f"the error for a request while the engine drains: {watched.refused}"
@@ -160,7 +160,7 @@ class _Watched:
             yield name, "".join(marks.get(name, " ") for marks in self.steps[::every])
 
     def after_the_cancel(self, name: str) -> tuple[int, int]:
-        """The blocks of a cancelled request, and the steps started after the cancel that computed it."""
+        """A cancelled request's blocks, and the number of steps after the cancel that still contained it."""
         return self.blocks[name], sum(name in marks for marks in self.steps[self.asked_at :])
 
 

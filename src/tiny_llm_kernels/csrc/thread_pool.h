@@ -44,8 +44,8 @@ class ThreadPool {
 
   /// Calls body(begin, end) on pieces until [0, count) is done. Each piece is 1/`parts` of the remaining items and
   /// at least `smallest`, so pieces are large at first and all threads finish together. The order of pieces and
-  /// their threads are unspecified. Only one loop runs at a time: a second caller (another MLX stream) runs its
-  /// loop alone.
+  /// their threads are unspecified. Only one loop at a time uses the workers: a second caller (another MLX stream)
+  /// runs its whole loop in its own thread.
   void parallel_for(int64_t count, int64_t smallest, int64_t parts, const Body& body) {
     std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
     if (!lock || workers_.empty() || count <= smallest) return body(0, count);

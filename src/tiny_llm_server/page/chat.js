@@ -203,7 +203,7 @@ export class Chat {
   }
 }
 
-/** The field of a request for what was typed; none if nothing was: the server has the model's own value. */
+/** The request's field for the typed temperature; without one, the server uses the model's own value. */
 const temperature = (typed) => (typed === "" ? {} : { temperature: Number(typed) });
 
 /** Why an answer is missing or incomplete: the server's error, or a lost connection. */

@@ -129,7 +129,7 @@ export class Demo {
 
   /**
    * Send each request when the one before has been accepted, so that the newest is the same in each round.
-   * Returns when all have finished: the first failure, after which no more are sent, or undefined.
+   * After a failure, no more are sent. Returns the first failure, or undefined, when all sent requests have finished.
    */
   async #round(requests, signal) {
     const failures = [];

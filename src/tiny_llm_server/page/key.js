@@ -25,7 +25,7 @@ export class KeyField {
       this.#form.hidden = false;
       this.#form.elements.key.select();
     }
-    if (signal) this.#form.elements.key.focus(); // an action of the user needs it
+    if (signal) this.#form.elements.key.focus(); // only if the user's own request needs the key
     return new Promise((resolve, reject) => {
       this.#waiting.push(resolve);
       signal?.addEventListener("abort", () => reject(signal.reason), { once: true });

@@ -55,7 +55,7 @@ const demo = new Demo(pool, ask, known, {
 
 const STATES = {
   connecting: "Connecting …",
-  key: "", // the form has the text
+  key: "", // the form for the key shows a text
   loading: "The server is loading its model or shutting down. Trying again …",
   lost: "The connection to the server is lost. Trying again …",
   off: "This server runs with --no-live: its pool is hidden. The chat works.",

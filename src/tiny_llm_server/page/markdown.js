@@ -14,7 +14,8 @@ const FENCE = /^(\s*)(`{3,}(?=[^`]*$)|~{3,})/;
 const HEADING = /^ {0,3}(#{1,6})\s+(\S.*)$/;
 const RULE = /^ {0,3}([-*_])(?: {0,3}\1){2,}\s*$/;
 const ITEM = /^(\s*)(?:[-*+]|(\d{1,9})[.)])\s+(\S.*)$/;
-const INTERRUPTING_ITEM = /^\s*(?:[-*+]|1[.)])\s+\S/; // needs no blank line after a paragraph, unlike "2024. …"
+// An item that can follow a paragraph without a blank line. A line such as "2024. …" cannot.
+const INTERRUPTING_ITEM = /^\s*(?:[-*+]|1[.)])\s+\S/;
 
 const INLINE = new RegExp([
   String.raw`\\(?<escaped>[\\\x60*_[\]()#.!+-])`,

@@ -53,7 +53,7 @@ export class Playback {
     if (this.pace === REAL_TIME) return this.behind;
     if (this.pace === PAUSED) return 0;
     const period = 1000 / this.pace;
-    // After an idle time the next step is due at once, but the time does not count for more steps.
+    // After an idle time the next step is due at once, but the idle time makes no further steps due.
     if (!this.behind) this.#shown = now - period;
     this.#shown = Math.max(this.#shown, now - 4 * period);
     const count = Math.floor((now - this.#shown) / period);

@@ -30,7 +30,7 @@ export class Pool {
     this.holders = new Map();
   }
 
-  /** Replace the state by that of a "pool" message. */
+  /** Replace the state with that of a "pool" message. */
   reset(message) {
     Object.assign(this, new Pool());
     this.numBlocks = message.num_blocks;

@@ -1,8 +1,10 @@
 # A second solution of day 1.2, written only from the docstrings.
 """Rotary position embedding: rotates each pair of a head's values by the token's position times a frequency.
 
-The pairs are (i, i + D/2), as in Hugging Face's checkpoints. GGUF files store some architectures with
-interleaved pairs; the GGUF reader undoes that. Source: Su et al., "RoFormer" (2021).
+A head is one of several attention operations that run side by side; it has D values in each token's query,
+key and value. The pairs are (i, i + D/2), as in Hugging Face's checkpoints (the files of a model's weights).
+GGUF files store some architectures with interleaved pairs; the GGUF reader undoes that. Source: Su et al.,
+"RoFormer" (2021).
 """
 
 import mlx.core as mx

@@ -2,7 +2,8 @@
 """The attention layer: projections, rotation, and query heads in groups that share keys and values.
 
 The layer does not know where keys and values are stored: it hands them to the context of the forward pass.
-`NoCacheContext` is the simplest context; caches and pages are others. Source: Ainslie et al., "GQA" (2023).
+`NoCacheContext` is the simplest context; later ones store keys and values in a cache or in pages. Source:
+Ainslie et al., "GQA" (2023).
 """
 
 import mlx.core as mx

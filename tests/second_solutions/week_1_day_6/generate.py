@@ -1,8 +1,9 @@
 # A second solution of day 1.6, written only from the docstrings.
 """Greedy generation in its simplest form: recompute the whole sequence for every new token.
 
-The cost grows with the square of the length, because each new token recomputes all tokens before it. The KV
-cache (`kv_cache`) gives the same tokens without that cost.
+"Greedy" means that the most likely token is always chosen. The cost grows with the square of the length,
+because each new token recomputes all tokens before it. The KV cache (`kv_cache`) gives the same tokens
+without that cost.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence

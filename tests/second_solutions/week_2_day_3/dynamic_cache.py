@@ -2,7 +2,7 @@
 
 A sequence wastes only the unfilled part of its last block. But if its blocks must be adjacent, free memory
 can still be useless: `alloc_contiguous` fails if enough blocks are free but scattered (external
-fragmentation). `alloc_blocks`, which takes any blocks, does not.
+fragmentation). `alloc_blocks`, which takes any blocks, does not fail then.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,10 @@
 """Divides a step's budget of tokens among the sequences: decodes first, then prompts.
 
-A long prompt is computed in chunks, so that it does not delay the sequences that are generating tokens. Plain
-counts; knows nothing of arrays or memory. Source: Agrawal et al., "Sarathi-Serve" (OSDI 2024).
+A step is one forward pass over tokens of several sequences; its budget is the number of tokens that it may
+compute. A decode is a sequence that generates: its prompt is computed, and it computes its newest token to
+get the next. A long prompt is computed in chunks (chunked prefill), so that it does not delay the decodes.
+This module only counts tokens, and knows nothing of arrays or memory. Source: Agrawal et al., "Sarathi-Serve"
+(OSDI 2024).
 """
 
 from collections.abc import Sequence as Seq

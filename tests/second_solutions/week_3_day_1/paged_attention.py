@@ -1,9 +1,9 @@
-"""Pages for keys and values: how many holders each block has, and which blocks a sequence's tokens are in.
+"""Pages for keys and values: how many holders each page has, and which pages a sequence uses.
 
-A block has places for the keys and values of `block_size` tokens; this module knows only its id. A holder is
-a block table or the prefix cache. Plain bookkeeping over ints, no arrays. Knows nothing of the tokens, of the
-pool's arrays, or of the prefix cache. Source: Kwon et al., "Efficient Memory Management for Large Language
-Model Serving with PagedAttention" (SOSP 2023).
+The pages are called blocks here. A block has places for the keys and values of `block_size` tokens; this
+module knows only its id. A holder is a block table or the prefix cache (day 3.4). Plain bookkeeping over
+ints, no arrays. Knows nothing of the tokens, of the pool's arrays, or of the prefix cache. Source: Kwon et
+al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (SOSP 2023).
 """
 
 from .errors import OutOfBlocksError

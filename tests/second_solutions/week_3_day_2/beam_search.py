@@ -1,10 +1,10 @@
 # A second solution, written only from the docstrings and the first hints.
-"""Beam search: continues a prompt with the best few hypotheses at once, which share pages where they agree.
+"""Beam search: follows the best few continuations of a prompt at once, which share pages where they agree.
 
-`BeamSearchPageManager` shares the pages: reference counting over block tables. `BeamSearch` chooses the
-hypotheses: arithmetic over log-probabilities. Knows nothing of models, arrays or text. Source: the
-PagedAttention paper, section 4.4; the rules are those of transformers' beam search with
-`early_stopping="never"`.
+A continuation is called a hypothesis, and one that is still being extended is a beam. `BeamSearchPageManager`
+shares the pages: reference counting over block tables. `BeamSearch` chooses the hypotheses: arithmetic over
+log-probabilities. Knows nothing of models, arrays or text. Source: the PagedAttention paper, section 4.4; the
+rules are those of transformers' beam search with `early_stopping="never"`.
 """
 
 from collections.abc import Iterable

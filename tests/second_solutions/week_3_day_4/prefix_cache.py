@@ -1,11 +1,12 @@
 """A cache of full blocks by content: prompts with the same prefix reuse its keys and values.
 
-The cache holds one reference to each block that it keeps. When pages are needed, it evicts idle blocks: the
-least recently used first, and of one prompt the last block first. Ints and bytes only; knows nothing of
-arrays, or of which sequences run.
+The cache holds one reference to each block that it keeps. When the pool needs free blocks, it evicts idle
+ones: the least recently used first, and within one prompt the last block first. Ints and bytes only; knows
+nothing of arrays, or of which sequences run.
 
 Source: vLLM's automatic prefix caching. Its first hashes were predictable (CVE-2025-25183). Therefore this
-cache uses SHA-256, compares the tokens as well, and separates streams that must not share by a salt.
+cache uses SHA-256, compares the tokens as well, and uses a salt to separate streams that must not share
+blocks.
 """
 
 from array import array

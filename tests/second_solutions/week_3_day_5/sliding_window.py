@@ -1,8 +1,8 @@
-"""Sliding windows over pages: a query sees the last W tokens, and pages that no query can see are freed.
+"""Sliding windows over pages: a query sees the last W tokens, and blocks that no query can see are freed.
 
 Blocks before the window are neither read nor held, so in these layers a sequence of any length needs only the
-memory and the traffic of one window. W is the checkpoint's `sliding_window`; it includes the query's own
-token. Sources: Beltagy et al., "Longformer" (2020); Jiang et al., "Mistral 7B" (2023).
+memory of one window, and a query reads only one window. W is the checkpoint's `sliding_window`; it includes
+the query's own token. Sources: Beltagy et al., "Longformer" (2020); Jiang et al., "Mistral 7B" (2023).
 """
 
 import mlx.core as mx

@@ -1,8 +1,8 @@
 """Preemption by swap: copies a sequence's computed blocks to the host, and back when it runs again.
 
-Copying replaces recomputing. Full host blocks are found by their content, so blocks that several sequences
-share are on the host once. Plain bookkeeping over ints: this module plans the copies, and the pools make
-them. Source: section 4.5 of the PagedAttention paper.
+The host is a second pool of blocks, in host memory. Copying replaces recomputing. Full host blocks are found
+by their content, so blocks that several sequences share are on the host once. Plain bookkeeping over ints:
+this module plans the copies, and the pools make them. Source: section 4.5 of the PagedAttention paper.
 """
 
 from collections.abc import Mapping

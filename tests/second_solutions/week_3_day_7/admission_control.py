@@ -1,6 +1,6 @@
-"""Limit how many requests may wait. Too many are rejected at once, in the thread that submits them.
+"""Limit how many requests may wait. Further ones are rejected immediately, in the thread that submits them.
 
-All that this module sees of the engine is the occupancy that the engine publishes after each task and step.
+This module sees nothing of the engine except the occupancy that it publishes after each task and step.
 """
 
 

@@ -50,8 +50,9 @@ constexpr int record_bytes(int bits, bool wide) {
 //
 //     band 0: | group 0 of row 0, of row 1, ... of row 7 | group 1 of row 0, ... | ...    band 1: ...
 //
-// With 16 bits, the middle two of each four inputs are exchanged: k, k+2, k+1, k+3. A byte product takes four
-// neighbours, a 16-bit product two, and masking a weight's bytes keeps every second one.
+// With 16 bits, the middle two of each four inputs are exchanged: k, k+2, k+1, k+3. The reason: a byte product
+// multiplies four neighbouring inputs, a 16-bit product only two, and a mask selects every second byte of the
+// weights, not two neighbours.
 constexpr int BAND = 8;
 constexpr int64_t bands(int64_t rows) { return rounded_up(rows, BAND) / BAND; }
 

@@ -55,8 +55,9 @@ struct alignas(64) Tile {
   INLINE_MEMBER f32w value(int64_t i, int64_t d) const { return load_wide(values + i * width + d); }
 };
 
-/// Calls `visit(i, count, place)` for each run of a tile's positions that are adjacent in one block, i being the
-/// run's first: the numbers start at index `place` of the pools, D per position; -1 if the block is invalid.
+/// Calls `visit(i, count, place)` for each run of a tile's positions that are adjacent in one block. The run has
+/// `count` positions and starts at position i of the tile. Its numbers, D per position, start at index `place` of
+/// the pools; `place` is -1 if the block is invalid.
 template <typename Visit>
 INLINE void each_run(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, Range part,
                      Visit visit) {
@@ -144,7 +145,7 @@ struct Pages {
 /// the processor cannot predict the next address, and it can have only a limited number of requests in flight.
 class Prefetch {
  public:
-  /// Selects what `part` has of the tile that starts at position `first`: keys, then values.
+  /// Selects the positions `part` of the tile that starts at position `first`: their keys, then their values.
   template <typename T>
   INLINE_MEMBER void select(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first,
                             Range part) {
@@ -160,7 +161,7 @@ class Prefetch {
     }
   }
 
-  /// Prefetches the next `count` into the second-level cache; the first level holds the current tile.
+  /// Prefetches `count` more keys or values into the second-level cache; the first level holds the current tile.
   INLINE_MEMBER void request(int count) {
     for (; count > 0 && next_ < count_; --count, ++next_) {
       for (int64_t line = 0; line < bytes_; line += 64) __builtin_prefetch(places_[next_] + line, 0, 2);

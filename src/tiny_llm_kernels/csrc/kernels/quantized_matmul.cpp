@@ -80,8 +80,8 @@ INLINE void add_four(Dot<BITS, Activation> (&dots)[ROWS][PARTS], const u32w (&we
   }
 }
 
-/// Computes I for ROWS rows and PARTS * WIDE outputs. `quants`: their first ones in a record; `x`: the rows' inputs,
-/// 32 each.
+/// Computes I for ROWS rows and PARTS * WIDE outputs. `quants`: the first quants of these outputs in a record; `x`:
+/// the rows' inputs, 32 each.
 template <int BITS, typename Activation, int ROWS, int PARTS>
 INLINE void group_sums(const uint8_t* quants, const Activation* x, i32w (&sums)[ROWS][PARTS]) {
   Dot<BITS, Activation> dots[ROWS][PARTS];
@@ -109,8 +109,8 @@ INLINE void group_sums(const uint8_t* quants, const Activation* x, i32w (&sums)[
 
 // ---- one tile: 16 outputs, all groups ----
 
-/// PARTS * WIDE of the tile's outputs, starting at `from`, for ROWS rows. Never inlined: with two of these in one
-/// function, GCC keeps what they share in memory.
+/// PARTS * WIDE of the tile's outputs, starting at `from`, for ROWS rows. Never inlined: in a function that contains
+/// two of these, GCC would keep the variables that both use in memory, not in registers.
 template <int BITS, typename Scale, typename Activation, int ROWS, int PARTS>
 static NOINLINE void tile_part(const MatmulJob& job, int64_t tile, int64_t from, int64_t row) {
   constexpr int64_t RECORD = record_bytes(BITS, is_wide<Scale>), QUANTS = header_bytes(is_wide<Scale>);
@@ -151,8 +151,9 @@ static NOINLINE void tile_part(const MatmulJob& job, int64_t tile, int64_t from,
   }
 }
 
-/// Rows first .. last-1, as many at a time as there are registers: they share the unpacked weights. Few rows share
-/// theirs among more outputs. `first` is the start of a band.
+/// Rows first .. last-1, as many at a time as there are registers: they share the unpacked weights. If only one or
+/// two rows are left, more outputs are computed at once, which share the loaded inputs. `first` is the start of a
+/// band.
 template <int BITS, typename Scale, typename Activation>
 static void tile_block(const MatmulJob& job, int64_t tile, int64_t first, int64_t last) {
   constexpr int ALL = TILE_OUTPUTS / WIDE, PARTS = sizeof(Activation) == 1 ? 1 : ALL;

@@ -7,9 +7,9 @@
 //   top-p   the least logit with less than p * all weights above it
 //
 // top-k and top-p are the same search, over a count or over weights, and need no sorting. The logits' bits are
-// read as integers in the same order, and counts or weights are added up by their first 11 bits. The answer is in
-// the last bin, from the highest down, with little enough above it. Its next 11 bits are found in the same way
-// among that bin's logits, and then the last 10.
+// read as integers that have the same order, and counts or weights are added up in bins, by the first 11 bits. The
+// answer is in the lowest bin for which the bins above it add up to little enough. Its next 11 bits are found in
+// the same way among that bin's logits, and then the last 10.
 //
 //   bins, high to low   | 0.31 | 0.22 | 0.19 | 0.11 | ...      p = 0.6: above the third bin is 0.53, above the
 //                                        ^^^^                   fourth 0.72, so the answer is in the third
@@ -142,13 +142,13 @@ static int64_t draw(const Candidates& row, double share) {
       drawn = i, cumulative += row.weights[i];
       if (is_here && cumulative >= share * total) return i;
     }
-    if (is_here) return drawn;  // added one by one, the weights of the stretch came to slightly less
+    if (is_here) return drawn;  // rounding: added one by one, the weights sum to slightly less
     before += in_stretch;
   }
   return drawn;
 }
 
-/// The token of one row. If a logit is NaN or infinite, its index.
+/// Chooses the token of one row. If a logit is NaN or +infinity, the token is its index.
 void sample(const SampleJob& job, int64_t, int64_t) {
   const int64_t top = largest_logit(job);
   *job.token = static_cast<uint32_t>(top);
@@ -160,7 +160,7 @@ void sample(const SampleJob& job, int64_t, int64_t) {
   if (job.top_k > 0) row.least = least_with(row, false, static_cast<double>(job.top_k), 0.0f);
   if (job.top_p < 1) {
     const double all = weight_of(row, 0, row.count);
-    // All logits with less weight than this total less than (1 - p) of all, so the others reach p without them.
+    // The logits with less weight than this add up to less than 1 - p of all weight: the others reach p.
     const auto least_weight = static_cast<float>((1 - job.top_p) * all / static_cast<double>(2 * row.count));
     row.least = least_with(row, true, job.top_p * all, least_weight);
   }

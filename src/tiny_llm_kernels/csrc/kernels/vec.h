@@ -225,8 +225,8 @@ struct Dot<BITS, int8_t> {
   }
   INLINE_MEMBER i32w total() const { return sums; }
 #else
-  // Each 16-bit sum takes pairs of products, at most 16 products of 15 * 127. So an 8-bit weight is split into its
-  // low half and 16 times its high half, which have separate sums.
+  // A 16-bit sum adds up 16 products in pairs. It cannot overflow if each product is at most 15 * 127. So an 8-bit
+  // weight is split into its low half and 16 times its high half, which have separate sums.
   static constexpr int REGISTERS = BITS == 8 ? 2 : 1;
   __m256i low = _mm256_setzero_si256(), high = low;
   INLINE_MEMBER void add(u32w weights, Four four) {

@@ -31,7 +31,7 @@ void ask_for_huge_pages(char* begin, size_t bytes) {
 }
 
 /// For memory that is partly in use: its contents are moved. Covers all pages that the range touches, with
-/// whatever else is on them. On Linux 6.1 and later the pages are replaced at once, before that in the background.
+/// whatever else is on them. Linux 6.1 and later replace the pages immediately, earlier versions in the background.
 void move_to_huge_pages(char* begin, char* end) {
 #ifdef MADV_HUGEPAGE
   constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, which many system headers lack
@@ -133,7 +133,7 @@ void allocate_aligned(mx::array& a) {
 void allocate_weights(mx::array& a) {
   const size_t bytes = a.nbytes();
   if (bytes < MIN_BYTES) return allocate_aligned(a);
-  // One more cache line, whose end holds what MLX stores before a buffer: its size.
+  // One more cache line: MLX stores a buffer's size directly before the buffer, at the end of this line.
   const size_t taken = CACHE_LINE + tiny_llm::rounded_up(bytes, CACHE_LINE);
   const Piece piece = take(taken);
   auto* size = reinterpret_cast<size_t*>(piece.begin + CACHE_LINE) - 1;

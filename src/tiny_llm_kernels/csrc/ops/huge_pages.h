@@ -14,8 +14,8 @@ namespace tiny_llm {
 /// stretch returns to the system when nothing in it is in use.
 void allocate_weights(mlx::core::array& a);
 
-/// Allocates arrays that belong together with MLX; on huge pages where they happen to be adjacent. The contents
-/// are uninitialized.
+/// Allocates arrays that are read together. MLX allocates them; those that happen to be adjacent are moved to huge
+/// pages. The contents are uninitialized.
 void allocate_together(std::vector<mlx::core::array>& arrays);
 
 }  // namespace tiny_llm
