@@ -1,4 +1,4 @@
-"""The figures of day 3.2: a packed step, gathering, fixed partitions, stacked pages, beams, compaction, the loop."""
+"""The figures of day 3.2: packed steps, gathering, partitions, stacked pages, beams, compaction, the loop."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,8 +21,8 @@ def _packed() -> Drawing:
         720,
         424,
         "A packed step",
-        "Four tokens of sequence 0, three of sequence 1 and one of sequence 2 in one row, with their positions, "
-        "slots and rows of tables. Tables are padded with 0. Slots point into the pool.",
+        "Four tokens of sequence 0, three of sequence 1 and one of sequence 2 in one row, with their "
+        "positions, slots and rows of tables. Tables are padded with 0. Slots point into the pool.",
     )
     hues = [HUES[0]] * 4 + [HUES[1]] * 3 + [HUES[2]]
     drawing.label(150, 20, "a chunk of sequence 0", "small")
@@ -38,11 +38,11 @@ def _packed() -> Drawing:
     for number, (ids, count) in enumerate(zip(rows, used, strict=True)):
         y = 176 + number * 34
         drawing.label(150, y + 18, f"row {number}", "small")
-        for place, block in enumerate(ids):
+        for place, text in enumerate(ids):
             hue = HUES[number] if place < count else "free"
-            drawing.cell(196 + place * 46, y, 44, 28, hue, block)
+            drawing.cell(196 + place * 46, y, 44, 28, hue, text)
     drawing.label(360, 194, "spans", "name")
-    for number, text in enumerate(("table 0: 5 to 9", "table 1: 0 to 3", "table 2: 5 to 6")):
+    for number, text in enumerate(("start 5, stop 9", "start 0, stop 3", "start 5, stop 6")):
         drawing.cell(430, 176 + number * 34, 170, 28, HUES[number], text)
     drawing.label(
         16,
@@ -70,8 +70,8 @@ def _gather() -> Drawing:
         720,
         330,
         "Gathering a span's keys",
-        "keys[blocks] picks blocks 2 and 4 from the pool; swapaxes puts heads first; reshape joins blocks and places "
-        "to one axis of eight tokens; the first six are kept.",
+        "keys[blocks] picks blocks 2 and 4 from the pool. Heads are moved first, blocks and places joined to "
+        "one axis of eight places, and the first six are kept.",
     )
     drawing.label(16, 22, "keys, the pool of one layer: [6, Hkv, 4, D]", "name")
     others = Block("orange"), Block("blue")
@@ -80,14 +80,14 @@ def _gather() -> Drawing:
     drawing.label(330, 66, "one span of sequence 2:", "small")
     drawing.label(330, 84, "its row of tables is 2, 4 and a padding 0; stop = 6", "small")
     steps = (
-        ("keys[[2, 4]]", "[2, Hkv, 4, D]", "the two blocks, in the table's order"),
-        (".swapaxes(0, 1)", "[Hkv, 2, 4, D]", "for each head: two blocks of four tokens"),
-        (".reshape(1, Hkv, -1, D)", "[1, Hkv, 8, D]", "for each head: eight places in a row"),
-        ("[:, :, :6]", "[1, Hkv, 6, D]", "positions 0 to 5; two empty places are cut off"),
+        ("keys[blocks]", "[2, Hkv, 4, D]", "the two blocks, in the table's order, each with all heads"),
+        ("heads first", "[Hkv, 2, 4, D]", "for each head: two blocks of four places"),
+        ("one axis of places", "[1, Hkv, 8, D]", "for each head: eight places in a row"),
+        ("cut", "[1, Hkv, 6, D]", "positions 0 to 5; two empty places are gone"),
     )
-    for number, (code, shape, meaning) in enumerate(steps):
+    for number, (what, shape, meaning) in enumerate(steps):
         y = 112 + number * 34
-        drawing.label(16, y + 18, code, "name")
+        drawing.label(16, y + 18, what, "name")
         drawing.cell(222, y, 132, 26, "panel", shape)
         drawing.label(370, y + 18, meaning, "small")
     drawing.label(16, 276, "keys", "name")
@@ -107,8 +107,8 @@ def _partitions() -> Drawing:
         720,
         316,
         "Splitting a sum by load, and at fixed positions",
-        "Split by load: alone, the positions are cut in four parts, in a batch in two, so partial sums differ. "
-        "Fixed partitions of 128 positions: the same partial sums alone and in a batch.",
+        "Split by load: alone, the positions are cut in four parts, in a batch in two, so partial sums "
+        "differ. Fixed partitions of 128 positions: the same partial sums alone and in a batch.",
     )
     by_load = {"alone": [100] * 4, "in a batch": [200] * 2}
     _cuts(drawing, 16, "the number of parts follows the load: different sums", by_load, "rose")
@@ -146,8 +146,8 @@ def _stacked() -> Drawing:
         720,
         250,
         "Separate pages as a small pool",
-        "The pages 4711, 42 and 7 are stacked in that order and get the numbers 0, 1 and 2. The tables [4711, 42] "
-        "and [4711, 7] become [0, 1] and [0, 2].",
+        "The pages 4711, 42 and 7 are stacked in that order and get the numbers 0, 1 and 2. The tables "
+        "[4711, 42] and [4711, 7] become [0, 1] and [0, 2].",
     )
     drawing.label(16, 22, "tables, with the pages' ids", "small")
     _wide_table(drawing, 16, 32, "A", "blue", ["4711", "42"])
@@ -184,8 +184,8 @@ def _beams() -> Drawing:
         720,
         500,
         "Two beams on shared pages",
-        "A prompt of six tokens in blocks 0 and 1. Both first beams continue it and copy block 1. Then both second "
-        "beams continue beam 1, so beam 2 ends and its block is freed.",
+        "A prompt of six tokens in blocks 0 and 1. Both first beams continue it and copy block 1. Then both "
+        "second beams continue beam 1, so beam 2 ends and its block is freed.",
     )
     rows: Sequence[tuple[str, str, Mapping[str, tuple[str, list[int]]], list[Block]]] = (
         (
@@ -251,8 +251,8 @@ def _compaction() -> Drawing:
         640,
         330,
         "Compaction",
-        "Blocks 0, 2, 5 and 7 are in use. 5 moves to 1 and 7 to 3; 0 and 2 stay. Tables [2, 5] and [2, 7] become "
-        "[2, 1] and [2, 3]. Then the last four blocks are cut off.",
+        "Blocks 0, 2, 5 and 7 are in use. 5 moves to 1 and 7 to 3; 0 and 2 stay. Tables [2, 5] and [2, 7] "
+        "become [2, 1] and [2, 3]. Then the last four blocks are cut off.",
     )
     used = {0: "teal", 2: "blue orange", 5: "blue", 7: "orange"}
     moved = {0: "teal", 1: "blue", 2: "blue orange", 3: "orange"}
@@ -282,8 +282,9 @@ def _loop() -> Drawing:
         720,
         392,
         "One step of the batch manager",
-        "add_request puts a leader in the queue. process_batch shrinks the pool, schedules, runs the plan, reports it "
-        "as computed and concludes it with forks. The caller samples and commits tokens, and the loop repeats.",
+        "add_request puts a leader in the queue. process_batch shrinks the pool, schedules, runs the plan, "
+        "reports it as computed and concludes it with forks. The caller samples and commits tokens, and the "
+        "loop repeats.",
     )
     drawing.box(16, 40, 168, 74, "panel", ["the caller", "has requests,", "samples tokens"])
     drawing.box(
