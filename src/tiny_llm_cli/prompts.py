@@ -11,7 +11,7 @@ from tiny_llm import SamplingParams
 from .engine import AskedSampling
 from .lines import Line, parsed
 
-_IDS = ("id", "custom_id")  # a name that comes back with the result
+_IDS = ("id", "custom_id")  # fields that come back with the result
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ class ServerConfig:
     max_sequences: the maximum number of sequences of one request: its prompts times n. This bounds how long
         a later request waits for this one.
     scheduling_policy: `fcfs` serves requests in order of arrival and refuses those with a priority;
-        `priority` lets clients set one. Priorities age: each step lets at most 32 later requests pass.
+        `priority` lets clients set one. Priorities age: for each level of priority between two requests, at
+        most 32 later arrivals overtake the less urgent one.
     request_timeout: seconds after which a request is aborted, waiting or running; None: no limit.
     keep_alive: seconds without an event in a stream before an SSE comment is sent, so that clients and
         proxies keep the connection open.
