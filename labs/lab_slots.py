@@ -2,8 +2,8 @@
 
 Computes the slot of one token and looks it up in arrays. (A figure of 2,050 is sometimes given for it, which
 is a slip: 64 x 32 + 9 x 2 is 2,066.) Then gathers the keys and values of a batch whose sequences grew
-alternately, so that their blocks are scattered: token by token, and with one array of slots, which is built by
-looking up every token or from whole blocks.
+alternately, so that their blocks are scattered: token by token, and with one array of slots, which is built
+by looking up every token or from whole blocks.
 
 \b
 pdm run lab slots
