@@ -79,7 +79,7 @@ def _description(path: "Path") -> "tuple[ModelConfig, Recommendation]":
 
 
 def _check_pool(config: "EngineConfig", model: "ModelConfig") -> None:
-    """Raise `ConfigError` if the KV pool, or its swap space on the host, does not fit the model or machine."""
+    """Raise `ConfigError` if the KV pool or the swap space does not fit the model or the machine."""
     from tiny_llm.kv_pool import DTYPES
 
     size = DTYPES[config.kv_cache_dtype].size
