@@ -24,7 +24,7 @@ UNSUPPORTED = {
     "videos": "videos are not supported",
 }
 MAX_DEPTH = 20  # nesting of lists and objects in the fields that a template receives
-MAX_VALUES = 10_000  # values in one of these fields, contents excluded
+MAX_VALUES = 10_000  # values nested in one of these fields; `content` has no such limit
 MAX_FIELDS = 100  # per message
 EXAMPLE = '; for example [{"role": "user", "content": "Hello"}]'
 _MAY_BE_EMPTY = ("assistant", "tool")  # roles whose content may be null or missing

@@ -17,7 +17,7 @@ def split_pieces(text: str, control_tokens: Sequence[str]) -> list[str]:
 
 
 def _tokens_in(text: str, control_tokens: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Yield each match as (start, token), in order. Only first characters are searched for, which is fast."""
+    """Yield each match as (start, token), in order. Fast, because it searches only for first characters."""
     by_first: dict[str, list[str]] = {}
     for token in sorted(control_tokens, key=len, reverse=True):
         by_first.setdefault(token[0], []).append(token)

@@ -110,9 +110,9 @@ class ChatTemplate:
         roles: the accepted roles; None accepts any.
         context: as in `Tokenizer.encode`.
 
-        Raises ValueError as `render` and `Tokenizer.encode` do, and `MessageError` if the template drops the
-        text of a user, tool or system message, or if `add_generation_prompt` and `continue_final_message` are
-        both true.
+        Raises ValueError as `render` and `Tokenizer.encode` do, and `MessageError` if the template drops a
+        text that `check_presence` requires, if a text contains a control token and the template changes that
+        text, or if `add_generation_prompt` and `continue_final_message` are both true.
         """
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message

@@ -19,7 +19,8 @@ from . import tokenizer_library as library
 class FramedText:
     """A tokenizer that treats control tokens as text, except at the positions that the caller names.
 
-    It shares its vocabulary with `tokenizer`; nothing is copied.
+    It shares the vocabulary of a `tokenizer` whose model merges characters; any other model is copied, with
+    its control tokens renamed.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:

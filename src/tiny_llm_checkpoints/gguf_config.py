@@ -130,7 +130,7 @@ def _reject_unsupported(keys: GGUFKeys, hidden_size: int, head_dim: int) -> None
 
 
 def _check_scale(keys: GGUFKeys, scalar: float) -> None:
-    """Require the attention scale 1 / sqrt(scalar), to float32 precision; 0 means that it is not set."""
+    """Require the attention scale 1 / sqrt(scalar), to float32 precision; a stored 0 means "not set"."""
     scale, computed = keys.number("attention.scale", 0.0), scalar**-0.5
     if scale != 0.0 and not isclose(scale, computed, rel_tol=1e-6):
         raise ValueError(

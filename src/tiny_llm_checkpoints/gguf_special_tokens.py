@@ -95,7 +95,7 @@ def special_tokens(keys: GGUFKeys, model: str, tokens: Sequence[str], types: Seq
 
 
 def _infill_id(keys: GGUFKeys, key: str, ids: Mapping[str, int], types: list[int]) -> int | None:
-    """The id from the file's key; else the first token with a well-known name, which is marked as control."""
+    """The id from the file's key, or of the first token with a well-known name; its type becomes CONTROL."""
     if keys.has(key):
         return keys.token_id(key, len(types))
     found = min((ids[name] for name in _INFILL_NAMES[key] if name in ids), default=None)

@@ -20,7 +20,8 @@ _PHI3_EXCEPTIONS = ("<unk>", "<s>", "<|endoftext|>")  # these keep the white spa
 MAX_CUTS = 1 << 30  # sum of squared token lengths: the cost of finding merges; Gemma 3 has 10 million
 _SPACE = "\u2581"  # SentencePiece's character for a space
 
-# Rules that split text into words: one character may precede letters; digits in threes, or one by one.
+# Rules that split text into words: letters, after at most one other character (such as a space), or digits,
+# up to three in llama 3 and one in Qwen 2.
 _LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

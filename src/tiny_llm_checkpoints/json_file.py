@@ -26,7 +26,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = read_regular(file, MAX_JSON)
         try:
             found = json.loads(content)
-        except (ValueError, RecursionError) as error:  # thousands of digits in a number are a ValueError
+        except (ValueError, RecursionError) as error:  # a number with thousands of digits raises ValueError
             raise ValueError(f"not valid JSON ({error})") from error
         if not isinstance(found, dict):
             raise ValueError(f"contains a {type(found).__name__}, expected an object")

@@ -1,7 +1,8 @@
 """Limits the work and the output size of one rendering of a chat template.
 
-A step is about half a microsecond of work. Every operation is charged before it runs, because a single Python
-operation on a long string cannot be interrupted. Knows nothing of jinja2's syntax.
+A step is about half a microsecond of work. An operation that may take long, or whose result may be large, is
+charged or checked before it runs, because a single Python operation on a long string cannot be interrupted.
+Knows nothing of jinja2's syntax.
 """
 
 import re
@@ -77,7 +78,10 @@ class Budget:
         return size
 
     def _measure(self, value: Any) -> tuple[int, int]:
-        """Size and depth of a container. Cached unless it is mutable, a view, or contains such a value."""
+        """Size and depth of a container.
+
+        Cached unless it is or contains a namespace or a view, because these may change.
+        """
         known = self._measured.get(id(value))
         if known is not None:
             return known[1], known[2]
@@ -104,7 +108,7 @@ class Budget:
 
 
 def check_size(size: int) -> None:
-    """Raise `TemplateLimitError` before a value of about this size is made. So do the other checks."""
+    """Raise `TemplateLimitError` if a value of about this size is too large. So do the other checks."""
     if size > MAX_SIZE:
         raise TemplateLimitError(f"it makes a value of more than {MAX_SIZE} characters")
 
@@ -132,7 +136,8 @@ def check_product(budget: Budget, arguments: Iterable[Any]) -> None:
 def check_format(budget: Budget, text: str, arguments: Collection[Any]) -> None:
     """Check a format call, as if every field had the largest width that its arguments could give.
 
-    A width may be in the format string, in a number, or in a string that is itself a part of the format.
+    A width may be in the format string, or be an argument: a number, or a string that contains one. A field
+    within a field is rejected.
     """
     widest = max(map(budget.size_of, arguments), default=1)
     for source in (text, *arguments):

@@ -3,8 +3,8 @@
 A template is source from a model file, so it is untrusted. jinja2's sandbox blocks attributes that would let
 it escape, but does not limit its work: a template could loop forever, or double a string forty times. Here
 each rendering has one `Budget`. Blocks of statements are charged for the number of their nodes, operations
-for the size of their operands. Source that takes more than a second or two to compile is rejected. Knows
-nothing of messages or tokens.
+for the sizes of their operands and results. Source that takes more than a second or two to compile is
+rejected. Knows nothing of messages or tokens.
 """
 
 import json
@@ -46,7 +46,7 @@ MAX_DATE = 200  # characters of a date format
 # Their results can be much larger than the arguments: about the product of the arguments' sizes.
 _GROWING = {"batch", "center", "expandtabs", "indent", "join", "ljust", "replace", "rjust", "slice"}
 _GROWING |= {"tojson", "zfill"}
-_PER_CHARACTER = {"title", "urlencode", "wordcount", "indent"}  # implemented in Python: a step per character
+_PER_CHARACTER = {"title", "urlencode", "wordcount", "indent"}  # implemented in Python: 4 steps per character
 _STRIPS = {"strip", "lstrip", "rstrip", "trim"}  # these compare each character with all characters to strip
 _FROM_RIGHT = {"rfind", "rindex", "rsplit", "rpartition"}  # Python's backward search is quadratic
 # Filters that parse an attribute path such as "a.b,c.d" and look it up in each item.
@@ -79,7 +79,7 @@ def rendering(disguise: Disguise | None = None, max_steps: int = MAX_STEPS) -> I
 
 
 class _Metering(NodeTransformer):
-    """Rewrites a template so that blocks of statements and operations are charged before they run."""
+    """Rewrites a template so that its blocks of statements and its operations are charged to the budget."""
 
     def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
         costs = {field: _cost(getattr(node, field)) for field in _bodies(node)}

@@ -22,9 +22,9 @@ class Disguise:
     def __init__(self, control_tokens: Collection[str], texts: Iterable[str]) -> None:
         """texts: everything that will be rendered; characters that occur there are not used as stand-ins.
 
-        A text that is longer than every control token can overlap a token only at the token's start or end.
-        In such a text only the first and last characters of tokens are replaced; in shorter texts all of
-        their characters are.
+        If a text is longer than every control token, a token that overlaps it has its first or its last
+        character in it. So in such a text only the first and last characters of tokens are replaced; in
+        shorter texts all of their characters are.
         """
         present = "".join(texts)
         free = (chr(code) for code in _STAND_INS if chr(code) not in present)

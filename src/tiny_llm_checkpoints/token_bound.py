@@ -33,7 +33,7 @@ class TokenBound(NamedTuple):
     dropped: str
 
     def of(self, text: str) -> int:
-        """A lower bound on the number of tokens of `text`. Takes at most one pass over its characters."""
+        """A lower bound on the number of tokens of `text`. Takes one pass for each character in `dropped`."""
         longest = self.longest_in_ascii if text.isascii() else self.longest
         counted = len(text) - sum(text.count(character) for character in self.dropped)
         return -(-counted // longest)

@@ -72,10 +72,10 @@ class Tokenizer:
         message nor start one. `ChatTemplate.encode` does this for each message.
         add_special_tokens: add the tokenizer's own special tokens: the beginning-of-sequence token for llama,
         nothing for most others. Chat templates write their own.
-        context: raise `PromptTooLongError` if the prompt leaves no space for an output token in this many
-        tokens. A text that is far too long is rejected without being tokenized.
+        context: raise `PromptTooLongError` if the prompt leaves no space for an output token in a context of
+        this many tokens. A text that is far too long is rejected without being tokenized.
 
-        A byte without a token is dropped, as by the checkpoint's own tokenizer (in the embedded model, six
+        A byte without a token is dropped, as the checkpoint's own tokenizer does (in the embedded model, six
         control characters such as U+0004, and the first byte of planes 4 to 11, which Unicode does not use).
         Raises ValueError for a lone surrogate, which is not valid text. Releases the GIL while it runs.
         """

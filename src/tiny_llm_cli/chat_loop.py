@@ -23,7 +23,7 @@ class Lines(Protocol):
         """Wait for a text. Raises EOFError at the end and KeyboardInterrupt for Ctrl-C."""
 
     def keep_typed_as_draft(self) -> None:
-        """Let the next text start with what was typed since the last `read`; Enter then sends nothing."""
+        """Let the next text start with what was typed since the last `read`; an Enter in it sends nothing."""
 
 
 def converse_at_terminal(conversation: Conversation, *, keeps_history: bool) -> None:

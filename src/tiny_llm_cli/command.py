@@ -79,7 +79,7 @@ def _switch(default: re.Match[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Help text with its range in words, and a default in words without parentheses."""
+    """Help text with its range in words, and without parentheses around a default that is given in words."""
     text = re.sub(r"(\d\S*)<=x<=(\d[^];]*)(?=[];])", r"\1 to \2", text)
     text = re.sub(r"x>=(\d[^];]*)(?=[];])", r"at least \1", text)
     return re.sub(r"(?<=[\[ ])default: \((.*)\)(?=[];])", r"default: \1", text, flags=re.DOTALL)

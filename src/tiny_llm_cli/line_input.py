@@ -60,7 +60,7 @@ class LineInput:
         return self._session.prompt()
 
     def keep_typed_as_draft(self) -> None:
-        """Let the next text start with what was typed since the last `read`; Enter then sends nothing.
+        """Let the next text start with what was typed since the last `read`; an Enter in it sends nothing.
 
         Such an Enter becomes a line break; at the end of what was typed, it is dropped. Other keys work as
         usual: Ctrl-D still ends the conversation if nothing else was typed.

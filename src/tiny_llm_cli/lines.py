@@ -22,8 +22,8 @@ class Line(NamedTuple):
 def read_lines(files: Sequence[Path]) -> list[Line]:
     """The lines of the files in order, without empty ones; `-` is standard input.
 
-    The lines of a file are JSON if it is called `.jsonl`, or if its first line is a JSON object with one of
-    the keys "prompt", "messages" and "body". Raises ValueError for a file that is not UTF-8.
+    The lines of a file are JSON if its name ends in `.jsonl`, or if its first line is a JSON object with one
+    of the keys "prompt", "messages" and "body". Raises ValueError for a file that is not UTF-8.
     """
     return [line for file in files for line in _lines_of(file)]
 

@@ -11,7 +11,7 @@ from tiny_llm_checkpoints.suggestions import closest, letters
 if TYPE_CHECKING:
     from typer._click import Context, Parameter
 
-# What other programs call an option: llama.cpp's and mlx-lm's names, and ollama's.
+# What other programs call an option, such as llama.cpp, mlx-lm, ollama, vLLM and transformers.
 _OTHER_NAMES = {
     "--alias": "--served-model-name",
     "--batch-size": "--max-num-batched-tokens",

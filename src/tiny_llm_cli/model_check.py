@@ -83,7 +83,7 @@ def _description(path: "Path") -> "tuple[ModelConfig, Recommendation]":
 def _check_pool(config: "EngineConfig", model: "ModelConfig") -> int:
     """The longest prompt + output in tokens.
 
-    Raises `ConfigError` if the KV pool, or the host's part of it, does not fit the model or the machine.
+    Raises `ConfigError` if the KV pool or the swap space does not fit the model or the machine.
     """
     from tiny_llm.kv_pool import DTYPES
 

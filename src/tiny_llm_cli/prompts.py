@@ -12,7 +12,7 @@ from tiny_llm_checkpoints.suggestions import unknown_name
 from .engine import AskedSampling
 from .lines import Line, parsed
 
-_IDS = ("id", "custom_id")  # a name that comes back with the result
+_IDS = ("id", "custom_id")  # fields that come back with the result
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ MAX_THREADS = 1024  # what the kernels allow
 
 
 def threads_option(panel: str) -> inspect.Parameter:
-    """The parameter of a command that has the option, in this section of the help."""
+    """A parameter that gives a command the option, in this section of the help."""
     option = typer.Option(
         "--threads",
         "-t",

@@ -8,9 +8,9 @@ _FENCE = "```"
 class WordWrap:
     """Breaks lines between words, at `columns` terminal cells.
 
-    Text of a word is held back until the word is known to fit. Code between ``` lines is not wrapped, so that
-    it can be copied. Wide characters (CJK) break anywhere, and a word longer than half a line is not held
-    back any longer.
+    Text of a word is held back until it is known whether the word fits. Code between ``` lines is not
+    wrapped, so that it can be copied. Wide characters (CJK) break anywhere, and a word longer than half a
+    line is not held back any longer.
     """
 
     def __init__(self, columns: int) -> None:

@@ -35,7 +35,7 @@ PASSES_TO_PYTEST = {
 
 
 def command() -> TyperGroup:
-    """Build the application. `test` and `test-refsol` pass options that they do not know to pytest."""
+    """Build the application. `test` and `test-refsol` pass unknown options on to pytest."""
     app = typer.Typer(
         add_completion=False,
         rich_markup_mode=None,

@@ -1,7 +1,6 @@
 """A pytest plugin: `--tasks=1,2` runs only the tests of these tasks, such as those of a part.
 
-The task is the number in a test's name, so `--tasks=1` does not select `test_task_11_...`, as `-k task_1`
-would.
+The task is the number in a test's name, so `--tasks=1` does not select `test_task_11_...`; `-k task_1` would.
 """
 
 import pytest

@@ -196,7 +196,10 @@ def _tool(name: str) -> str:
 
 
 def _parts(source: str) -> list[str]:
-    """Top-level parts: text separated by empty lines, outside of all braces except a namespace's."""
+    """The top-level parts, which empty lines separate.
+
+    Empty lines within braces do not count, unless the braces are a namespace's.
+    """
     parts: list[str] = []
     current: list[str] = []
     depth = 0

@@ -79,7 +79,7 @@ def _pinned(repo: Repo) -> str:
 
 
 def _kernels() -> Iterator[Finding]:
-    """Check compiler and kernels. Missing ones are not a failure: the course works without, only slower."""
+    """Check compiler and kernels. Missing ones are not a failure: without them, the course is only slower."""
     from tiny_llm import kernel_info
 
     info = kernel_info()

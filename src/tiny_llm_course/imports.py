@@ -143,7 +143,7 @@ def _is_stored(node: ast.AST) -> bool:
 
 
 def _used(tree: ast.Module) -> set[str]:
-    """Every name that a module uses, also in quoted annotations."""
+    """Every name that a module uses, including those in quoted annotations."""
     nodes = list(ast.walk(tree))
     return {node.id for node in nodes if isinstance(node, ast.Name)} | set(_quoted(nodes))
 

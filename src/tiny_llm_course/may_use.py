@@ -21,7 +21,7 @@ from .units import Day, Exercise, Unit
 
 SEQUENCES = {"list", "tuple", "set", "Seq", "Sequence", "Iterable", "Iterator", "deque", "frozenset"}
 PRIVATE = re.compile(r"\._(?!_)")
-CHECKPOINTS = "tiny_llm_checkpoints"  # the package below the reference that exercises call
+CHECKPOINTS = "tiny_llm_checkpoints"  # the package that the reference builds on; exercises call it too
 MAPPINGS = {"dict", "Mapping", "OrderedDict", "defaultdict"}
 
 

@@ -133,7 +133,7 @@ def state(repo: Repo, exercise: Exercise) -> State:
 
 
 def first_unfinished(repo: Repo, syllabus: Syllabus, wanted: str) -> Exercise | Kernel:
-    """The exercise with an id such as 3.2.4; for a part such as 3.2b, its first one that is not written."""
+    """The exercise with an id such as 3.2.4; for a part such as 3.2b, the first that is not written."""
     if not wanted[-1:].isalpha() or wanted.count(".") != 1:
         return syllabus.exercise(wanted)
     exercises = syllabus.to_start(wanted).exercises
@@ -152,7 +152,7 @@ def refuse_missing(repo: Repo, exercises: Iterable[Exercise]) -> None:
 
 
 def fingerprint(repo: Repo, unit: Unit) -> str:
-    """A hash of all files that a unit's tests depend on, see `file_hashes`."""
+    """A hash of all files that a unit's tests depend on; see `file_hashes`."""
     return _fingerprint(file_hashes(repo, unit))
 
 

@@ -65,7 +65,7 @@ def on_test(
     day, that makes the test fail.
 
     \b
-    breakpoint() in your code opens Python's debugger, also without -s:
+    breakpoint() in your code opens Python's debugger, even without -s:
     p NAME prints a value, n runs the next line, c continues, q quits. The time limit is paused meanwhile.
 
     Ctrl-C stops the run and shows the line that was running. Tracebacks leave out the reference's code;

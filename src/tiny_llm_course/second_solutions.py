@@ -1,4 +1,4 @@
-"""Second solutions: each day solved again from its docstrings, with other code than the reference's.
+"""Second solutions: each day solved again from its docstrings, with code other than the reference's.
 
 They prove that a suite accepts any correct solution, and that a docstring states everything that its tests
 check. They are in `tests/second_solutions/week_W_day_D/`, a file for each module of the day. A file contains
@@ -53,7 +53,10 @@ def unsound_solutions(repo: Repo, days: Iterable[Day]) -> Iterator[Problem]:
 
 
 def failing_solutions(repo: Repo, days: Iterable[Day]) -> list[Problem]:
-    """The failures with all second solutions together; if any, each day is also tried separately."""
+    """The failures with all second solutions together; those in `BY_ITSELF` run on their own.
+
+    If the solutions fail together, each day is also tried separately.
+    """
     solved = {day: sources for day in days if (sources := _sources(repo, day))}
     found = [problem for day in solved if day.id in BY_ITSELF for problem in _by_itself(repo, day, solved)]
     return found + _together(repo, {day: one for day, one in solved.items() if day.id not in BY_ITSELF})

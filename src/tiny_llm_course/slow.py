@@ -25,7 +25,10 @@ def slow_modules(repo: Repo, syllabus: Syllabus, unit: Unit) -> tuple[list[str],
 
 
 def leave_out(repo: Repo, module: str) -> None:
-    """Use the reference's module instead of the learner's in this process, before either is imported."""
+    """Use the reference's module instead of the learner's in this process.
+
+    Must be called before either is imported.
+    """
     name = f"tiny_llm.{module}"
     spec = spec_from_file_location(name, repo.reference / f"{module}.py")
     assert spec is not None

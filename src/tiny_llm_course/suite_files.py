@@ -50,7 +50,7 @@ def imported_files(suites: Path, file: Path) -> list[Path]:
 
 
 def _files_of(suites: Path, base: tuple[str, ...], node: ast.Import | ast.ImportFrom) -> Iterator[Path]:
-    """The files that an import statement of a file in the package `base` runs, packages included."""
+    """The files that an import statement in the package `base` runs, including each `__init__.py`."""
     if isinstance(node, ast.Import):
         names = [alias.name.split(".") for alias in node.names]
     else:

@@ -32,7 +32,7 @@ class Syllabus:
         """The day with an id such as 1.1, or the part with an id such as 3.2b.
 
         For an exercise such as 1.1.1, or a module such as attention, attention.py or a path to it: the part
-        that contains it, or its day if that has no parts. Raises `CourseError` for anything else.
+        that contains it, or its day if no single part does. Raises `CourseError` for anything else.
         """
         by_id = {day.id: day for day in self.days}
         if wanted in by_id:
@@ -206,7 +206,7 @@ def _exercise(exercise_id: str, entry: dict[str, Any], day: dict[str, Any], path
 
 
 def _message(exercise_id: str, name: str, day: dict[str, Any]) -> str:
-    """A blank's message: the task, and where to find help (in its chapter, or in the hints without one)."""
+    """A blank's message: the task, and where to find help (the chapter, or the hints if there is none)."""
     task, chapter = exercise_id.rpartition(".")[2], day.get("chapter")
     where = f"book/src/{chapter}#task-{task}" if chapter else f"pdm run hint {exercise_id}"
     return f"{exercise_id} {name}: {where}"

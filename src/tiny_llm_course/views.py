@@ -48,7 +48,7 @@ def start_report(repo: Repo, unit: Unit, done: StartResult) -> list[str]:
 
 
 def restart_advice(repo: Repo, unit: Unit, done: StartResult) -> list[str]:
-    """How to start over, as a list of at most one line; empty if the unit was not started or is blank."""
+    """How to start over, as a list of at most one line; empty if it had not been started or is blank."""
     if not done.changed_nothing or is_untouched(repo, unit):
         return []
     return [f"restart: pdm run start {unit.id} --again (keeps your files in {FOLDER}/)"]
@@ -164,7 +164,7 @@ def kernel_tasks(repo: Repo, day: Day) -> str:
 def hint(repo: Repo, syllabus: Syllabus, exercise: Exercise | Kernel, step: int) -> str:
     """One of an exercise's three hints; the first also lists the interfaces that it may use.
 
-    Raises `CourseError` for another step.
+    Raises `CourseError` for a step that is not 1, 2 or 3.
     """
     if not 1 <= step <= len(exercise.hints):
         raise CourseError(f"{exercise.id} has no hint {step}: 1 is a question, 2 a fact, 3 a sketch")
@@ -196,7 +196,7 @@ class NextHint:
         self._exercise_id, self._step = "", 0
 
     def __call__(self) -> None:
-        """Print the first hint of another exercise, or the following hint of the same one."""
+        """Print the exercise's first hint, or its next one if the previous call was about it too."""
         exercise_id = noted_first_to_fix(self._repo)
         if exercise_id is None:
             print("no exercise to fix: the last run names none", flush=True)

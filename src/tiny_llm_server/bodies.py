@@ -40,7 +40,7 @@ class JsonRoute(APIRoute):
         if self.body_field is None:
             return handle
         model = cast(type[BaseModel], self.body_field.field_info.annotation)
-        reading = asyncio.Lock()  # one long body at a time, because parsed bodies are large
+        reading = asyncio.Lock()  # one long body at a time on each route: parsed bodies are large
 
         async def read_and_handle(request: Request) -> Response:
             check_type(request.headers.get("content-type", ""))

@@ -54,7 +54,7 @@ class BodyLimit:
         length = headers.get("content-length", "")
         refusal = _coding_error(headers) or (self._too_large(length) if self._exceeds_limit(length) else None)
         if refusal is not None and headers.get("expect", "").lower() == "100-continue":
-            return refusal  # the client has not sent the body yet: it waits for a 100
+            return refusal  # the client has not sent the body: it waits for 100 (Continue)
         return await self._read(receive, share, refusal)
 
     async def _read(
@@ -139,7 +139,7 @@ def _coding_error(headers: Headers) -> ApiError | None:
 
 
 def _once(body: bytes, receive: Receive) -> Receive:
-    """Return the body in one piece, then later messages, such as a disconnect."""
+    """Make a `receive` that returns the body in one piece, then later messages, such as a disconnect."""
     pieces = [body]
 
     async def next_message() -> Message:

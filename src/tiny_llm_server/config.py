@@ -49,7 +49,8 @@ class ServerConfig:
         log the name of each once; otherwise they are errors. A known field that is not supported is an error
         anyway, because it would change the answer.
     scheduling_policy: `fcfs` serves requests in order of arrival and refuses those with a priority;
-        `priority` lets clients set one. Priorities age: each step lets at most 32 later requests pass.
+        `priority` lets clients set one. Priorities age: for each level of priority between two requests, at
+        most 32 later arrivals overtake the less urgent one.
     request_timeout: seconds after which a request is aborted, waiting or running; None: no limit.
     keep_alive: seconds without an event in a stream before an SSE comment is sent, so that clients and
         proxies keep the connection open.

@@ -151,7 +151,7 @@ class Connection(H11Protocol):
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer 400 to invalid HTTP unless an answer has started, and close the connection."""
+        """Answer invalid HTTP with the parser's status or 400, unless an answer has started; then close."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE, h11.ERROR) and not self._has_started:
             refusal = self.conn.refusal
             status = 400 if refusal is None else refusal.error_status_hint

@@ -23,7 +23,7 @@ from .unknown_fields import UNKNOWN
 LONGEST_MESSAGE = 1000  # characters; a message may quote the request
 LONGEST_PARAM = 200
 UNEXPECTED = "internal_error"  # the code of an error that no part of the server expects
-RETRY_SECONDS = 1  # in the header Retry-After if the queue is full
+RETRY_SECONDS = 1  # in the header Retry-After of a temporary error, such as a full queue
 UNSUPPORTED = "unsupported_field"
 # The length of ("body", field, type), the location that pydantic reports if a value fits no type of a union.
 _UNION_DEPTH = 3
@@ -166,7 +166,7 @@ def _shortened(text: str, limit: int) -> str:
 
 
 def _of_types(first: Mapping[str, Any], of_field: Sequence[Mapping[str, Any]]) -> str:
-    """Describe an error; if the field may have several types, `must be a string or a list` names them all."""
+    """Describe an error; if the field may have several types, name them all: `must be a string or a list`."""
     others = [
         one for one in of_field if one["type"].endswith("_type") and len(one["loc"]) == len(first["loc"])
     ]

@@ -51,7 +51,7 @@ class CatchAll:
 
 
 class OriginGuard(CORSMiddleware):
-    """Starlette's CORS middleware, but a preflight from another origin gets no permission at all."""
+    """Starlette's CORS middleware, but a preflight from an origin that is not allowed gets no permission."""
 
     def preflight_response(self, request_headers: Headers) -> Response:
         """Answer a browser's preflight request."""

@@ -39,5 +39,5 @@ def invalid(error: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A limit such as 2.0 as 2."""
+    """A whole number without its decimals: 2 for a limit of 2.0. Other values stay as they are."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -48,7 +48,7 @@ class _Step(NamedTuple):
 
 
 class _Collector:
-    """Collects the steps of the engine, called in the engine's thread, in `steps` for the event loop.
+    """Collects the engine's steps in `steps`: called in the engine's thread, read in the event loop.
 
     news: set for every new step. is_overrun: the limit was reached, and later steps are not collected.
     """

@@ -12,7 +12,7 @@ PARAMETERS = {  # from the names of generation_config.json, as in vLLM, to those
     "top_k": "top_k",
     "min_p": "min_p",
     "repetition_penalty": "repetition_penalty",
-    "frequency_penalty": "frequency_penalty",  # not in vLLM's list; the embedded model's table sets it
+    "frequency_penalty": "frequency_penalty",  # not in vLLM's list; `SMOLLM2_SAMPLING` sets it
     "max_new_tokens": "max_tokens",
 }
 

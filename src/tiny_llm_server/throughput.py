@@ -23,7 +23,10 @@ class _Sample(NamedTuple):
 
 
 class ThroughputLog:
-    """Logs the throughput since its last line. stats: returns the engine's, None while the model loads."""
+    """Logs the throughput since its last line.
+
+    stats: returns the engine's statistics; None while the model loads.
+    """
 
     def __init__(self, metrics: Metrics, stats: Callable[[], EngineStats | None]) -> None:
         self._metrics = metrics

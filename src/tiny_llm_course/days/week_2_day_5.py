@@ -8,7 +8,7 @@ from .shared import Lines, Work, random_array
 
 
 def show() -> Lines:
-    """Print the memory that scores need at once and in tiles, and how little the two outputs differ."""
+    """Print the memory for scores, all at once and in tiles, and how little the two outputs differ."""
     from tiny_llm.attention import causal_mask
     from tiny_llm.flash_attention import flash_attention
     from tiny_llm.grouped_attention import grouped_query_attention
