@@ -189,8 +189,8 @@ def _conclusion(counts: Counts, times: list[Times]) -> str:
     last, same = times[-1], sum(t.same for t in times)
     factor = last.recomputing / last.cached
     reason = (
-        " The time differs less than the keys, because with a cache a token still reads all weights and attends "
-        "to all earlier tokens."
+        " The time differs less than the keys, because with a cache a token still reads all weights and "
+        "attends to all earlier tokens."
         if factor < last.predicted
         else ""
     )
