@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 from .drawings import draw
 
-FALLBACKS: dict[str, str] = {}
+FALLBACKS: dict[str, str] = {
+    "block-table": "stills.block_table",
+}
 """The drawing for each interactive figure, as `MODULE.FIGURE`."""
 
 DATA: dict[str, Callable[[], object]] = {}

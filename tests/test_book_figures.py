@@ -1,0 +1,289 @@
+"""The book's interactive figures in Chromium: their models against the reference, and what readers can do."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_llm.paged_attention import BlockAllocator, BlockTable
+
+from book_pages import FIGURES, MDBOOK, build_book, write_empty_page, write_page
+from browser import chromium, sync_api, visiting
+from tiny_llm import errors
+from tiny_model import examples
+
+expect = sync_api.expect
+NARROW = {"viewport": {"width": 360, "height": 800}}
+
+
+@pytest.fixture(name="browser", scope="module")
+def browser_fixture() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(name="modules", scope="module")
+def modules_fixture(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A page that can import the modules."""
+    with visiting(browser, write_empty_page(tmp_path_factory.mktemp("modules"))) as page:
+        yield page
+
+
+@pytest.fixture(name="open_figure")
+def open_figure_fixture(browser: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Open a page with one figure: `with open_figure("beams") as figure`."""
+
+    @contextmanager
+    def open_figure(name: str, **options: Any) -> Iterator[Any]:
+        with visiting(browser, write_page(tmp_path, name, name), **options) as page:
+            yield page.locator(f"{name}-figure")
+
+    return open_figure
+
+
+def press(figure: Any, name: str) -> None:
+    figure.get_by_role("button", name=name, exact=True).press("Enter")
+
+
+def says(figure: Any) -> str:
+    text: str = figure.locator(".says").inner_text()
+    return text
+
+
+# ---- every figure ----
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_without_javascript_a_drawing_is_shown(open_figure: Any, name: str) -> None:
+    with open_figure(name, java_script_enabled=False) as figure:
+        expect(figure.locator(".fallback svg.figure")).to_be_visible()
+        expect(figure.get_by_role("button")).to_have_count(0)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_control_is_reached_by_tab(open_figure: Any, name: str) -> None:
+    with open_figure(name) as figure:
+        controls = "button, input, select, textarea, .picture"
+        missing = f"e => [...e.querySelectorAll('{controls}')].filter(one => !('seen' in one.dataset)).length"
+        for _ in range(figure.locator(controls).count() + 4):
+            figure.page.keyboard.press("Tab")
+            figure.page.evaluate("document.activeElement.dataset.seen = ''")
+        assert figure.evaluate(missing) == 0
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_control_has_a_name(open_figure: Any, name: str) -> None:
+    with open_figure(name) as figure:
+        for role in ("button", "slider", "combobox", "textbox"):
+            total = figure.get_by_role(role).count()
+            assert figure.get_by_role(role, name="").count() == total
+            for place in range(total):
+                expect(figure.get_by_role(role).nth(place)).not_to_have_accessible_name("")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_arrow_keys_change_the_step(open_figure: Any, name: str) -> None:
+    with open_figure(name) as figure:
+        picture, slider = figure.locator(".picture"), figure.get_by_role("slider", name="Step")
+        picture.focus()
+        start = int(slider.input_value())
+        sentence = says(figure)
+        picture.press("ArrowRight")
+        expect(slider).to_have_value(str(start + 1))
+        assert says(figure) != sentence
+        picture.press("ArrowLeft")
+        expect(slider).to_have_value(str(start))
+        assert says(figure) == sentence
+        picture.press("End")
+        expect(slider).to_have_value(slider.get_attribute("max"))
+        picture.press("Home")
+        expect(slider).to_have_value("0")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_back_next_play_and_reset(open_figure: Any, name: str) -> None:
+    with open_figure(name) as figure:
+        slider = figure.get_by_role("slider", name="Step")
+        start = int(slider.input_value())
+        press(figure, "Next")
+        expect(slider).to_have_value(str(start + 1))
+        press(figure, "Back")
+        expect(slider).to_have_value(str(start))
+        press(figure, "Play")
+        expect(slider).to_have_value(str(start + 1))
+        press(figure, "Pause")
+        slider.fill("0")
+        press(figure, "Back")
+        expect(slider).to_have_value("0")
+        press(figure, "Reset")
+        expect(slider).to_have_value(str(start))
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_step_is_drawn_without_an_error(open_figure: Any, name: str) -> None:
+    with open_figure(name) as figure:
+        slider = figure.get_by_role("slider", name="Step")
+        pictures, sentences = set(), []
+        for step in range(int(slider.get_attribute("max")) + 1):
+            slider.fill(str(step))
+            pictures.add(figure.locator(".picture").inner_html())
+            sentences.append(says(figure))
+        assert len(pictures) > len(sentences) // 2
+        assert all(len(one) > 20 and one[0].isupper() and one.endswith(".") for one in sentences), sentences
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_narrow_page_does_not_scroll_sideways(open_figure: Any, name: str) -> None:
+    for options in (NARROW, {**NARROW, "java_script_enabled": False}):
+        with open_figure(name, **options) as figure:
+            box = figure.locator(".picture, .fallback").bounding_box()
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 360
+
+
+@pytest.fixture(name="book", scope="module")
+def book_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if MDBOOK is None:
+        pytest.skip("mdBook is not installed")
+    return build_book(tmp_path_factory.mktemp("book"), FIGURES)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_figures_work_in_a_book_that_is_opened_from_disk(browser: Any, book: Path, scheme: str) -> None:
+    with visiting(browser, f"{book.as_uri()}/", color_scheme=scheme, **NARROW) as page:
+        for name in FIGURES:
+            page.goto((book / f"{name}.html").as_uri())
+            figure = page.locator(f"{name}-figure")
+            press(figure, "Next")
+            figure.locator(".picture").press("ArrowRight")  # which would turn to the next chapter
+            figure.get_by_role("slider", name="Step").press("ArrowRight")
+            assert page.url.endswith(f"{name}.html")
+            assert page.evaluate("document.scrollingElement.scrollWidth") <= 360
+        page.goto((book / "print.html").as_uri())  # all of them on one page
+        expect(page.locator(".says")).to_have_count(len(FIGURES))
+
+
+# ---- the models against the reference ----
+
+ERRORS = {"RangeError": "ValueError"}
+RUN_POOL = """async ({ numBlocks, blockSize, operations }) => {
+  const { BlockAllocator, BlockTable } = await import("pool");
+  const allocator = new BlockAllocator(numBlocks);
+  const tables = [];
+  const kinds = {
+    start: () => void tables.push(new BlockTable(allocator, blockSize)),
+    append: (table, count) => tables[table].append(count).map(({ src, dst, length }) => [src, dst, length]),
+    needs: (table, count) => tables[table].blocksToAppend(count),
+    fork: (table) => void tables.push(tables[table].fork()),
+    release: (table) => tables[table].release(),
+    share: (table, block, length) => tables[table].shareBlock(block, length),
+    allocate: () => allocator.allocate(),
+    addRef: (_, block) => allocator.addRef(block),
+    free: (_, block) => allocator.release(block),
+  };
+  return operations.map(([kind, ...given]) => {
+    let result;
+    try { result = kinds[kind](...given) ?? null; } catch (error) { result = error.constructor.name; }
+    const counts = Array.from({ length: numBlocks }, (_, block) => allocator.refCount(block));
+    return [result, allocator.free, counts, tables.map((table) => [[...table.blocks], table.numTokens])];
+  });
+}"""
+
+
+def run_pool(num_blocks: int, block_size: int, operations: list[Any]) -> list[Any]:
+    """What the reference does: for each operation its result or its error, and the state after it."""
+    allocator, tables, trace = BlockAllocator(num_blocks), [], []
+    kinds: dict[str, Callable[..., Any]] = {
+        "start": lambda: tables.append(BlockTable(allocator, block_size)),
+        "append": lambda table, count: [list(copy) for copy in tables[table].append_tokens(count)],
+        "needs": lambda table, count: tables[table].blocks_to_append(count),
+        "fork": lambda table: tables.append(tables[table].fork()),
+        "release": lambda table: tables[table].release(),
+        "share": lambda table, block, length: tables[table].share_block(block, length),
+        "allocate": allocator.allocate,
+        "addRef": lambda _, block: allocator.add_ref(block),
+        "free": lambda _, block: allocator.free(block),
+    }
+    for kind, *values in operations:
+        try:
+            result = kinds[kind](*values)
+        except (
+            errors.OutOfBlocksError,
+            errors.DoubleFreeError,
+            errors.UnknownBlockError,
+            ValueError,
+        ) as error:
+            result = type(error).__name__
+        counts = [allocator.ref_count(block) for block in range(num_blocks)]
+        state = [[list(table.blocks), table.num_tokens] for table in tables]
+        trace.append([result, list(allocator._free), counts, state])
+    return trace
+
+
+@st.composite
+def pool_operations(draw: st.DrawFn, num_blocks: int, block_size: int) -> list[Any]:
+    """Operations on tables; in a second part also on blocks, which the tables know nothing of."""
+    operations: list[Any] = [["start"]]
+    count = 1
+    for kind in draw(
+        st.lists(st.sampled_from(["append"] * 4 + ["fork", "release", "start", "share"]), max_size=20)
+    ):
+        table = draw(st.integers(0, count - 1))
+        if kind == "append":
+            tokens = draw(st.integers(0, 2 * block_size + 1))
+            operations += [["needs", table, tokens], ["append", table, tokens]]
+        elif kind == "share":
+            operations.append(
+                [kind, table, draw(st.integers(0, num_blocks)), draw(st.integers(0, block_size + 1))]
+            )
+        else:
+            operations.append([kind] if kind == "start" else [kind, table])
+            count += kind in ("start", "fork")
+    for kind in draw(st.lists(st.sampled_from(["allocate", "addRef", "free"]), max_size=6)):
+        operations.append([kind] if kind == "allocate" else [kind, 0, draw(st.integers(-1, num_blocks))])
+    return operations
+
+
+@settings(max_examples=examples(200))
+@given(data=st.data(), num_blocks=st.integers(1, 7), block_size=st.integers(1, 4))
+def test_the_pool_does_what_the_reference_does(
+    modules: Any, data: Any, num_blocks: int, block_size: int
+) -> None:
+    operations = data.draw(pool_operations(num_blocks, block_size))
+    given_ = {"numBlocks": num_blocks, "blockSize": block_size, "operations": operations}
+    trace = modules.evaluate(RUN_POOL, given_)
+    for step in trace:
+        step[0] = ERRORS.get(step[0], step[0]) if isinstance(step[0], str) else step[0]
+    assert trace == run_pool(num_blocks, block_size, operations)
+
+
+# ---- block tables ----
+
+
+def test_block_table_shows_a_copy_on_write(open_figure: Any) -> None:
+    with open_figure("block-table") as figure:
+        assert says(figure).startswith("B is a fork of A")
+        press(figure, "Next")
+        assert "2 tokens are copied to block 2 first: copy on write" in says(figure)
+        expect(figure.locator(".picture")).to_contain_text("copy of 1")
+
+
+def test_block_table_follows_the_reader(open_figure: Any) -> None:
+    with open_figure("block-table") as figure:
+        figure.get_by_label("Sequence").select_option("A")
+        press(figure, "Append 4")  # in place of the story's next step
+        assert says(figure).startswith("A appends 4 tokens. Block 1 is shared")
+        press(figure, "Release")
+        assert "Blocks 2 and 3 have none left" in says(figure)
+        figure.get_by_role("slider", name="Step").fill("0")
+        press(figure, "Append 1")
+        assert says(figure).startswith("All blocks are free")  # no sequence, so the button is disabled
+        press(figure, "Start another")
+        for _ in range(8):
+            press(figure, "Append 4")
+        assert "Block 7 comes from the front" in says(figure)
+        press(figure, "Append 1")
+        assert says(figure).endswith("1 free block needed, 0 left. Nothing has changed.")
