@@ -1,5 +1,6 @@
 """The book's interactive figures in Chromium: their models against the reference, and what readers can do."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
+from tiny_llm.prefix_cache import PrefixCache, TokenBlocks
 
 from book_pages import FIGURES, MDBOOK, build_book, write_empty_page, write_page
 from browser import chromium, sync_api, visiting
@@ -287,3 +289,136 @@ def test_block_table_follows_the_reader(open_figure: Any) -> None:
         assert "Block 7 comes from the front" in says(figure)
         press(figure, "Append 1")
         assert says(figure).endswith("1 free block needed, 0 left. Nothing has changed.")
+
+
+# ---- the prefix cache ----
+
+WORDS = ["a", "b", "c"]
+RUN_PREFIX = """async ({ numBlocks, blockSize, operations }) => {
+  const { PrefixPool } = await import("prefix");
+  const pool = new PrefixPool(numBlocks, blockSize);
+  return operations.map(([kind, name, tokens], place) => {
+    let result = null;
+    if (kind === "submit") {
+      const { hits, evicted, started } = pool.submit(`${place}`, tokens);
+      result = started ? [hits, evicted] : null;
+    }
+    if (kind === "finish") {
+      const running = [...pool.tables.keys()];
+      if (running.length) result = pool.finish(running[name % running.length]);
+    }
+    if (kind === "evict") result = pool.cache.evict(name);
+    const { allocator, cache } = pool;
+    const counts = Array.from({ length: numBlocks }, (_, block) => allocator.refCount(block));
+    const kept = counts.map((_, block) => cache.keptAs(block)?.tokens ?? null);
+    const tables = [...pool.tables.values()].map((table) => [...table.blocks]);
+    return [result, allocator.free, counts, cache.idle, kept, tables];
+  });
+}"""
+
+
+class ReferencePool:
+    """Requests over the reference's prefix cache, as `PrefixPool` has them."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.size = block_size
+        self.allocator = BlockAllocator(num_blocks)
+        self.cache = PrefixCache(self.allocator, block_size)
+        self.tables: list[BlockTable] = []
+
+    def submit(self, tokens: list[int]) -> Any:
+        table, stream = BlockTable(self.allocator, self.size), TokenBlocks(self.size)
+        stream.extend(tokens)
+        hits = self.cache.match(stream, 0, (len(tokens) - 1) // self.size)
+        for block in hits:
+            self.cache.share(table, block, self.size)
+        needed = -(-len(tokens) // self.size) - len(hits)
+        if needed > self.allocator.num_free + self.cache.num_idle:
+            self._release(table)
+            return None
+        evicted = self.evict(needed - self.allocator.num_free)
+        table.append_tokens(len(tokens) - table.num_tokens)
+        self.cache.keep(table, stream, len(hits), len(stream))
+        self.tables.append(table)
+        return [hits, evicted]
+
+    def evict(self, count: int) -> list[int]:
+        idle = self.cache.idle
+        return idle[: self.cache.evict(count)]
+
+    def finish(self, place: int) -> Any:
+        return self._release(self.tables.pop(place % len(self.tables))) if self.tables else None
+
+    @property
+    def state(self) -> list[Any]:
+        blocks = range(self.allocator.num_blocks)
+        kept = {one.block: [WORDS[token] for token in one.tokens] for one in self.cache._kept.values()}
+        counts = [self.allocator.ref_count(block) for block in blocks]
+        tables = [table.blocks for table in self.tables]
+        return [
+            list(self.allocator._free),
+            counts,
+            self.cache.idle,
+            [kept.get(one) for one in blocks],
+            tables,
+        ]
+
+    def _release(self, table: BlockTable) -> list[int]:
+        held = list(table.blocks)
+        table.release()
+        self.cache.released(held)
+        return held
+
+
+prefix_operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), st.just(0), st.lists(st.sampled_from(WORDS), min_size=1, max_size=13)),
+        st.tuples(st.just("finish"), st.integers(0, 3), st.just([])),
+        st.tuples(st.just("evict"), st.integers(0, 3), st.just([])),
+    ),
+    max_size=14,
+)
+
+
+@settings(max_examples=examples(200))
+@given(operations=prefix_operations, num_blocks=st.integers(1, 9), block_size=st.integers(1, 4))
+def test_the_prefix_cache_does_what_the_reference_does(
+    modules: Any, operations: list[Any], num_blocks: int, block_size: int
+) -> None:
+    drawn = {"numBlocks": num_blocks, "blockSize": block_size, "operations": operations}
+    reference, trace = ReferencePool(num_blocks, block_size), []
+    for kind, number, tokens in operations:
+        given_ = [WORDS.index(token) for token in tokens] if kind == "submit" else number
+        result = getattr(reference, kind)(given_)
+        trace.append(json.loads(json.dumps([result, *reference.state])))
+    assert modules.evaluate(RUN_PREFIX, drawn) == trace
+
+
+def test_prefix_cache_shows_the_hits_of_a_typed_prompt(open_figure: Any) -> None:
+    with open_figure("prefix-cache") as figure:
+        picture, prompt = figure.locator(".picture"), figure.get_by_role("textbox", name="Prompt")
+        expect(picture).to_contain_text("hit: block 1")  # of the next prompt of the story
+        prompt.fill("You are a helpful assistant")
+        expect(picture).to_contain_text("5 tokens, 4 cached")
+        prompt.fill("are a helpful assistant")  # the same words at other places
+        expect(picture).to_contain_text("4 tokens, 0 cached")
+        prompt.fill("You are a helpful")  # the last token is computed, and with it its block
+        expect(picture).to_contain_text("last: computed")
+        prompt.press("Enter")
+        assert says(figure).endswith("then the table takes the cached block.")
+
+
+def test_prefix_cache_evicts_leaves_first(open_figure: Any) -> None:
+    with open_figure("prefix-cache") as figure:
+        press(figure, "Finish")
+        assert says(figure).startswith("A ends. Blocks 2, 1 and 0 are idle now, to be evicted in this order.")
+        press(figure, "Evict one")
+        assert says(figure).startswith("Block 2 is evicted")
+        figure.get_by_label("Block size").select_option("2")
+        expect(figure.locator(".picture")).to_contain_text("the pool: 16 blocks")
+        figure.get_by_role("textbox", name="Prompt").fill("a b c d e f g h " * 5)
+        press(figure, "Submit")
+        assert says(figure).endswith("It waits until another request ends.")
+        figure.get_by_role("textbox", name="Prompt").fill("  ")
+        press(figure, "Submit")
+        assert says(figure) == "Type a prompt first."

@@ -9,6 +9,7 @@ from .drawings import draw
 
 FALLBACKS: dict[str, str] = {
     "block-table": "stills.block_table",
+    "prefix-cache": "stills.prefix_cache",
 }
 """The drawing for each interactive figure, as `MODULE.FIGURE`."""
 

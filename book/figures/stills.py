@@ -67,4 +67,63 @@ def _block_table() -> Drawing:
     return drawing
 
 
-FIGURES: dict[str, Callable[[], Drawing]] = {"block_table": _block_table}
+SYSTEM = ["you", "are", "a", "helpful", "assistant", ".", "explain", "what"]
+PROMPTS = (
+    [*SYSTEM, "a", "kv", "cache", "is", "."],
+    [*SYSTEM, "a", "block", "table", "is", ",", "please", "."],
+)
+
+
+def _prefix_cache() -> Drawing:
+    """Two prompts with the same first blocks, and the pool after the first one has ended."""
+    drawing = Drawing(
+        640,
+        504,
+        "A prefix cache",
+        "Prompt A is computed, and its full blocks 0, 1 and 2 are cached. Prompt B begins with the same "
+        "eight tokens: it shares blocks 0 and 1. After A has ended, block 2 is idle.",
+    )
+    first, second = (_hashes(tokens) for tokens in PROMPTS)
+    drawing.label(2, 16, "prompt A: nothing is cached", "small")
+    _prompt(drawing, 26, PROMPTS[0], [("blue", f"{one}", "miss") for one in first])
+    drawing.label(2, 218, "prompt B: the first two blocks have the same hashes", "small")
+    hits = [("green", second[place], f"hit: block {place}") for place in range(2)]
+    _prompt(drawing, 228, PROMPTS[1], [*hits, ("orange", second[2], "miss")])
+    drawing.label(2, 424, "the pool after A has ended: block 2 is idle", "small")
+    in_use = {0: second[0], 1: second[1], 4: second[2]}
+    blocks = {block: ("orange", text, "2 refs") for block, text in in_use.items()}
+    blocks |= {2: ("panel", first[2], "evict next"), 5: ("orange", "not full", "1 ref")}
+    for block in range(8):
+        drawing.label(2 + block * 66 + 31, 442, str(block), "note", "middle")
+        drawing.cell(2 + block * 66, 448, 62, 50, *blocks.get(block, ("free",)))
+    return drawing
+
+
+def _prompt(drawing: Drawing, y: float, tokens: Sequence[str], full: Sequence[tuple[str, str, str]]) -> None:
+    """Draw a prompt in blocks of four tokens. full: style, hash and verdict of each full block."""
+    for row in range(-(-len(tokens) // 4)):
+        style, text, note = full[row] if row < len(full) else ("free", "-", "not full")
+        top = y + row * 44
+        drawing.cell(2, top, 92, 36, style, text, note)
+        if row:
+            drawing.line((48, top - 8), (48, top))
+        x = 102.0
+        for token in tokens[4 * row : 4 * row + 4]:
+            width = 7.2 * len(token) + 10
+            drawing.cell(x, top + 5, width, 26, style, token)
+            x += width + 2
+
+
+def _hashes(tokens: Sequence[str]) -> list[str]:
+    """Return the first 4 hexadecimal digits of each full block's hash, as in `interactive/prefix.js`."""
+    parent, shown = 0, []
+    for start in range(0, len(tokens) - 3, 4):
+        text = "\n".join([str(parent), *tokens[start : start + 4]])
+        parent = 0x811C9DC5
+        for byte in text.encode():
+            parent = (parent ^ byte) * 0x01000193 % 2**32
+        shown.append(f"{parent >> 16:04x}")
+    return shown
+
+
+FIGURES: dict[str, Callable[[], Drawing]] = {"block_table": _block_table, "prefix_cache": _prefix_cache}

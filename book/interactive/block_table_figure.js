@@ -4,6 +4,7 @@ import { OperationsFigure } from "operations_figure";
 import { HUES, Picture, legend, slottedPool, slottedWidth, table } from "picture";
 import { NAMES, Sequences } from "sequences";
 import { button, enable, select } from "stepped_figure";
+import { counted } from "wording";
 
 const [NUM_BLOCKS, BLOCK_SIZE] = [8, 4];
 const SIDE = 328; // px for the tables, if they are beside the pool
@@ -62,22 +63,13 @@ class BlockTableFigure extends OperationsFigure {
     return model.apply(operation);
   }
 
-  snapshot(model) {
-    return {
-      free: model.allocator.free,
-      tables: [...model.tables].map(([name, { blocks, numTokens }]) => ({ name, blocks: [...blocks], numTokens })),
-      blocks: Array.from({ length: NUM_BLOCKS }, (_, block) => lookOf(model, block)),
-    };
-  }
-
   ownControls() {
     const { one, four, fork, release, start } = this.#buttons;
     return [[this.#sequence, one, four, fork, release, start]];
   }
 
   update() {
-    const { tables } = this.state;
-    const names = tables.map(({ name }) => name);
+    const names = [...this.model.tables.keys()];
     const chosen = this.#sequence.querySelector("select");
     for (const option of chosen.options) option.disabled = !names.includes(option.value);
     if (!names.includes(chosen.value) && names.length) chosen.value = names.at(-1);
@@ -89,23 +81,26 @@ class BlockTableFigure extends OperationsFigure {
 
   draw(step, width) {
     const picture = new Picture();
-    const { free, tables, blocks } = this.state;
+    const { free } = this.model.allocator;
+    const names = [...this.model.tables.keys()];
+    const blocks = Array.from({ length: NUM_BLOCKS }, (_, block) => lookOf(this.model, block));
     const beside = width >= SIDE + 4 * (slottedWidth(BLOCK_SIZE) + 4);
     picture.label(2, 14, "free queue, next block first", "small");
     if (free.length) table(picture, 2, 22, "", "free", free, ID);
     else picture.label(12, 42, "empty", "small");
-    tables.forEach(({ name, blocks: ids, numTokens }, row) => {
+    names.forEach((name, row) => {
+      const { blocks: ids, numTokens } = this.model.tables.get(name);
       const right = table(picture, 2, 66 + row * ROW, name, hue(name), ids, ID);
-      picture.label(right + 6, 86 + row * ROW, `${numTokens} token${numTokens === 1 ? "" : "s"}`, "small");
+      picture.label(right + 6, 86 + row * ROW, counted(numTokens, "token"), "small");
     });
-    const below = 66 + ROW * (beside ? NAMES.length : Math.max(2, tables.length));
+    const below = 66 + ROW * (beside ? NAMES.length : Math.max(2, names.length));
     const left = beside ? SIDE : 2;
     const top = beside ? 0 : below + 8;
     const columns = beside ? 4 : Math.max(1, Math.floor(width / (slottedWidth(BLOCK_SIZE) + 4)));
     picture.label(left, top + 14, `the pool: ${NUM_BLOCKS} blocks of ${BLOCK_SIZE} tokens each`, "small");
     const bottom = slottedPool(picture, left, top + 38, blocks, columns);
-    const own = tables.map(({ name }) => [hue(name), `${name}'s`]);
-    const shared = tables.length > 1 ? { [`${own[0][0]} ${own[1][0]}`]: "shared" } : {};
+    const own = names.map((name) => [hue(name), `${name}'s`]);
+    const shared = names.length > 1 ? { [`${own[0][0]} ${own[1][0]}`]: "shared" } : {};
     const entries = { ...Object.fromEntries(own), ...shared, free: "free" };
     legend(picture, left, bottom + 24, entries, left + (beside ? 460 : width));
     return [picture.node("block tables, the queue of free blocks, and the pool")];
@@ -122,7 +117,7 @@ function lookOf(model, block) {
   const holders = model.holders(block);
   if (!holders.length) return { slots: model.slots(block) };
   const copy = model.copies.find(({ dst }) => dst === block);
-  const count = `${holders.length} ref${holders.length === 1 ? "" : "s"}`;
+  const count = counted(holders.length, "ref");
   return {
     style: holders.map(hue).join(" ") + (model.changed.has(block) ? " lit" : ""),
     slots: model.slots(block),

@@ -120,7 +120,8 @@ export function slottedPool(picture, x, y, blocks, columns = blocks.length) {
   });
 }
 
-function grid(x, y, blocks, columns, width, height, draw) {
+/** Draw each block by `draw(left, top, block, place)`, in rows of `columns`. Returns the y coordinate below them. */
+export function grid(x, y, blocks, columns, width, height, draw) {
   blocks.forEach((block, place) => {
     const [row, column] = [Math.floor(place / columns), place % columns];
     draw(x + column * (width + GAP), y + row * (height + 22), block, place);

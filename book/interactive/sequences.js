@@ -1,6 +1,7 @@
 /** Sequences in one pool, with the tokens that each block holds; says what each operation does. Not of the page. */
 
 import { BlockAllocator, BlockTable } from "pool";
+import { blocks, counted } from "wording";
 
 /** The most sequences at once, and their names. */
 export const NAMES = ["A", "B", "C", "D"];
@@ -58,7 +59,7 @@ export class Sequences {
     const free = this.allocator.numFree;
     const needed = table.blocksToAppend(count);
     if (needed > free) {
-      return `${name} cannot append ${of(count, "token")}: ${of(needed, "free block")} needed, ${free} left. `
+      return `${name} cannot append ${counted(count, "token")}: ${counted(needed, "free block")} needed, ${free} left. `
         + "Nothing has changed.";
     }
     const old = table.blocks.length;
@@ -72,7 +73,7 @@ export class Sequences {
       this.#contents[block][token % this.blockSize] = `${name.toLowerCase()}${token}`;
       this.changed.add(block);
     }
-    return [`${name} appends ${of(count, "token")}.`, ...this.#whereTo(table, old, space)].join(" ");
+    return [`${name} appends ${counted(count, "token")}.`, ...this.#whereTo(table, old, space)].join(" ");
   }
 
   #whereTo(table, old, space) {
@@ -80,11 +81,11 @@ export class Sequences {
     const [copy] = this.copies;
     const sentences = [];
     if (copy) {
-      sentences.push(`Block ${copy.src} is shared and has free places, so its ${of(copy.length, "token")} `
+      sentences.push(`Block ${copy.src} is shared and has free places, so its ${counted(copy.length, "token")} `
         + `${copy.length > 1 ? "are" : "is"} copied to block ${copy.dst} first: copy on write.`);
     } else if (space) {
       sentences.push(`${taken.length ? "Its" : "It fits: its"} last block, ${table.blocks[old - 1]}, has `
-        + `${of(space, "free place")} and no other holder.`);
+        + `${counted(space, "free place")} and no other holder.`);
     }
     if (taken.length) {
       sentences.push(`${blocks(taken)} ${taken.length > 1 ? "come" : "comes"} from the front of the free queue.`);
@@ -96,7 +97,7 @@ export class Sequences {
     const child = this.freeName;
     const table = this.tables.get(name);
     this.#add(child, table.fork());
-    return `${child} is a fork of ${name}: the same table of ${of(table.blocks.length, "block")}, `
+    return `${child} is a fork of ${name}: the same table of ${counted(table.blocks.length, "block")}, `
       + "one more reference to each. Nothing is copied.";
   }
 
@@ -108,7 +109,7 @@ export class Sequences {
     const freed = held.filter((block) => this.allocator.refCount(block) === 0);
     const kept = held.filter((block) => !freed.includes(block));
     for (const block of freed) this.#contents[block] = [];
-    const sentences = [`${name} releases its ${of(held.length, "block")}.`];
+    const sentences = [`${name} releases its ${counted(held.length, "block")}.`];
     if (kept.length) sentences.push(`${blocks(kept)} ${kept.length > 1 ? "keep" : "keeps"} another holder.`);
     if (freed.length) {
       sentences.push(freed.length > 1
@@ -123,10 +124,3 @@ export class Sequences {
     this.tables = new Map([...this.tables, [name, table]].sort(([a], [b]) => (a < b ? -1 : 1)));
   }
 }
-
-/** "1 token", "2 tokens" */
-const of = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
-
-/** "Block 1", "Blocks 1 and 2", "Blocks 1, 2 and 3" */
-const blocks = (ids) =>
-  ids.length === 1 ? `Block ${ids[0]}` : `Blocks ${ids.slice(0, -1).join(", ")} and ${ids.at(-1)}`;

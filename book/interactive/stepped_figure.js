@@ -43,7 +43,7 @@ export class SteppedFigure extends HTMLElement {
     return "";
   }
 
-  /** Update the figure's own controls. */
+  /** Update the figure's own controls for a step, before it is drawn. */
   update(step) {}
 
   /** Go back to the start. */
@@ -72,11 +72,11 @@ export class SteppedFigure extends HTMLElement {
 
   /** Show a step; redraws even if it is shown already. */
   show(step) {
-    const { picture, says, slider, place, back, next } = this.#parts;
+    const { says, slider, place, back, next } = this.#parts;
     const last = this.numSteps - 1;
     this.#step = Math.max(0, Math.min(last, step));
-    this.#width = picture.clientWidth;
-    picture.replaceChildren(...this.draw(this.#step, this.#width));
+    this.update(this.#step);
+    this.redraw();
     setText(says, this.describe(this.#step));
     slider.max = last;
     slider.value = this.#step;
@@ -84,7 +84,13 @@ export class SteppedFigure extends HTMLElement {
     slider.setAttribute("aria-valuetext", `step ${this.#step} of ${last}`);
     enable(back, this.#step > 0);
     enable(next, this.#step < last);
-    this.update(this.#step);
+  }
+
+  /** Draw the picture again, because something other than the step has changed. */
+  redraw() {
+    const { picture } = this.#parts;
+    this.#width = picture.clientWidth;
+    picture.replaceChildren(...this.draw(this.#step, this.#width));
   }
 
   /** Say something that is not the description of a step. */
@@ -139,7 +145,7 @@ export class SteppedFigure extends HTMLElement {
   }
 
   #fit() {
-    if (this.#parts.picture.clientWidth !== this.#width) this.show(this.#step);
+    if (this.#parts.picture.clientWidth !== this.#width) this.redraw();
   }
 
   /** The keys that the figure uses must not reach the page, where they turn to another chapter or open the search. */
