@@ -10,6 +10,7 @@ from .drawings import draw
 FALLBACKS: dict[str, str] = {
     "block-table": "stills.block_table",
     "prefix-cache": "stills.prefix_cache",
+    "allocation": "stills.allocation",
 }
 """The drawing for each interactive figure, as `MODULE.FIGURE`."""
 

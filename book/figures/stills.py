@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from .blocks import Block, slotted_block, table
+from .blocks import CELL, GAP, Block, legend, slotted_block, table
 from .drawing import Drawing
 
 
@@ -126,4 +126,37 @@ def _hashes(tokens: Sequence[str]) -> list[str]:
     return shown
 
 
-FIGURES: dict[str, Callable[[], Drawing]] = {"block_table": _block_table, "prefix_cache": _prefix_cache}
+MEMORIES = (
+    ("Contiguous", "6 blocks for each request at once, most of them empty; E and D wait", "AAA___CC____"),
+    ("Dynamic", "adjacent blocks: 5 are free, but not 4 side by side, so D waits", "AAA...CCEE.."),
+    ("Paged", "D takes any 4 of the free blocks", "AAADDDCCEED."),
+)
+REQUESTS = {"A": "blue", "C": "green", "D": "violet", "E": "teal", "_": "zone", ".": "free"}
+
+
+def _allocation() -> Drawing:
+    """Three memories of 12 blocks: A, C and E need 3, 2 and 2 blocks, and D, which arrives, needs 4."""
+    drawing = Drawing(
+        640,
+        356,
+        "Three ways to allocate",
+        "Contiguous: A and C have six blocks each, most of them empty; E and D wait. Dynamic: five blocks "
+        "are free, but not four side by side, and D waits. Paged: D uses four of the scattered free blocks.",
+    )
+    for row, (name, what, blocks) in enumerate(MEMORIES):
+        y = 16 + row * 108
+        drawing.label(2, y, name, "name")
+        drawing.label(110, y, what, "small")
+        for place, text in enumerate(blocks):
+            x = 2 + place * (CELL + GAP)
+            drawing.label(x + CELL / 2, y + 18, str(place), "note", "middle")
+            drawing.cell(x, y + 24, CELL, CELL, REQUESTS[text], text.strip("_."))
+    legend(drawing, 2, 342, {"blue": "a request's block", "zone": "reserved, empty", "free": "free"})
+    return drawing
+
+
+FIGURES: dict[str, Callable[[], Drawing]] = {
+    "block_table": _block_table,
+    "prefix_cache": _prefix_cache,
+    "allocation": _allocation,
+}

@@ -9,6 +9,7 @@ const CHARACTER = 7.4; // px, the width of a character of a name or a chip, gene
 export const HUES = ["blue", "orange", "green", "violet", "teal", "rose"];
 export const CELL = 44; // the size of a block
 export const GAP = 4; // the space between two blocks
+const MARKS = ["lit", "dim"];
 const SLOT = 24; // the width of a token's place within a block
 
 /** A new SVG element. */
@@ -44,13 +45,14 @@ export class Picture {
 
   /**
    * A small box with centred text and a note below it.
-   * @param {string} style a hue, "free", "panel" or "zone"; "blue orange" is a box that two sequences share. "lit",
-   *   at the end, marks what has just changed.
+   * @param {string} style a hue, "free", "panel" or "zone"; "blue orange" is a box that two sequences share. With
+   *   "lit" its border is thick, with "dim" it is faint.
    */
   cell(x, y, width, height, style, text = "", note = "") {
-    const [first, ...others] = style.split(" ").filter((one) => one !== "lit");
-    const lit = style.endsWith(" lit") ? " lit" : "";
-    const group = svg("g", { class: `${first} cell${lit}` }, svg("rect", { x, y, width, height, rx: 4 }));
+    const words = style.split(" ");
+    const [first, ...others] = words.filter((word) => !MARKS.includes(word));
+    const marks = ["", ...words.filter((word) => MARKS.includes(word))].join(" ");
+    const group = svg("g", { class: `${first} cell${marks}` }, svg("rect", { x, y, width, height, rx: 4 }));
     if (text) group.append(centred(x + width / 2, y + height / 2 + (note ? -1 : 4.5), text, "chip"));
     if (note) group.append(centred(x + width / 2, y + height / 2 + 12, note, "note"));
     this.#add(group, x + width + 1, y + height + 1);
