@@ -15,6 +15,7 @@ from tiny_llm.prefix_cache import PrefixCache, TokenBlocks
 
 from book_pages import FIGURES, MDBOOK, build_book, write_empty_page, write_page
 from browser import chromium, sync_api, visiting
+from figures import beam_frames, interactive
 from tiny_llm import errors
 from tiny_model import examples
 
@@ -507,3 +508,39 @@ def test_allocation_follows_its_settings(open_figure: Any) -> None:
         press(figure, "Reset")
         expect(figure.get_by_label("Longest length")).to_have_value("32")
         assert "5 blocks are free, but not 3 side by side" in says(figure)
+
+
+# ---- recorded figures ----
+
+
+@pytest.mark.parametrize("name", interactive.DATA)
+def test_recorded_steps_are_small(name: str) -> None:
+    assert len(json.dumps(interactive.DATA[name](), separators=(",", ":"))) < 60_000
+
+
+def test_recorded_beams_hold_their_words_in_their_blocks() -> None:
+    for width, frames in beam_frames.frames().items():
+        assert max(len(frame["beams"]) for frame in frames) == int(width)
+        for frame in frames:
+            tables = [blocks for _, _, _, blocks in frame["beams"]]
+            texts = [" ".join(frame["contents"][block] for block in blocks) for blocks in tables]
+            assert all(text.startswith(" ".join(beam_frames.PROMPT)) for text in texts)
+            assert frame["logical"] == sum(map(len, tables))
+            assert frame["physical"] == len(frame["contents"]) == len({b for table in tables for b in table})
+        assert frames[-1]["beams"] == []
+    best = {width: frames[-1]["ended"][0][0] for width, frames in beam_frames.frames().items()}
+    assert best["2"] != best["3"]  # a wider search finds a better text
+
+
+def test_beams_show_the_recorded_search(open_figure: Any) -> None:
+    with open_figure("beams") as figure:
+        picture, slider = figure.locator(".picture"), figure.get_by_role("slider", name="Step")
+        assert says(figure).endswith("Beam 3 is a fork of beam 0.")
+        expect(picture).to_contain_text("→ beam 3")
+        press(figure, "Next")
+        assert says(figure).endswith("beam 0 copies 3 tokens of block 2 to block 4.")
+        figure.get_by_label("Beam width").select_option("4")
+        slider.fill("99")
+        expect(picture).to_contain_text("no beam is left")
+        press(figure, "Reset")
+        expect(figure.get_by_label("Beam width")).to_have_value("3")

@@ -1,8 +1,9 @@
 """What a page shows in place of an interactive figure without JavaScript: a few of its steps."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from .beam_frames import frames
 from .blocks import CELL, GAP, Block, legend, slotted_block, table
 from .drawing import Drawing
 
@@ -155,8 +156,51 @@ def _allocation() -> Drawing:
     return drawing
 
 
+BEAM_HUES = ("blue", "orange", "green", "violet", "teal", "rose")
+
+
+def _beams() -> Drawing:
+    """Two frames of the search with three beams: a prune and a fork, then the copy on write."""
+    drawing = Drawing(
+        640,
+        516,
+        "Beams that share blocks",
+        "A beam without a successor is pruned, and another is forked: the two share all blocks. When both "
+        "append a token, one of them copies the block that is not full.",
+    )
+    for place, frame in enumerate(frames()["3"][3:5]):
+        top = 16 + place * 260
+        what = ("beam 1 is pruned, beam 3 is a fork of beam 0", "each beam appends a token")[place]
+        drawing.label(2, top, what, "text")
+        hues = _holders(frame["beams"])
+        for row, (beam, _, _, blocks) in enumerate(frame["beams"]):
+            y, x = top + 12 + row * 50, 80.0
+            drawing.label(2, y + 26, f"beam {beam}", "name")
+            for block in blocks:
+                drawing.cell(x, y, 148, 44, hues[block], frame["contents"][block], f"block {block}")
+                x += 152
+        for block in range(8):
+            x, y = 80 + block * (CELL + GAP), top + 182
+            refs = len(hues.get(block, "").split())
+            drawing.label(x + CELL / 2, y - 4, str(block), "note", "middle")
+            note = f"{refs} ref{'s' if refs > 1 else ''}" if refs else ""
+            filled = f"{len(frame['contents'][block].split())}/4" if refs else ""
+            drawing.cell(x, y, CELL, CELL, hues.get(block, "free"), filled, note)
+    return drawing
+
+
+def _holders(beams: Sequence[Sequence[Any]]) -> dict[int, str]:
+    """The hues of the beams that hold each block, in one string."""
+    hues: dict[int, str] = {}
+    for _, hue, _, blocks in sorted(beams, key=lambda beam: int(beam[0])):
+        for block in blocks:
+            hues[block] = f"{hues.get(block, '')} {BEAM_HUES[hue]}".strip()
+    return hues
+
+
 FIGURES: dict[str, Callable[[], Drawing]] = {
     "block_table": _block_table,
     "prefix_cache": _prefix_cache,
     "allocation": _allocation,
+    "beams": _beams,
 }
