@@ -15,7 +15,7 @@ from tiny_llm.prefix_cache import PrefixCache, TokenBlocks
 
 from book_pages import FIGURES, MDBOOK, build_book, write_empty_page, write_page
 from browser import chromium, sync_api, visiting
-from figures import beam_frames, interactive
+from figures import beam_frames, interactive, timeline_frames
 from tiny_llm import errors
 from tiny_model import examples
 
@@ -544,3 +544,59 @@ def test_beams_show_the_recorded_search(open_figure: Any) -> None:
         expect(picture).to_contain_text("no beam is left")
         press(figure, "Reset")
         expect(figure.get_by_label("Beam width")).to_have_value("3")
+
+
+def test_recorded_timelines_keep_their_budget_and_compute_every_token() -> None:
+    needed = sum(prompt + output - 1 for _, prompt, output in timeline_frames.REQUESTS.values())
+    kinds = set()
+    for key, run in timeline_frames.frames()["runs"].items():
+        mode, budget, pool = key.split("/")
+        rows = [row.split() for row in run["rows"].values()]
+        assert {len(row) for row in rows} == {len(run["used"])}
+        assert max(run["used"]) <= int(pool)
+        for cells in zip(*rows, strict=True):
+            assert sum(map(num_tokens, cells)) <= int(budget)
+        again = sum(num_tokens(cell) for row in rows for cell in row if cell[0] == "r")
+        first = sum(num_tokens(cell) for row in rows for cell in row if cell[0] != "r")
+        assert first <= needed <= first + again
+        assert all(cells[-1].endswith("!") for cells in ([c for c in row if c != "-"] for row in rows))
+        kinds.update((mode, cell[0]) for row in rows for cell in row)
+    assert {kind for mode, kind in kinds if mode == "recompute"} >= set("wpdrxqi")
+    assert {kind for mode, kind in kinds if mode == "swap"} >= set("wpdohs")
+    assert {kind for mode, kind in kinds if mode == "none"} <= set("wpdi-")
+
+
+def num_tokens(cell: str) -> int:
+    """The tokens that a recorded cell computes."""
+    numbers = [int(number) for number in cell[1:].strip("!").split(",") if number]
+    return numbers[-1] - numbers[-2] if cell[0] in "pdrs" else 0
+
+
+def test_timeline_says_what_each_request_does(open_figure: Any) -> None:
+    with open_figure("timeline") as figure:
+        assert "C is preempted: its blocks are released, and 14 tokens must be computed again" in says(figure)
+        picture = figure.locator(".picture")
+        for row in ("A decodes 1 token", "B decodes 1 token", "C is preempted"):
+            picture.press("ArrowDown")
+            assert row in says(figure)
+        figure.get_by_text("\u00d7", exact=True).click()
+        assert says(figure).startswith("Step 11: C is preempted")
+        for _ in range(3):
+            picture.press("ArrowUp")
+        assert "D and E wait" in says(figure)
+
+
+def test_timeline_plays_other_settings(open_figure: Any) -> None:
+    with open_figure("timeline") as figure:
+        figure.get_by_label("Preemption").select_option("swap")
+        press(figure, "Reset")
+        assert "must be computed again" in says(figure)  # recompute again
+        figure.get_by_label("Preemption").select_option("swap")
+        figure.get_by_text("↓", exact=True).first.click()
+        assert "blocks are copied to the host" in says(figure)
+        figure.get_by_text("↑", exact=True).first.click()
+        assert "blocks are copied from the host" in says(figure)
+        figure.get_by_label("Preemption").select_option("none")
+        figure.get_by_label("Pool").select_option("12")
+        figure.get_by_role("slider", name="Step").fill("0")
+        assert "0 preemptions, 0 tokens computed again and 0 blocks swapped out" in says(figure)

@@ -5,7 +5,7 @@ DATA: values that a figure reads as JSON, made by the reference's own scheduler.
 
 from collections.abc import Callable
 
-from . import beam_frames
+from . import beam_frames, timeline_frames
 from .drawings import draw
 
 FALLBACKS: dict[str, str] = {
@@ -13,10 +13,14 @@ FALLBACKS: dict[str, str] = {
     "prefix-cache": "stills.prefix_cache",
     "allocation": "stills.allocation",
     "beams": "stills.beams",
+    "timeline": "stills.timeline",
 }
 """The drawing for each interactive figure, as `MODULE.FIGURE`."""
 
-DATA: dict[str, Callable[[], object]] = {"beams": beam_frames.frames}
+DATA: dict[str, Callable[[], object]] = {
+    "beams": beam_frames.frames,
+    "timeline": timeline_frames.frames,
+}
 
 
 def fallback(name: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from .beam_frames import frames
 from .blocks import CELL, GAP, Block, legend, slotted_block, table
 from .drawing import Drawing
+from .timeline_frames import Recorder
 
 
 class _Step(NamedTuple):
@@ -156,7 +157,7 @@ def _allocation() -> Drawing:
     return drawing
 
 
-BEAM_HUES = ("blue", "orange", "green", "violet", "teal", "rose")
+HUE_CYCLE = ("blue", "orange", "green", "violet", "teal", "rose")
 
 
 def _beams() -> Drawing:
@@ -194,8 +195,39 @@ def _holders(beams: Sequence[Sequence[Any]]) -> dict[int, str]:
     hues: dict[int, str] = {}
     for _, hue, _, blocks in sorted(beams, key=lambda beam: int(beam[0])):
         for block in blocks:
-            hues[block] = f"{hues.get(block, '')} {BEAM_HUES[hue]}".strip()
+            hues[block] = f"{hues.get(block, '')} {HUE_CYCLE[hue]}".strip()
     return hues
+
+
+LOOKS = {"w": "free", "q": "free", "x": "free", "h": "zone", "o": "zone"}
+SIGNS = {"x": "\u00d7", "o": "↓", "s": "↑", "d": "•"}
+
+
+def _timeline() -> Drawing:
+    """One recorded run, from its first step to its last: preemption with recomputing."""
+    drawing = Drawing(
+        760,
+        262,
+        "A timeline of continuous batching",
+        "Five requests with 8 tokens per step and 16 blocks. Prompts are computed in chunks beside the "
+        "decodes. A request is preempted when the blocks run out, waits, and is computed again.",
+    )
+    run = Recorder("recompute", 8, 16).record()
+    for step in range(len(run["used"])):
+        drawing.label(56 + step * 21 + 10, 14, str(step + 1), "note", "middle")
+    for row, (name, cells) in enumerate(run["rows"].items()):
+        y = 24 + row * 40
+        drawing.label(2, y + 20, name, "name")
+        for step, cell in enumerate(cells.split()):
+            if cell == "-":
+                continue
+            numbers = [int(number) for number in cell[1:].strip("!").split(",") if number]
+            text = SIGNS.get(cell[0], str(numbers[1] - numbers[0]) if cell[0] in "pr" else "")
+            style = LOOKS.get(cell[0], HUE_CYCLE[row]) + (" rose" if cell[0] == "r" else "")
+            drawing.cell(56 + step * 21, y, 19, 32, style, text)
+    entries = {"blue": "n: tokens of a prompt; •: decode", "blue rose": "n: computed again"}
+    legend(drawing, 2, 246, {**entries, "free": "waits; \u00d7: preempted"})
+    return drawing
 
 
 FIGURES: dict[str, Callable[[], Drawing]] = {
@@ -203,4 +235,5 @@ FIGURES: dict[str, Callable[[], Drawing]] = {
     "prefix_cache": _prefix_cache,
     "allocation": _allocation,
     "beams": _beams,
+    "timeline": _timeline,
 }
