@@ -85,7 +85,7 @@ export class Reserved extends Regions {
 
   /** Why a request cannot start. */
   lack() {
-    return `no ${counted(this.blocksFor(this.longest), "adjacent block")} for its longest length`;
+    return `${counted(this.blocksFor(this.longest), "adjacent block")} needed for the longest length`;
   }
 
   grow() {
@@ -212,7 +212,7 @@ export class Server {
       this.waiting.push({ request, tokens: request.prompt });
     } else {
       this.refused += 1;
-      this.events.push(`${request.name} is refused, because it is longer than the longest length`);
+      this.events.push(`${request.name} is refused, because it is longer than allowed`);
     }
   }
 

@@ -74,11 +74,11 @@ export class Picture {
     this.#add(mark, right, bottom);
   }
 
-  /** The picture as an element. title: what it shows, for screen readers. role: "img", or "group" if parts have names. */
-  node(title, role = "img") {
+  /** The picture as an element. title: what it shows, for screen readers. */
+  node(title) {
     const [width, height] = [Math.ceil(this.width) + 2, Math.ceil(this.height) + 2];
     const attributes = { class: "figure", viewBox: `0 0 ${width} ${height}`, width, height };
-    return svg("svg", { ...attributes, role, "aria-label": title }, ...this.#marks);
+    return svg("svg", { ...attributes, role: "img", "aria-label": title }, ...this.#marks);
   }
 
   #add(mark, right, bottom) {

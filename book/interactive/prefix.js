@@ -81,7 +81,6 @@ export class PrefixCache {
   keep(table, stream, first) {
     for (let index = first; index < stream.length; index += 1) {
       const wanted = stream[index];
-      if (index > 0 && this.#hashOf.get(table.blocks[index - 1]) !== wanted.parent) return;
       const kept = this.#kept.get(wanted.hash);
       if (!kept) this.#add(table.blocks[index], wanted);
       else if (isBlock(kept, wanted)) this.#exchange(table, index, kept);

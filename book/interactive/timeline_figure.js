@@ -1,4 +1,4 @@
-/** `<timeline-figure>`: recorded runs of the reference's batch manager, one row for each request, a column for each step. */
+/** `<timeline-figure>`: recorded runs of the reference's batch manager; a row for each request, a column for each step. */
 
 import { HUES, Picture, html, legend, svg } from "picture";
 import { SteppedFigure, select } from "stepped_figure";
@@ -30,8 +30,9 @@ class TimelineFigure extends SteppedFigure {
   }
 
   get firstStep() {
-    const preempted = Object.values(this.#run.cells).flatMap((row) => row.findIndex(isPreemption)).filter((at) => at >= 0);
-    return preempted.length ? 1 + Math.min(...preempted) : 8;
+    const places = Object.values(this.#run.cells).map((row) => row.findIndex(isPreemption));
+    const preempted = places.filter((place) => place >= 0);
+    return preempted.length ? 1 + Math.min(...preempted) : Math.min(8, this.numSteps - 1);
   }
 
   prepare(data) {
@@ -184,8 +185,8 @@ class TimelineFigure extends SteppedFigure {
     const ends = cells.filter(([, { isLast }]) => isLast).map(([name]) => name);
     if (ends.length) parts.push(`${listed(ends)} end${ends.length > 1 ? "" : "s"} after it`);
     const [budget, pool] = [valueOf(this.#selects.budget), valueOf(this.#selects.pool)];
-    return `Step ${step}: ${parts.join("; ")}. The step computes ${this.#tokens(step - 1)} of at most ${budget} tokens, `
-      + `and ${this.#run.used[step - 1]} of ${pool} blocks are in use.`;
+    return `Step ${step}: ${parts.join("; ")}. The step computes ${this.#tokens(step - 1)} of at most `
+      + `${budget} tokens, and ${this.#run.used[step - 1]} of ${pool} blocks are in use.`;
   }
 
   #sayCell(name, step) {
