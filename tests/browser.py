@@ -67,5 +67,5 @@ def _answering(answer: dict[str, Any]) -> Callable[[Any], None]:
 
 
 def is_local(address: str, url: str) -> bool:
-    """Whether an address is on the server at `url`, or a data URL."""
-    return address.startswith((f"{url.rstrip('/')}/", "data:"))
+    """Whether an address is on the server at `url`, the file at `url`, or a data URL."""
+    return address == url or address.startswith((f"{url.rstrip('/')}/", "data:"))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from .drawing import Drawing
 
 CELL, GAP = 44, 4  # the size of a block or token, and the space between two
+SLOT = 24  # the width of a token's place in a block that shows its tokens
 
 
 class Block(NamedTuple):
@@ -27,6 +28,19 @@ def pool(drawing: Drawing, x: float, y: float, blocks: Sequence[Block], first: i
         drawing.label(left + CELL / 2, y - 6, str(first + place), "note", "middle")
         drawing.cell(left, y, CELL, CELL, block.hues or "free", block.text, block.note)
     return x + len(blocks) * (CELL + GAP)
+
+
+def slotted_block(
+    drawing: Drawing, x: float, y: float, block_id: int, block: Block, slots: Sequence[str]
+) -> float:
+    """Draw a block that shows its tokens, with its id above and its note below; "" is a free place."""
+    width = len(slots) * SLOT + 8
+    drawing.label(x + width / 2, y - 6, str(block_id), "note", "middle")
+    drawing.cell(x, y, width, 50, block.hues or "free")
+    for place, text in enumerate(slots):
+        drawing.cell(x + 5 + place * SLOT, y + 5, SLOT - 2, 20, "panel" if text else "free", text)
+    drawing.label(x + width / 2, y + 38, block.note, "note", "middle")
+    return x + width + GAP
 
 
 def table(drawing: Drawing, x: float, y: float, name: str, hue: str, ids: Sequence[int | str]) -> float:

@@ -5,12 +5,22 @@ DATA: values that a figure reads as JSON, made by the reference's own scheduler.
 
 from collections.abc import Callable
 
+from . import beam_frames, timeline_frames
 from .find import draw
 
-FALLBACKS: dict[str, str] = {}
+FALLBACKS: dict[str, str] = {
+    "block-table": "stills.block_table",
+    "prefix-cache": "stills.prefix_cache",
+    "allocation": "stills.allocation",
+    "beams": "stills.beams",
+    "timeline": "stills.timeline",
+}
 """The drawing for each interactive figure, as `MODULE.FIGURE`."""
 
-DATA: dict[str, Callable[[], object]] = {}
+DATA: dict[str, Callable[[], object]] = {
+    "beams": beam_frames.frames,
+    "timeline": timeline_frames.frames,
+}
 
 
 def fallback(name: str) -> str:

@@ -10,7 +10,7 @@ from . import pictures
 from .code import Code
 from .directives import Directive, expand
 from .exercises import Exercises
-from .interactive import Interactive
+from .interactive import Interactive, with_one_import_map
 from .mathml import with_mathml
 from .results import Results
 
@@ -42,4 +42,4 @@ class Chapters:
 
     def expanded(self, text: str, chapter: str) -> str:
         """A chapter's Markdown with everything replaced. Raises `BookError`."""
-        return expand(with_mathml(text, chapter), self._directives, chapter)
+        return with_one_import_map(expand(with_mathml(text, chapter), self._directives, chapter))

@@ -5,6 +5,7 @@ browser loads no module from a file on disk. They import each other by name: `im
 """
 
 import json
+import re
 from base64 import b64encode
 from collections.abc import Callable
 from html import escape
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from .errors import BookError
 
+IMPORT_MAP = '<script type="importmap">'
 FOLDER = Path(__file__).parents[1] / "interactive"
 
 
@@ -48,6 +50,13 @@ class Interactive:
         )
 
 
+def with_one_import_map(chapter: str) -> str:
+    """Remove all import maps of a chapter but the first: they are equal, and browsers expect one."""
+    head, start, rest = chapter.partition(IMPORT_MAP)
+    first, end, rest = rest.partition("</script>\n")
+    return head + start + first + end + re.sub(f"{IMPORT_MAP}.*?</script>\n", "", rest, flags=re.DOTALL)
+
+
 def modules() -> dict[str, str]:
     """The JavaScript modules by name."""
     return {file.stem: file.read_text(encoding="utf-8") for file in sorted(FOLDER.glob("*.js"))}
@@ -60,6 +69,4 @@ def scripts(module: str) -> str:
         for name, text in modules().items()
     }
     import_map = json.dumps({"imports": addresses})
-    return (
-        f'<script type="importmap">{import_map}</script>\n<script type="module">import "{module}";</script>'
-    )
+    return f'{IMPORT_MAP}{import_map}</script>\n<script type="module">import "{module}";</script>'
