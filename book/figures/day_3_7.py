@@ -147,7 +147,9 @@ def _iterations() -> Drawing:
         for row, text in enumerate(one.tasks):
             drawing.label(x + 39, 41 + 15 * row, text, "chip", "middle")
         bottom = 50 + 15 * (len(one.tasks) - 1)
-        drawing.arrow([(x + 26, bottom), (x + 26, 84), (left + TASKS / 2, 84), (left + TASKS / 2, 110)])
+        drawing.arrow(
+            [(x + TASKS / 2, bottom), (x + TASKS / 2, 84), (left + TASKS / 2, 84), (left + TASKS / 2, 110)]
+        )
         _iteration(drawing, left, 112, one)
     return drawing
 
