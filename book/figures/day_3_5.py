@@ -36,7 +36,7 @@ def _window() -> Drawing:
     """A chunk of two tokens with a window of five: what is stored, what the table says, and the mask."""
     drawing = Drawing(
         680,
-        316,
+        282,
         "A chunk with a window of five tokens",
         "Blocks of four tokens. Positions 0 to 7 were released; 8 to 11 are in block 7, 12 to 14 in block 2. "
         "The table of indices is -1, -1, 7, 2. Position 13 sees 9 to 13, position 14 sees 10 to 14.",
@@ -47,6 +47,7 @@ def _window() -> Drawing:
         return left + position * (width + 3) + position // 4 * 8
 
     drawing.label(left, 22, "positions of the text; the step computes 13 and 14", "small")
+    drawing.label(x_of(8), 22, "start = 8", "small")
     for position in range(16):
         hue = "blue" if 8 <= position <= 14 else "free"
         drawing.cell(x_of(position), 32, width, 28, hue, str(position) if position <= 14 else "")
@@ -54,16 +55,15 @@ def _window() -> Drawing:
     for block, entry in enumerate((NO_BLOCK, NO_BLOCK, "7", "2")):
         hue = "free" if entry == NO_BLOCK else "blue"
         drawing.cell(x_of(4 * block), 102, 4 * width + 9, 28, hue, entry)
-    drawing.label(left, 162, "read: 7 tokens, so the mask is [2, 7]", "small")
+    drawing.label(left, 150, "not read, and not held", "small")
+    drawing.label(x_of(8), 162, "read: 7 tokens, so the mask is [2, 7]", "small")
     for line, (query, first) in enumerate(((13, 9), (14, 10))):
         y = 174 + line * 34
         drawing.label(x_of(8) - 12, y + 19, f"query {query}", "small", "end")
         for position in range(8, 15):
             seen = first <= position <= query
             drawing.cell(x_of(position), y, width, 28, "teal" if seen else "zone", "0" if seen else "-inf")
-    drawing.label(left, 276, "start = 8: not read, and not held", "small")
-    drawing.arrow([(x_of(4), 262), (x_of(4), 144)], dashed=True)
-    legend(drawing, left, 304, {"blue": "stored", "free": "released, or empty", "teal": "seen"})
+    legend(drawing, left, 268, {"blue": "stored", "free": "released, or empty", "teal": "seen"})
     return drawing
 
 
@@ -79,7 +79,7 @@ def _groups() -> Drawing:
     )
     drawing.label(16, 22, "the model", "small")
     for layer, hue in enumerate(("orange", "orange", "blue", "teal", "teal", "blue")):
-        window = "all" if hue == "blue" else "512"
+        window = "all" if hue == "blue" else "window 6"
         drawing.cell(16, 32 + layer * 28, 130, 24, hue, f"layer {layer}: {window}")
     drawing.label(206, 22, "one sequence: five blocks of text, three tables", "small")
     tables = (
@@ -134,7 +134,7 @@ def _hit() -> Drawing:
         y = 106 + line * 70
         _kept_row(drawing, y, f"n = {hit}", kept, needed)
         drawing.label(90, y + 48, text, "small")
-    meaning = {"blue": "kept", "teal": "kept", "rose": "needed, missing", "free": "not needed"}
+    meaning = {"blue teal": "needed, kept", "rose": "needed, missing", "free": "missing, or not asked for"}
     legend(drawing, 90, 318, meaning)
     return drawing
 
