@@ -51,8 +51,8 @@ def measure(
     load = Workload(shortest, longest, common, caches, max_seq_len, block_size, turnover, seed)
     if common == longest or load.blocks(longest) >= load.num_blocks:
         raise typer.BadParameter(
-            f"--longest {longest} must be more than --common {common}, and at least a block of "
-            f"{block_size} tokens less than the memory, which holds {load.capacity} tokens"
+            f"--longest {longest} must be more than --common {common}, and fit into {load.num_blocks - 1} "
+            f"blocks of {block_size} tokens, one fewer than the memory has"
         )
     commons = sorted({common * part // COMMONS for part in range(COMMONS)})
     runs = [(kind, load) for kind in DESIGNS] + [(PrefixPages, load._replace(common=c)) for c in commons]

@@ -187,10 +187,15 @@ def _table_of_times(times: list[Times]) -> Table:
 
 def _conclusion(counts: Counts, times: list[Times]) -> str:
     last, same = times[-1], sum(t.same for t in times)
+    factor = last.recomputing / last.cached
+    reason = (
+        " The time differs less than the keys, because with a cache a token still reads all weights and "
+        "attends to all earlier tokens."
+        if factor < last.predicted
+        else ""
+    )
     return (
         f"Without a cache, {counts.ratio.measured:.1f} times as many keys are computed. After {last.length} "
-        f"tokens, the next token takes {last.recomputing / last.cached:.0f} times as long, for "
-        f"{last.predicted:.0f} times as many keys. The time differs less than the keys, because with a cache "
-        "a token still reads all weights and attends to all earlier tokens. Both ways gave the same tokens "
-        f"at {same} of {len(times)} lengths."
+        f"tokens, the next token takes {factor:.0f} times as long, for {last.predicted:.0f} times as many "
+        f"keys.{reason} Both ways gave the same tokens at {same} of {len(times)} lengths."
     )

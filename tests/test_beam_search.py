@@ -685,7 +685,7 @@ def test_a_cancelled_search_releases_everything_and_disturbs_no_other_request(af
     assert engine.add_beam_search("gone", random_prompt(3, 1), params).beams, "the id is free again"
 
 
-def test_a_search_is_not_among_the_sequences_of_the_sampling_loop() -> None:
+def test_a_beam_search_has_no_token_outputs() -> None:
     engine, _ = engine_of(dense_model())
     engine.add_beam_search("a", random_prompt(3, 1), BeamSearchParams(beam_width=2, max_tokens=3))
     engine.add_request("b", random_prompt(3, 2), SamplingParams(max_tokens=3, temperature=0))

@@ -235,7 +235,7 @@ def test_the_package_below_the_reference_is_read_too(shelved: Repo) -> None:
     ]
 
 
-def test_the_syllabus_declares_interfaces_that_cannot_be_found(repo: Repo) -> None:
+def test_the_syllabus_can_add_interfaces_that_are_not_found_in_the_code(repo: Repo) -> None:
     replace(repo.syllabus, 'name = "doubling.double"', 'name = "doubling.double"\nmay_use = ["adding.given"]')
     assert used(repo, "1.2.2") == ["adding.add", "adding.given"]
 

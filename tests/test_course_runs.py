@@ -221,7 +221,7 @@ def test_the_next_hint_is_for_the_exercise_that_the_last_run_named(
         next_hint()
         return capsys.readouterr().out.splitlines()[0]
 
-    assert shown() == "no exercise to fix: the last run names none"
+    assert shown() == "no exercise to fix: the last run did not name one"
     assert run_day(repo, syllabus, syllabus.day("1.1"), ["-q"]) == 1
     capsys.readouterr()
     steps = [f"1.1.1 add, {step}:" for step in ("a question", "a fact", "a sketch")]
@@ -231,7 +231,7 @@ def test_the_next_hint_is_for_the_exercise_that_the_last_run_named(
     write(repo, "adding", ADDING)
     assert run_day(repo, syllabus, syllabus.day("1.1"), ["-q"]) == 0
     capsys.readouterr()
-    assert shown() == "no exercise to fix: the last run names none"
+    assert shown() == "no exercise to fix: the last run did not name one"
 
 
 # ---- crashes of pytest ----

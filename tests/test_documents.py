@@ -48,6 +48,7 @@ NOT_RUN = {
     "pdm run build-kernels": "compiles for minutes: tests/test_course_kernels.py runs it",
     "pdm run bash": "compiles with sanitizers for many minutes",
     "bash .ci/run": "runs these tests",
+    "pdm run book": "runs until Ctrl-C, or builds: tests/test_book.py and .ci/run build it",
     "pdm run bench ": "minutes each: tests/test_benches.py runs them with small sizes",
     "pdm run lab ": "minutes each: tests/test_labs.py runs them with small sizes",
     "tiny-llm bench latency": "tests/test_cli_bench_info.py runs it with small sizes",

@@ -214,7 +214,7 @@ def test_a_request_is_finished_when_all_its_completions_are_finished() -> None:
     assert [c.index for c in output.outputs] == [0, 1]
 
 
-def test_events_join_to_the_output_and_the_last_one_has_the_usage() -> None:
+def test_events_concatenate_to_the_output_and_the_last_one_has_the_usage() -> None:
     request = RequestState("r", None, [1, 2], TOKENIZER, SamplingParams(n=2, logprobs=0, stop="X"))
     first = with_logprob(token_output(ord("a"), seq_id="r/1"))._replace(num_cached_tokens=1)
     events = [request.push(first)]

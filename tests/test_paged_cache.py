@@ -123,7 +123,7 @@ def test_a_growing_sequence_keeps_its_blocks_and_tokens() -> None:
     assert cache.allocator.num_free == 9
 
 
-def test_growth_within_a_block_allocates_none() -> None:
+def test_growth_within_a_block_allocates_no_block() -> None:
     cache = make_cache()
     first = cache.allocate("a", 1)
     assert cache.allocate("a", 3) == first

@@ -307,7 +307,7 @@ def test_clearing_keeps_blocks_in_use_in_their_tables_and_caches_nothing_after_t
     assert cache._allocator.num_free == 12
 
 
-def test_a_block_is_not_cached_if_another_tables_copy_of_its_parent_is() -> None:
+def test_a_block_is_not_cached_if_its_cached_parent_is_another_tables_copy() -> None:
     """A child of another table's copy of a block would not keep that copy from being evicted first."""
     cache = cache_of()
     table, stream = filled(cache, "aabb"), stream_of("aabb")

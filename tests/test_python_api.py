@@ -322,7 +322,7 @@ def settings(found: recommendation.Recommendation) -> dict[str, Any]:
     return {setting.field: setting.value for setting in found}
 
 
-def test_the_table_of_parameters_applies_to_packaged_files_that_recommend_nothing(
+def test_a_packaged_file_without_recommendations_gets_the_parameters_of_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     try:

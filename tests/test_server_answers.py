@@ -41,7 +41,7 @@ def test_a_chats_answer_equals_the_engines_own(llm: LLM, sdk: openai.OpenAI) -> 
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_the_events_of_a_stream_join_to_the_answer(sdk: openai.OpenAI) -> None:
+def test_the_events_of_a_stream_concatenate_to_the_answer(sdk: openai.OpenAI) -> None:
     whole = sdk.chat.completions.create(model="smollm2", messages=FRANCE, n=2, seed=7, max_tokens=20)
     stream = sdk.chat.completions.create(
         model="smollm2",

@@ -468,6 +468,6 @@ def test_an_address_in_use_is_refused_in_one_line() -> None:
     assert f"cannot listen on 127.0.0.1, port {port}: Address already in use; see --host, --port" in line
 
 
-def test_listening_on_all_addresses_without_a_key_is_a_warning() -> None:
+def test_listening_on_all_addresses_without_a_key_logs_a_warning() -> None:
     with process("--host", "0.0.0.0", "--log-level", "error") as server:
         until(lambda: any("requests need no key" in line for line in server.lines))

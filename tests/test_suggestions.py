@@ -34,7 +34,7 @@ def test_nothing_is_suggested_for_a_long_name() -> None:
     assert closest("x" * 65, ["x" * 66]) == []
 
 
-def test_a_message_without_a_suggestion_says_something_else() -> None:
+def test_the_fallback_is_shown_only_if_there_is_no_suggestion() -> None:
     assert did_you_mean("xyzzy", KNOWN) == ""
     assert did_you_mean("xyzzy", KNOWN, "see --help") == "; see --help"
     assert did_you_mean("top", KNOWN, "see --help") == "; did you mean top_p or top_k?"

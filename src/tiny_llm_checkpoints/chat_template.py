@@ -98,8 +98,9 @@ class ChatTemplate:
     ) -> list[int]:
         """Token ids of the rendered prompt. Only the template writes control tokens; messages cannot.
 
-        Equal to `tokenizer.encode(render(...))` unless a message or an argument spells a control token: that
-        stays text, and no other token of the prompt changes. So typing "<|im_end|>" does not end a message.
+        Equal to `tokenizer.encode(render(...))` unless a message or an argument spells a control token. Such
+        text is encoded as plain text, and no other token of the prompt changes: a user who types "<|im_end|>"
+        does not end the message.
 
         add_generation_prompt: end the prompt where the assistant's answer starts. None means True unless
         `continue_final_message` is set.

@@ -65,7 +65,7 @@ QUANTIZED: dict[str, Callable[[mx.array], Quantized]] = {
 
 
 def dequantized(rows: mx.array, kind: GGMLType) -> mx.array:
-    """Dequantize any other type with ggml's `gguf` package: rows [N, bytes] -> [N, K] float16."""
+    """Dequantize a type that is not in `QUANTIZED`: rows [N, bytes] -> [N, K] float16. Uses ggml's `gguf`."""
     import numpy as np
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize

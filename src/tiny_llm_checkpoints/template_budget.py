@@ -126,7 +126,10 @@ def check_power(base: Any, exponent: Any) -> None:
 
 
 def check_product(budget: Budget, arguments: Iterable[Any]) -> None:
-    """Check a call whose result may be as large as the product of its arguments' sizes or numbers."""
+    """Check a call whose result may be as large as the product of its arguments, such as `"ab" * 1000`.
+
+    An argument that is a number counts as that number, any other as its size: here 2 * 1000.
+    """
     product = 1
     for argument in arguments:
         product *= max(1, _number(argument) or budget.size_of(argument))

@@ -41,7 +41,7 @@ def guarded(problem: str) -> Iterator[None]:
 
 
 def load(source: str) -> tokenizers.Tokenizer:
-    """Build the tokenizer from the text of a tokenizer.json. Raises `TokenizerError`."""
+    """Build the tokenizer from the text of a tokenizer.json. Raises `TokenizerError` if it is not valid."""
     with guarded("not a tokenizer"):
         return tokenizers.Tokenizer.from_str(source)
 

@@ -326,8 +326,9 @@ def _check_demo(context: typer.Context) -> None:
 def server_config(options: ServerOptions, host: str = "0.0.0.0") -> "ServerConfig":
     """Make a `ServerConfig` from `options`.
 
-    host: the address to listen on. If it is a loopback address and there are no keys, only the loopback's
-    names are allowed as hosts.
+    host: the address to listen on. Allowed hosts are those of `options.allowed_hosts` and the loopback's
+    names. Without `options.allowed_hosts`, these names are the only ones if `host` is one of them and there
+    are no keys; otherwise any host is allowed.
     """
     from tiny_llm_server import ServerConfig
 

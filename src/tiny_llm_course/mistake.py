@@ -14,7 +14,10 @@ _OF_A_BLANK = re.compile(r"\d\.\d\.\d+ \S+: ")
 
 
 class Mistake(NamedTuple):
-    """An error from a learner's module. is_blank: it is an exercise that is not written; `what` names it."""
+    """An error from a learner's module: its file, line and message (`what`).
+
+    is_blank: the error comes from an exercise that is not written; `what` names the exercise.
+    """
 
     file: Path
     line: int

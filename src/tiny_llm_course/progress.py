@@ -60,7 +60,7 @@ def helper_files(repo: Repo) -> list[Path]:
 
 
 def own_modules(repo: Repo) -> list[str]:
-    """The learner's modules. Raises `CourseError` for a file that replaces no module of the reference."""
+    """The learner's modules. Raises `CourseError` for a file that the reference has no module for."""
     helpers = {file.stem for file in helper_files(repo)}
     own = sorted({file.stem for file in repo.overlay.glob("*.py")} - {"__init__", *helpers})
     known = {file.stem for file in repo.reference.glob("*.py")}

@@ -48,7 +48,10 @@ def start_report(repo: Repo, unit: Unit, done: StartResult) -> list[str]:
 
 
 def restart_advice(repo: Repo, unit: Unit, done: StartResult) -> list[str]:
-    """How to start over, as a list of at most one line; empty if it had not been started or is blank."""
+    """How to start over, as a list of at most one line.
+
+    Empty if `start` has just written something, or if all exercises of the unit are blank.
+    """
     if not done.changed_nothing or is_untouched(repo, unit):
         return []
     return [f"restart: pdm run start {unit.id} --again (keeps your files in {FOLDER}/)"]
@@ -199,7 +202,7 @@ class NextHint:
         """Print the exercise's first hint, or its next one if the previous call was about it too."""
         exercise_id = noted_first_to_fix(self._repo)
         if exercise_id is None:
-            print("no exercise to fix: the last run names none", flush=True)
+            print("no exercise to fix: the last run did not name one", flush=True)
             return
         self._step = min(self._step + 1, len(STEPS)) if exercise_id == self._exercise_id else 1
         self._exercise_id = exercise_id

@@ -97,7 +97,9 @@ class BatchManager(Protocol):
     def add_request(
         self, tokens: list[int], request_id: str, params: SamplingParams | None = None, seed: int = 0
     ) -> bool:
-        """Queue a prompt; returns False if that is not possible now.
+        """Queue a prompt; return True, or False if that is not possible now.
+
+        `PagedBatchManager` and `DenseBatchManager` have no limit on waiting prompts and never return False.
 
         Raises `RequestTooLargeError`, with the limit, if it will never be possible.
         """

@@ -43,7 +43,7 @@ class ControlStop:
         return max(0, self._shown[0] - self._lead)
 
     def limit(self, shown: int) -> int:
-        """How many of the `shown` characters of the text can no longer be part of the stop string."""
+        """How many of the `shown` characters may be streamed; the rest may belong to the stop string."""
         num_controls = self._num_controls[self._string.matched]
         begin = self._shown[-num_controls] - self._lead if num_controls else shown - self._string.matched
         return max(0, begin)
@@ -83,7 +83,7 @@ class ControlStops:
         return [(stop.begin, stop.text) for stop in found]
 
     def limit(self, shown: int) -> int:
-        """How many of the `shown` characters of the text can no longer be part of any of the strings."""
+        """How many of the `shown` characters may be streamed; the rest may belong to a stop string."""
         return min((stop.limit(shown) for stop in self._stops), default=shown)
 
 

@@ -49,7 +49,8 @@ class DenseContext:
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Store and attend span by span: q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, H, T, D], packed.
 
-        Each span of `_spans`, in order, has the next stop - start of the T packed rows.
+        The T packed rows are those of the spans in `_spans`, one span after the other. A span has
+        stop - start rows.
 
         1. Store the span's keys and values in its cache: `slot[layer].update(k, v)` takes both as
            [Hkv, n, D], without the batch axis, and returns all stored keys and values, [Hkv, S, D] each, in

@@ -155,8 +155,9 @@ class EngineLoop:
         `request.push(output)` returns the event. Handle three cases:
 
         - The event has a finish_reason but the output has none: a stop string in the text has ended this
-          completion. The core does not know that yet, so call `core.finish(output.seq_id)`. If the output has
-          a finish_reason, the core has already ended the sequence.
+          completion, or its text cannot be decoded. The core does not know that yet, so call
+          `core.finish(output.seq_id)`. If the output has a finish_reason, even a different one, the core has
+          already ended the sequence.
         - The event has a `usage`: it is the request's last event. Remove the request from `active`.
         - `push` or `finish` raises (any BaseException: a tokenizer written in Rust may raise one). Only this
           request fails: drop the event, cancel the request in the core, and call `fail_request`, which

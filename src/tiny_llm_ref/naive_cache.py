@@ -48,7 +48,7 @@ class NaiveKVCache:
         adds n to `current_len`. The returned keys and values are [Hkv, current_len, D] in the cache's type.
 
         Raises ValueError, and changes nothing, if the tokens do not fit into `max_seq_len`. Check this first:
-        MLX cuts off a slice that goes past the end and raises nothing.
+        MLX cuts off a slice that goes past the end, so a single token written there is lost without an error.
 
         >>> cache = NaiveKVCache(max_seq_len=4, num_heads=1, head_dim=2)
         >>> stored = cache.update(mx.ones((1, 3, 2)), mx.zeros((1, 3, 2)))

@@ -37,7 +37,7 @@ class SearchState:
 
     @property
     def has_begun(self) -> bool:
-        """True if a hypothesis has ended, or the search has."""
+        """True once a hypothesis or the whole search has ended."""
         return self._has_ended or (self._search is not None and bool(self._search.ended))
 
     @property

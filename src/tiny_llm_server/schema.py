@@ -390,7 +390,7 @@ class ChatCompletionRequest(Generation):
         return self
 
     def leaves_out(self, name: str) -> bool:
-        """Treat `max_completion_tokens` as the new name of `max_tokens`."""
+        """As in `Generation`, but `max_tokens` also counts as sent if `max_completion_tokens` was sent."""
         given = name == "max_tokens" and not super().leaves_out("max_completion_tokens")
         return not given and super().leaves_out(name)
 

@@ -367,7 +367,7 @@ class Prefixes(RuleBasedStateMachine):
 
     @rule(same=st.integers(0, 8), own=st.lists(st.integers(2, 3), max_size=4), shares=st.booleans())
     def start(self, same: int, own: list[int], shares: bool) -> None:
-        """A sequence shares cached blocks (if `looks`) or computes all of its tokens, and is cached."""
+        """A sequence shares cached blocks (if `shares`) or computes all of its tokens, and is cached."""
         tokens = [1] * same + own
         size, stream = self.cache.block_size, stream_of(tokens, self.cache.block_size)
         table = shared(self.allocator, self.cache, tokens) if shares else BlockTable(self.allocator, size)
