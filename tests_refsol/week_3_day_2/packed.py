@@ -125,6 +125,18 @@ def test_task_2_later_tokens_of_the_sequence_are_masked() -> None:
     np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [2, 3], rtol=1e-6)
 
 
+def test_task_2_old_data_may_be_nan() -> None:
+    """Oracle: by hand: 2, 4 and 9; the place after the last token holds NaN, as after an overflow.
+
+    Common mistake: hiding old data with a mask or a weight of 0: NaN - inf and 0 * NaN are NaN. Leave it out.
+    """
+    nan = float("nan")
+    values, keys = numbers(9, nan, EMPTY, EMPTY, 2, 4), numbers(0, nan, EMPTY, EMPTY, 0, 0)
+    batch = pack_batch([Span(table_of([2, 0], 3, block_size=2), 0, 3)])
+    out = paged_attention(queries(1, 3), 0 * keys, values, batch, 1.0)
+    np.testing.assert_allclose(np.array(out)[0, 0, :, 0], [2, 3, 5], rtol=1e-6)
+
+
 def test_task_2_every_span_attends_only_to_its_own_sequence() -> None:
     """Oracle: by hand: 6 is in one sequence, 1, 3 and 8 in another; the step has 1 and 2 tokens of them."""
     values = numbers(1, 3, 6, EMPTY, 8, EMPTY)

@@ -256,6 +256,18 @@ def test_task_6_default_scale_and_block_size_are_used() -> None:
         np.testing.assert_allclose(np.array(out), last_tokens(pool, query, scale), rtol=0, atol=2e-5)
 
 
+def test_task_6_attention_is_computed_in_float32() -> None:
+    """Oracle: by hand: the scores are 2049 and 2048, so the weights are 0.731 and 0.269; the values 0 and 1.
+
+    In float16 2049 is rounded to 2048: equal scores, and so 0.5.
+    """
+    keys = mx.array([[[2048.0, 1], [2048, 0]]], mx.float16)
+    pages = {0: PageBlock(keys, mx.array([[[0.0, 0], [1, 0]]], mx.float16))}
+    query = mx.ones((1, 1, 1, 2), mx.float16)
+    out = paged_attention_kernel(query, [table_of([0], 2, block_size=2)], pages, 2, scale=1.0)
+    np.testing.assert_allclose(floats(out)[0, 0, 0, 0], 0.2689, atol=1e-3)
+
+
 def test_task_6_forks_read_the_pages_that_they_share() -> None:
     """Oracle: dense attention of each row."""
     pool = pool_of([10])

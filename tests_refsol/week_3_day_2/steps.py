@@ -104,6 +104,21 @@ def test_task_16_the_pool_is_resized_to_the_allocator_before_the_pass() -> None:
     assert manager.pool.num_blocks == 16
 
 
+def test_task_16_the_pool_is_resized_before_blocks_are_copied() -> None:
+    """Oracle: the blocks' contents: the allocator has grown, and a copy goes to one of its new blocks.
+
+    Common mistake: copying first, to a block that the pool does not have yet.
+    """
+    manager = with_model(blocks=12)
+    pool = filled_pool(manager)
+    tenth = held(pool, 10)
+    queued(manager, {"a": prompt(3, 10)})
+    manager.allocator.resize(16)
+    copied = chunk(manager, "a", 0, 3)._replace(copies=[BlockCopy(10, 15, 4)])
+    manager.run_plan(Plan([copied]))
+    np.testing.assert_array_equal(held(pool, 15), tenth, err_msg="resize the pool before the plan's copies")
+
+
 def test_task_16_with_prompt_logprobs_every_prompt_token_gets_a_row_of_logits() -> None:
     """Oracle: the model without cache and batch: a prompt's log-probabilities need all rows."""
     manager, tokens = with_model(), prompt(5, 9)
