@@ -94,24 +94,25 @@ def _host() -> Drawing:
     both = "violet green"
     in_pool = [Block(both, "0-3"), Block(both, "4-7"), Block("violet", "8 9"), Block(), Block("green", "8 9")]
     pool(drawing, 220, 46, in_pool, first=3)
-    drawing.label(482, 62, "tokens 0 to 7 are the prompt,", "small")
-    drawing.label(482, 79, "8 and 9 are each completion's own", "small")
+    drawing.label(482, 58, "0 to 7 are the prompt's tokens,", "small")
+    drawing.label(482, 75, "8 and 9 each completion's own", "small")
     for place, (hues, text, holders) in enumerate(
         ((both, "0-3", "2"), (both, "4-7", "2"), ("violet", "8 9", "1"), ("green", "8 9", "1"))
     ):
         x = 220 + place * 48
         drawing.label(x + 22, 162, f"h{place}", "note", "middle")
         drawing.cell(x, 168, 44, 44, hues, text)
-        drawing.label(x + 22, 226, f"{holders} held" if place == 0 else holders, "note", "middle")
-    drawing.label(434, 184, "4 blocks instead of 6: two full ones are", "small")
-    drawing.label(434, 201, "shared, the partly filled ones are not", "small")
+        drawing.label(x + 22, 226, holders, "note", "middle")
+    drawing.label(212, 226, "holders", "note", "end")
+    drawing.label(434, 184, "4 blocks instead of 6: the full ones", "small")
+    drawing.label(434, 201, "are shared, the others are not", "small")
     return drawing
 
 
 def _copies() -> Drawing:
     """The content of four blocks of the pool and three host blocks, from step 7 to step 11."""
     drawing = Drawing(
-        700,
+        660,
         352,
         "The copies of a swap",
         "Step 8 first copies blocks 4, 5 and 8 to host blocks 0, 1 and 2, then A writes into block 8. "
@@ -138,10 +139,8 @@ def _copies() -> Drawing:
             drawing.cell(80 + column * 114, y, 96, 32, style, text)
     drawing.label(16, 212, "host", "small")
     drawing.label(16, 40, "pool", "small")
-    drawing.arrow([(290, 188), (306, 200), (306, 318), (292, 318)])
-    drawing.arrow([(534, 278), (530, 278), (526, 270), (526, 172), (534, 172)])
-    drawing.label(640, 192, "8 now has", "small")
-    drawing.label(640, 209, "C's second", "small")
+    drawing.arrow([(290, 172), (299, 172), (299, 318), (291, 318)])
+    drawing.arrow([(536, 278), (527, 278), (527, 172), (535, 172)])
     return drawing
 
 
