@@ -91,7 +91,7 @@ def _context() -> Drawing:
     drawing.box(334, 16, 310, 218, "zone", ["context of this pass"])
     rows = (
         ("NoCacheContext", "stores nothing (1.3)", "panel"),
-        ("CachedContext", "one array per layer (2.1)", "blue"),
+        ("CachedContext", "growing arrays for each layer (2.1)", "blue"),
         ("PagedContext", "pages of one pool (3.2)", "teal"),
     )
     for row, (name, what, style) in enumerate(rows):

@@ -17,7 +17,7 @@ def _overlay() -> Drawing:
         "which is yours. The imports of kv_pool and model find nothing there and take the reference's files.",
     )
     drawing.label(16, 26, "an import in the engine", "small")
-    drawing.label(262, 26, "src/tiny_llm: yours, looked at first", "small")
+    drawing.label(262, 26, "src/tiny_llm: yours, searched first", "small")
     drawing.label(506, 26, "src/tiny_llm_ref: the reference", "small")
     drawing.box(250, 36, 214, 238, "zone")
     drawing.box(494, 36, 210, 238, "zone")
@@ -75,7 +75,7 @@ def _lazy_read() -> Drawing:
     """A write that happens in place, and one that copies because a reader waits."""
     drawing = Drawing(
         700,
-        230,
+        274,
         "A write with and without an unevaluated reader",
         "Without a reader, evaluating the write changes the old memory. With an unevaluated reader "
         "of the old array, "
@@ -94,10 +94,14 @@ def _lazy_read() -> Drawing:
     drawing.arrow([(435, 88), (435, 136)])
     drawing.label(516, 118, "copies the whole pool", "small")
     drawing.line((350, 14), (350, 214), "grid")
-    drawing.label(16, 160, "The compiled kernel always writes", "small")
-    drawing.label(16, 177, "in place. A lazy read that is evaluated", "small")
-    drawing.label(16, 194, "after its write gets the new data.", "small")
     drawing.label(370, 208, "correct, but it costs a copy", "small")
+    drawing.label(
+        16,
+        244,
+        "This is how MLX's own operators write. The compiled kernel always writes in place: a",
+        "small",
+    )
+    drawing.label(16, 261, "lazy read that is evaluated after the kernel's write gets the new data.", "small")
     return drawing
 
 
@@ -107,7 +111,7 @@ def _states() -> Drawing:
         720,
         420,
         "The states of a block",
-        "A free block becomes held by allocate. Held blocks become shared by fork or a prefix hit, "
+        "A free block becomes held by allocate. Held blocks become shared by fork, "
         "and cached when "
         "they are full and the prefix cache adds them. When the last table releases a cached block "
         "it is idle; "
@@ -181,7 +185,7 @@ def _layouts() -> Drawing:
     drawing.label(16, 190, "head 0", "small")
     drawing.label(16, 224, "head 1", "small")
     drawing.label(
-        74, 258, "the same within each block; the table [3, 2] puts the blue sequence together", "small"
+        74, 258, "the blue sequence's block table is [3, 2]: block 3 has its first four tokens", "small"
     )
     drawing.label(16, 292, "a packed step: [1, T]", "head")
     row = [("blue", "6"), *(("orange", str(token)) for token in range(4, 9)), ("violet", "31")]

@@ -54,7 +54,7 @@ BOXES = (
         (396, 230, 296, 88),
         "orange",
     ),
-    Box(("1.4", "1.5", "2.4"), "model", ("embedding, 30 blocks,", "logits"), (16, 348, 206, 88), "orange"),
+    Box(("1.4", "1.5", "2.4"), "model", ("embedding, 30 layers,", "logits"), (16, 348, 206, 88), "orange"),
     Box(
         ATTENTION, "attention", ("heads, positions, tiles,", "pages, windows"), (250, 348, 206, 88), "orange"
     ),

@@ -9,8 +9,8 @@ CALLER, ENGINE = 20, 340  # left edges of the two columns
 STEP_X, STEP_WIDTH = 372, 436
 CROSSING = (
     "Many threads and event loops may call.",
-    "Only messages and events pass between",
-    "the threads, never arrays.",
+    "Only messages and events pass",
+    "between the threads, never arrays.",
 )
 
 
@@ -105,7 +105,7 @@ def _draw_request(figure: Drawing) -> None:
         STEP_WIDTH,
         59,
         "panel",
-        ["BatchManager.add_request", "admission: a request can be rejected only here"],
+        ["BatchManager.add_request", "admission: reject a request that can never run"],
     )
     figure.arrow([(590, 117), (590, 149)])
     figure.arrow([(274, 273), (315, 273), (315, 87), (STEP_X - 2, 87)], dashed=True)
@@ -126,6 +126,8 @@ def _draw_step(figure: Drawing) -> None:
         figure.box(STEP_X, y, STEP_WIDTH - 26, height, stage.style, [stage.name, *stage.lines])
         figure.label(STEP_X + STEP_WIDTH - 40, y + 23, stage.on, "small", "end")
         y += height + 14
+        if stage is not STAGES[-1]:
+            figure.arrow([(590, y - 14), (590, y - 2)])
     figure.arrow([(782, 582), (808, 582), (808, 324), (784, 324)])
 
 

@@ -60,7 +60,7 @@ DAYS = (
     ("3.3", ("slots, a named", "cache"), 200, 130, "teal"),
     ("3.4", ("prefix caching", ""), 200, 230, "blue"),
     ("3.5", ("sliding windows", ""), 384, 230, "blue"),
-    ("3.6", ("preemption, swap", ""), 384, 130, "blue"),
+    ("3.6", ("preemption,", "swap"), 384, 130, "blue"),
     ("3.7", ("the engine", ""), 568, 130, "blue"),
 )
 USES: Sequence[Sequence[Point]] = (
@@ -88,7 +88,7 @@ def _order() -> Drawing:
         drawing.arrow(points)
     for day, lines, x, y, hue in DAYS:
         drawing.box(x, y, 136, 72, hue, [day, *lines])
-    note = "An arrow is an idea that you will meet again. No day needs your code of another."
+    note = "An arrow is an idea that you will meet again. No day needs the code of another day."
     drawing.label(16, 322, note, "small")
     return drawing
 
