@@ -560,7 +560,7 @@ def test_a_block_holds_the_layers_of_one_group(windows: tuple[int | None, ...], 
     assert KVPool.for_model(config, 5, 16, mx.float16).nbytes == 5 * layers * layer_bytes
     for memory in (layers * layer_bytes, 10 * layers * layer_bytes + 1, 11 * layers * layer_bytes - 1):
         assert EngineConfig(kv_cache_memory=memory).pool_blocks(config, 2) == memory // (layers * layer_bytes)
-    with pytest.raises(ConfigError, match=f"takes {layers * layer_bytes // 1024} KiB"):
+    with pytest.raises(ConfigError, match=f"takes {layers * layer_bytes:,} bytes"):
         EngineConfig(kv_cache_memory=layers * layer_bytes - 1).pool_blocks(config, 2)
     assert EngineConfig(num_blocks=77).pool_blocks(config, 2) == 77
 
