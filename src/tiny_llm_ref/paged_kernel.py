@@ -120,11 +120,12 @@ def paged_attention(
     keys, values: one layer of the pool, [num_blocks, Hkv, block_size, D], float32, float16 or bfloat16;
     nothing is written. The queries are packed in the order of `batch.spans`. A query at position p sees
     exactly the positions 0 .. p of its own sequence: no later token, no other sequence, and no old data in
-    the places after the last token, which may be NaN (leave it out: a weight of 0 would not hide it). Position p of span i is in block `batch.tables[i, p // block_size]` at
-    offset p % block_size. Take the ids from `batch.tables`, not from `span.table`:
-    `page_block.paged_attention_kernel` (3.2.6, the next part) passes a batch with other ids. Query head h
-    reads key and value head h // (H / Hkv), as in `grouped_query_attention`. A Python loop over the spans is
-    fine here; the engine runs a compiled kernel instead.
+    the places after the last token. Leave old data out: it may be NaN, which a weight of 0 does not hide.
+    Position p of span i is in block `batch.tables[i, p // block_size]` at offset p % block_size. Take the ids
+    from `batch.tables`, not from `span.table`: `page_block.paged_attention_kernel` (3.2.6, the next part)
+    passes a batch with other ids. Query head h reads key and value head h // (H / Hkv), as in
+    `grouped_query_attention`. A Python loop over the spans is fine here; the engine runs a compiled kernel
+    instead.
 
     MLX is lazy: it reads the pool when the output is evaluated. If the next write to the pool comes before
     that, MLX keeps both versions, which costs a copy of the whole pool.

@@ -33,7 +33,8 @@ class NewestFirst:
         """Return the sequence to preempt: the newest of `candidates`, which are ordered oldest first.
 
         There is at least one candidate. The newest may be the sequence that needs the blocks: then it is
-        preempted itself. If the oldest were chosen, two sequences could preempt each other forever.
+        preempted itself. The newest has the least work to lose, and so the oldest always gets further. If the
+        oldest were chosen and only prompts were reserved, two sequences could preempt each other forever.
         `candidates` is not changed. (Another policy may return None, for no preemption; this one never does.)
 
         >>> NewestFirst().choose_victim(["oldest", "older", "newest"])
