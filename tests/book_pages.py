@@ -1,19 +1,17 @@
-"""Helpers for tests of the book: its packages, imported by name, and pages with interactive figures."""
+"""Helpers for tests of the book: pages with interactive figures, and builds by mdBook."""
 
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from figures import interactive
+from preprocessor.interactive import Interactive, scripts
+
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
-if str(BOOK) not in sys.path:
-    sys.path.append(str(BOOK))
-
-from figures import interactive  # noqa: E402
-from preprocessor.interactive import Interactive, scripts  # noqa: E402
-
 MDBOOK = shutil.which("mdbook", path=str(Path(sys.executable).parent)) or shutil.which("mdbook")
 FIGURES = list(interactive.FALLBACKS)
 PAGE = """<!doctype html><html lang="en" class="light"><meta charset="utf-8">
@@ -53,6 +51,14 @@ def build_book(folder: Path, figures: Sequence[str]) -> Path:
         (folder / "src" / f"{name}.md").write_text(
             f"# {name}\n\n{{{{interactive {name} A caption.}}}}\n", "utf-8"
         )
-    assert MDBOOK
-    subprocess.run([MDBOOK, "build", str(folder)], check=True, capture_output=True, text=True)
+    ended = mdbook_build(folder, folder / "html")
+    assert ended.returncode == 0, ended.stderr
     return folder / "html"
+
+
+def mdbook_build(book: Path, target: Path) -> subprocess.CompletedProcess[str]:
+    """Build a book into a folder, with this Python first on the PATH, which the preprocessor needs."""
+    assert MDBOOK
+    command = [MDBOOK, "build", str(book), "--dest-dir", str(target)]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

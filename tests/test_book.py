@@ -1,38 +1,28 @@
 """The book as it is committed: it builds, its links, commands and numbers are sound, its examples run."""
 
 import doctest
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import tiny_llm_kernels
+from book_pages import ROOT, mdbook_build
 from checks.commands import Checker, command_problems
 from checks.links import link_problems
 from checks.numbers import claims, number_problems
 from preprocessor.results import FOLDER, read, runs
 
-ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "book" / "src"
 CHAPTERS = sorted(str(file.relative_to(SOURCES)) for file in SOURCES.rglob("*.md"))
 _PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def build(book: Path, target: Path) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = ["mdbook", "build", str(book), "--dest-dir", str(target)]
-    environment = {**os.environ, "PATH": path}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.fixture(scope="module")
 def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built book."""
     target = tmp_path_factory.mktemp("html")
-    ended = build(ROOT / "book", target)
+    ended = mdbook_build(ROOT / "book", target)
     assert ended.returncode == 0, ended.stderr
     return target
 
@@ -91,7 +81,7 @@ def test_a_mistake_in_a_chapter_stops_the_build_with_its_line(tmp_path: Path) ->
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "SUMMARY.md").write_text("- [A](a.md)\n")
     (tmp_path / "src" / "a.md").write_text("# A\n\n{{code cheese.f}}\n")
-    ended = build(tmp_path, tmp_path / "html")
+    ended = mdbook_build(tmp_path, tmp_path / "html")
     assert ended.returncode != 0
     assert "error: book/src/a.md:3: {{code cheese.f}}: 'cheese.f' is not MODULE.NAME" in ended.stderr
 

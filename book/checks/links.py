@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 ADDRESSES = {"a": "href", "img": "src", "script": "src", "link": "href", "source": "src", "iframe": "src"}
 OUTSIDE = {"https", "mailto", "data"}
 LOADING = {"img", "script", "link", "source", "iframe"}  # a page must not load these from the network
-GENERATED = {"print.html", "toc.html", "404.html"}  # mdBook's own: the chapters' links, once more
+GENERATED = {"print.html", "toc.html"}  # mdBook's own: the chapters' links, once more
 
 
 def link_problems(html: Path) -> list[str]:
