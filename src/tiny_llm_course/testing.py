@@ -209,7 +209,10 @@ def _today_lines(unit: Unit, found: Blame) -> list[str]:
         ]
     files = " or ".join(f"{module}.py" for module in unit.modules)
     if not found.complete:
-        return [f"the cause is in {files}; the search for the exercise stopped after {BUDGET:g} s"]
+        return [
+            f"the cause is in {files}; the search for the exercise stopped after {BUDGET:g} s",
+            "the next line names an exercise whose tests fail; the mistake may be in another one",
+        ]
     return [f"the cause is in {files}: in several exercises, or outside of the exercises"]
 
 
