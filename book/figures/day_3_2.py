@@ -190,7 +190,7 @@ def _beams() -> Drawing:
     rows: Sequence[tuple[str, str, Mapping[str, tuple[str, list[int]]], list[Block]]] = (
         (
             "the prompt: 6 tokens, beam 0",
-            "width 2, so beam_size is 4: parents and children together",
+            "a search of width 2, with beam_size 4",
             {"0": ("blue", [0, 1])},
             [Block("blue", "4/4"), Block("blue", "2/4"), Block(), Block(), Block(), Block()],
         ),
