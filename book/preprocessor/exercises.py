@@ -44,7 +44,7 @@ class Exercises:
         return "\n".join(["| task | write | in |", "|---|---|---|", *rows])
 
     def task(self, exercise_id: str) -> str:
-        """The heading of a task, with its signature and its docstring, which is folded on a day with parts."""
+        """The heading of a task, its signature and its docstring, which is folded on a day with parts."""
         exercise = self._exercise(exercise_id)
         name = f"{exercise.module}.{exercise.name}"
         heading = f"### Task {exercise.task}: `{exercise.name}` {{#task-{exercise.task}}}"
