@@ -330,7 +330,14 @@ def test_a_task_shows_the_contract_and_never_the_body() -> None:
     assert 'def fork(self) -> "BlockTable":' in task
     assert ">>> child = table.fork()" in task
     assert "add_ref" not in task
+    assert '<details class="contract" open>\n<summary>The docstring</summary>\n' in task
     assert "add_ref" in chapters.expanded("{{solutions 3.1}}", "c.md")
+
+
+def test_the_docstring_of_a_task_is_folded_on_a_day_with_parts() -> None:
+    task = Chapters.of_the_project().expanded("{{task 3.2.8}}", "c.md")
+    assert '<details class="contract">\n<summary>The docstring</summary>\n' in task
+    assert ">>> child = beams.fork_beam(0)" in task
 
 
 def test_an_unknown_day_or_exercise_stops_the_build() -> None:

@@ -185,12 +185,12 @@ def _beams() -> Drawing:
         500,
         "Two beams on shared pages",
         "A prompt of six tokens in blocks 0 and 1. Both first beams continue it and copy block 1. Then both "
-        "second beams continue beam 1, so beam 2 ends and its block is freed.",
+        "second beams continue beam 1: four beams exist until the first two end, so beam_size is 4.",
     )
     rows: Sequence[tuple[str, str, Mapping[str, tuple[str, list[int]]], list[Block]]] = (
         (
             "the prompt: 6 tokens, beam 0",
-            "",
+            "a search of width 2, with beam_size 4",
             {"0": ("blue", [0, 1])},
             [Block("blue", "4/4"), Block("blue", "2/4"), Block(), Block(), Block(), Block()],
         ),
@@ -209,7 +209,7 @@ def _beams() -> Drawing:
         ),
         (
             "the best two both continue beam 1: fork 1 twice",
-            "beam 2 gets no child; nothing is copied yet",
+            "four beams at once; nothing is copied yet",
             {"1": ("orange", [0, 2]), "2": ("teal", [0, 3]), "3": ("violet", [0, 2]), "4": ("green", [0, 2])},
             [
                 Block("orange teal violet green", "4/4"),

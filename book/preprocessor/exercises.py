@@ -44,11 +44,13 @@ class Exercises:
         return "\n".join(["| task | write | in |", "|---|---|---|", *rows])
 
     def task(self, exercise_id: str) -> str:
-        """The heading of a task, with its signature and docstring."""
+        """The heading of a task, its signature and its docstring, which is folded on a day with parts."""
         exercise = self._exercise(exercise_id)
         name = f"{exercise.module}.{exercise.name}"
         heading = f"### Task {exercise.task}: `{exercise.name}` {{#task-{exercise.task}}}"
-        contract = f'<div class="docstring">\n\n{docstring_of(name)}\n\n</div>'
+        is_open = "" if self._syllabus.day(exercise.day_id).parts else " open"
+        opening = f'<details class="contract"{is_open}>\n<summary>The docstring</summary>'
+        contract = f"{opening}\n\n{docstring_of(name)}\n\n</details>"
         return f"{heading}\n\n{block(signature_of(name))}\n\n{contract}"
 
     def may_use(self, unit_id: str) -> str:

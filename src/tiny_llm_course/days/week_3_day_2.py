@@ -37,7 +37,7 @@ def show() -> Lines:
         shown = " ".join(said.split())
         yield f"  {ended.score:6.3f}, {count:2} tokens, {ended.finish_reason:6}: ... {shown}"
     yield (
-        f"at most {most[1]} blocks of {size} tokens for all beams; without sharing, {most[0]}: "
+        f"peak: {most[1]} blocks of {size} tokens for all beams; without sharing, {most[0]}: "
         f"{most[0] / most[1]:.1f} times as many"
     )
     free = manager.capacity.num_free + manager.capacity.num_cached
@@ -165,7 +165,7 @@ def show_e() -> Lines:
         params = SamplingParams(max_tokens=length, temperature=0.0, ignore_eos=True)
         core.add_request(name, tokens, params)
     yield f"the real model, five requests of {len(tokens)} tokens, at most 3 at once, blocks of 8"
-    yield "cached: no request uses the block, but the prefix cache keeps it until its memory is needed"
+    yield "idle: no request uses the block, but the prefix cache keeps it until its memory is needed"
     steps, start = 0, time.perf_counter()
     while core.has_work:
         core.step()
@@ -177,15 +177,15 @@ def show_e() -> Lines:
         seen = (manager.allocator.num_blocks, runs, waits)
     yield f"{sum(lengths.values())} tokens in {steps} steps, {time.perf_counter() - start:.1f} s"
     yield "nothing is in use now; each step, even without work, halves the pool, down to its 4 initial blocks"
-    for idle in (1, 2):
+    for number in (1, 2):
         core.step()
-        yield f"  idle step {idle}:    {_pool(manager)}"
+        yield f"  empty step {number}:   {_pool(manager)}"
 
 
 def _pool(manager: Any) -> str:
     """The usage of a manager's pool."""
     free, size = manager.allocator.num_free, manager.allocator.num_blocks
-    return f"{free:2} free and {manager.prefix.num_idle:2} cached of {size:2} blocks"
+    return f"{free:2} free and {manager.prefix.num_idle:2} idle of {size:2} blocks"
 
 
 def _tables(size: int, *lengths: int, num_blocks: int = 12) -> list[Any]:
