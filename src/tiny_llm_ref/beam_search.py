@@ -72,8 +72,9 @@ class BeamSearchPageManager:
         """
         if len(self._tables) == self.beam_size:
             raise ValueError(f"beam {parent_beam_id} cannot be forked: all {self.beam_size} beams are in use")
+        forked = self._tables[parent_beam_id].fork()
         beam_id, self._next_id = self._next_id, self._next_id + 1
-        self._tables[beam_id] = self._tables[parent_beam_id].fork()
+        self._tables[beam_id] = forked
         return beam_id
 
     def expand_beam(self, beam_id: int, new_tokens: list[int]) -> list[BlockCopy]:
