@@ -220,7 +220,8 @@ def _table_of_refills(refills: list[Refill]) -> Table:
         refused = sum(refill.is_refused for refill in found)
         rows.append((name, len(found), Pair(0 if is_enough else len(found), refused), scattered))
     return Table(
-        f"A request for {WANTED} blocks from a pool of {2 * WANTED} blocks that was filled and half emptied",
+        f"A request for {WANTED} blocks from a pool of {2 * WANTED}, in which up to 15 sequences were stored "
+        "and 7 of them released",
         [
             Column("free", "free blocks"),
             Column("pools", "pools"),
