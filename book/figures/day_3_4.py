@@ -234,8 +234,8 @@ def _adopt() -> Drawing:
             x = 16 + place * step + place // 4 * 8
             drawing.cell(x, y, width, 26, "green" if place < shared else "orange", word)
         x = 16 + shared * step + shared // 4 * 8
-        drawing.label(16, y + 44, f"shared whole: {shared}", "small")
-        drawing.label(x, y + 44, f"left: {len(words) - shared}", "small")
+        drawing.label(16, y + 44, f"shared: {shared}", "small")
+        drawing.label(x, y + 44, f"left to compute: {len(words) - shared}", "small")
     return drawing
 
 

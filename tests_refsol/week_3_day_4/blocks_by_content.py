@@ -174,17 +174,6 @@ def test_task_3_a_block_in_use_is_not_idle() -> None:
     assert (cache.num_idle, cache.idle) == (0, [])
 
 
-def test_task_3_the_newest_block_with_a_parent_and_first_token_is_recorded() -> None:
-    """Oracle: the docstring: `_newest_child`, which part c reads. Two blocks after the salt start with 5."""
-    allocator, cache = make_cache()
-    for tokens in ([5, 6, 7, 8], [5, 6, 0, 0], [9, 9, 9, 9]):
-        added(allocator, cache, tokens)
-    root = TokenBlocks(4).parent(0)
-    newest = {first: cache._newest_child.get((root, first), b"") for first in (5, 9)}
-    expected = {5: stream_of([5, 6, 0, 0]).hashes[0], 9: stream_of([9, 9, 9, 9]).hashes[0]}
-    assert short(newest.values()) == short(expected.values()), "by (parent, first token), of 5 and of 9"
-
-
 def test_task_3_cached_blocks_stay_allocated_after_their_table_is_released() -> None:
     """Oracle: by hand: then only the cache holds them."""
     allocator, cache = make_cache()
