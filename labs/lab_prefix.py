@@ -1,7 +1,8 @@
 """3.4: What a shared system prompt costs if it is computed once and stored once.
 
 Users whose prompts share a prefix arrive at once at the embedded model, with the prefix cache off and on.
-Measures the tokens computed, the blocks that hold the prompts, and the time to first token. Then, without a
+Measures the tokens computed, the blocks that hold the prompts, and the time to first token: medians of a few
+repetitions, in which the two engines alternate, so that other work on the machine slows both. Then, without a
 model, counts the blocks of a crowd of users with one long system prompt, and the users that run in the memory
 of a few contiguous caches.
 
@@ -11,10 +12,10 @@ pdm run lab prefix --prompt-len 512 --users 8 --plot prefix.svg
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from statistics import fmean
+from statistics import fmean, median
 from time import perf_counter
 from typing import Annotated, NamedTuple
 
@@ -41,17 +42,18 @@ def measure(
     prompt_len: Annotated[int, typer.Option(min=32, max=2000, help="Tokens of each user's prompt.")] = 192,
     crowd: Annotated[int, typer.Option(min=2, help="Users of one system prompt, without a model.")] = 100,
     system_prompt: Annotated[int, typer.Option(min=1, help="Tokens of that system prompt.")] = 5000,
+    repetitions: Annotated[int, typer.Option(min=1, max=100, help="Timed runs of each kind.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the tokens and lengths.")] = 0,
 ) -> Result:
     """Serve users with the model, then count blocks for larger crowds."""
-    served = _serve(users, prompt_len, seed, progress)
+    served = _serve(users, prompt_len, seed, repetitions, progress)
     one_prompt = Crowd.drawn(crowd, system_prompt, system_prompt + 100, seed)
     running = _table_of_running(Crowd.drawn(CACHES * CACHE_LEN // COMMON, COMMON, LONGEST, seed))
     return Result(
         title="Prefix caching",
         question="Many prompts start with the same tokens. How often are these computed and stored?",
         tables=[
-            _table_of_served(served, users, prompt_len),
+            _table_of_served(served, users, prompt_len, repetitions),
             _table_of_crowds([Crowd((15, 17, 18), 12, 4), one_prompt]),
             running,
         ],
@@ -111,6 +113,12 @@ class First(NamedTuple):
     mean: float
     last: float
 
+    @classmethod
+    def median(cls, runs: Sequence["First"]) -> "First":
+        """The median seconds of several runs. All must have the same counts."""
+        ((computed, blocks),) = {(run.computed, run.blocks) for run in runs}
+        return cls(computed, blocks, median(run.mean for run in runs), median(run.last for run in runs))
+
 
 class Served(NamedTuple):
     """The same users with the cache off and on."""
@@ -121,7 +129,7 @@ class Served(NamedTuple):
     on: First
 
 
-def _serve(users: int, prompt_len: int, seed: int, progress: Progress) -> list[Served]:
+def _serve(users: int, prompt_len: int, seed: int, repetitions: int, progress: Progress) -> list[Served]:
     draw, found = random.Random(seed), []
     engines = [_engine(users, prompt_len, is_on) for is_on in (False, True)]
     vocabulary = range(1000, engines[0].model_config.vocab_size)
@@ -130,10 +138,24 @@ def _serve(users: int, prompt_len: int, seed: int, progress: Progress) -> list[S
     for done, share in enumerate(SHARES):
         progress("prefix: shares of the prompt served:", done, len(SHARES))
         prompts = Prompts(users, prompt_len, prompt_len * share // 100)
-        tokens = prompts.tokens(vocabulary, draw)
-        found.append(Served(share, prompts, *(_first_tokens(llm, tokens) for llm in engines)))
+        runs = _alternate(engines, partial(prompts.tokens, vocabulary, draw), repetitions)
+        found.append(Served(share, prompts, *map(First.median, runs)))
     progress("prefix", len(SHARES), len(SHARES))
     return found
+
+
+def _alternate(
+    engines: Sequence[LLM], new_prompts: Callable[[], list[list[int]]], repetitions: int
+) -> list[list[First]]:
+    """Serve new prompts with every engine, in alternating order, several times; return the runs by engine."""
+    runs: list[list[First]] = [[] for _ in engines]
+    order = list(range(len(engines)))
+    for _ in range(repetitions):
+        tokens = new_prompts()
+        for place in order:
+            runs[place].append(_first_tokens(engines[place], tokens))
+        order.reverse()
+    return runs
 
 
 def _engine(users: int, prompt_len: int, enable_prefix_caching: bool) -> LLM:
@@ -174,7 +196,7 @@ def _first_tokens(llm: LLM, prompts: list[list[int]]) -> First:
     return First(computed, len(blocks), fmean(seconds.values()), max(seconds.values()))
 
 
-def _table_of_served(served: list[Served], users: int, prompt_len: int) -> Table:
+def _table_of_served(served: list[Served], users: int, prompt_len: int, repetitions: int) -> Table:
     rows = []
     for row in served:
         unshared = Prompts(users, prompt_len, 0)
@@ -192,8 +214,8 @@ def _table_of_served(served: list[Served], users: int, prompt_len: int) -> Table
             )
     ms = "{:,.0f}".format
     return Table(
-        f"{users} users at once, prompts of {prompt_len} tokens, blocks of {BLOCK_SIZE} tokens. Predicted "
-        "times: in proportion to tokens computed",
+        f"{users} users at once, prompts of {prompt_len} tokens, blocks of {BLOCK_SIZE} tokens; medians of "
+        f"{repetitions} alternating runs. Predicted times: in proportion to tokens computed",
         [
             Column("share", "in common\n(%)"),
             Column("cache", "cache"),

@@ -42,6 +42,13 @@ def test_blanking_removes_the_decorators_of_faster_code_and_their_imports() -> N
     assert 'def f(x: int) -> int:\n    """F."""\n    raise NotImplementedError("1.1.1 f: book")' in blank
 
 
+def test_a_long_message_of_a_blank_is_formatted() -> None:
+    message = "1.1.1 f: " + "chapter" * 12
+    blank = blanked("def f() -> int:\n    return 1\n", {"f": message})
+    assert blank.splitlines()[-3:] == ["    raise NotImplementedError(", f'        "{message}"', "    )"]
+    assert is_blank(blank, "f")
+
+
 def test_a_blank_can_be_filled_with_the_body_of_the_reference() -> None:
     blank = blanked(COUNTING, {"Counter.count": "m"})
     filled = with_body_of(blank, COUNTING, "Counter.count")

@@ -8,6 +8,7 @@ import pytest
 from tiny_llm_course import days as demonstrations
 from tiny_llm_course.days import function_name, has_own
 from tiny_llm_course.errors import CourseError
+from tiny_llm_course.labs import labs_after
 from tiny_llm_course.legend import legend
 from tiny_llm_course.may_use import unit_may_use
 from tiny_llm_course.overview import map_text, progress, progress_text
@@ -123,6 +124,17 @@ def test_blanking_a_function_changes_no_other_code() -> None:
 
 
 # ---- start ----
+
+
+def test_a_days_labs_are_offered_with_its_last_part(course: Repo) -> None:
+    """Earlier parts lack code that a lab may run."""
+    (course.root / "labs").mkdir()
+    (course.root / "labs" / "lab_counts.py").write_text('"""1.2: What counting costs."""\n', "utf-8")
+    syllabus = syllabus_of(course)
+    offered = [labs_after(course, syllabus.unit(one)) for one in ("1.2a", "1.2b", "1.2c", "1.2")]
+    assert offered == [[], [], ["counts"], ["counts"]]
+    assert "pdm run lab" not in tasks(course, syllabus.unit("1.2b"))
+    assert "pdm run lab counts" in tasks(course, syllabus.unit("1.2c"))
 
 
 def test_a_parts_starter_has_earlier_parts_solved_and_later_ones_blank(course: Repo) -> None:

@@ -28,7 +28,10 @@ SMALL = {
     "beams": ["--prompt-len", "20", "--output-len", "4"],
     "slots": ["--tokens", "64", "--sequences", "3", "--repetitions", "1"],
     "sparse": ["--longest", "512", "--num-heads", "2", "--head-dim", "8", "--repetitions", "1"],
-    "prefix": ["--users", "2", "--prompt-len", "32", "--crowd", "5", "--system-prompt", "100"],
+    "prefix": [
+        *("--users", "2", "--prompt-len", "32", "--crowd", "5", "--system-prompt", "100"),
+        *("--repetitions", "2"),
+    ],
     "summary": ["--caches", "4", "--max-seq-len", "1024", "--common", "40", "--turnover", "200"],
     "window": ["--model", "smollm2", "--longest", "1024", "--repetitions", "1"],
     "pressure": ["--users", "3", "--prompt-len", "24", "--output-len", "8"],

@@ -95,9 +95,9 @@ def _states() -> Drawing:
         700,
         330,
         "The four states of a block",
-        "free to private by allocate; private to free when the last table releases it, or by exchange; "
-        "private to in use by add; in use to idle by released; idle to in use by share or exchange; "
-        "idle to free by evict; in use to private by clear.",
+        "A table allocates a free block: private. The cache adds it when it is full: in use. Its last table "
+        "releases it: idle. A new table shares it: in use again. The cache evicts it: free. A private block "
+        "that its last table releases is free at once.",
     )
     for x, y, hues, name, who, count in (
         (20, 50, "free", "free", "no holder", "ref_count 0"),
@@ -111,17 +111,18 @@ def _states() -> Drawing:
         drawing.label(x + 68, y + 45, who, "small")
         drawing.label(x + 68, y + 63, count, "small")
     labelled: Sequence[tuple[Point, Point, float, float, str, str]] = (
-        ((232, 74), (468, 74), 350, 66, "allocate", "middle"),
-        ((468, 108), (232, 108), 350, 124, "last table releases it; exchange", "middle"),
-        ((610, 130), (610, 228), 620, 176, "add", "start"),
-        ((540, 228), (540, 130), 530, 196, "clear", "end"),
-        ((468, 254), (232, 254), 350, 246, "last table releases it: released", "middle"),
-        ((232, 288), (468, 288), 350, 304, "share, exchange", "middle"),
-        ((96, 228), (96, 130), 106, 184, "evict, clear", "start"),
+        ((232, 74), (468, 74), 350, 66, "a table allocates it", "middle"),
+        ((468, 108), (232, 108), 350, 124, "its last table releases it", "middle"),
+        ((575, 130), (575, 228), 565, 172, "full: the cache", "end"),
+        ((468, 254), (232, 254), 350, 246, "its last table releases it", "middle"),
+        ((232, 288), (468, 288), 350, 304, "a new table shares it", "middle"),
+        ((125, 228), (125, 130), 135, 172, "the cache", "start"),
     )
     for start, end, at, baseline, text, anchor in labelled:
         drawing.arrow([start, end])
         drawing.label(at, baseline, text, "small", anchor)
+    drawing.label(565, 188, "adds it", "small", "end")
+    drawing.label(135, 188, "evicts it", "small")
     drawing.label(20, 30, "not kept: no hash leads to it", "small")
     drawing.label(20, 216, "kept", "small")
     return drawing
@@ -172,35 +173,43 @@ def _eviction() -> Drawing:
 
 
 def _duplicates() -> Drawing:
-    """Two sequences have computed the same block; `keep` stores it once."""
+    """Two sequences have computed the same two blocks; `keep` stores them once."""
     drawing = Drawing(
-        560,
-        372,
+        650,
+        398,
         "One copy of equal blocks",
-        "A has computed its two blocks in 0 and 1, B in 2 and 3; 0 and 2 hold the same tokens. keep for A "
-        "adds 0 and 1 to the cache. keep for B exchanges 2 for 0 and adds 3. Block 2 is free.",
+        "A has computed blocks 7, 2 and 5, B has 3, 6, 9 and 4; 3 holds the same tokens as 7, and 6 the "
+        "same as 2. keep for A adds 7, 2 and 5 to the cache. keep for B exchanges 3 for 7 and 6 for 2, and "
+        "adds 9. Blocks 3 and 6 are free.",
     )
-    you, who, what = "You…", "Who…", "What…"
-    before = [Block("blue", you, "1 ref"), Block("blue", who, "1 ref")]
-    own = [Block("orange", you, "1 ref"), Block("orange", what, "1 ref")]
-    kept = [Block("blue green", you, "2 refs"), Block("blue green", who, "2 refs")]
-    once = Block("blue orange green", you, "3 refs")
-    rows: Sequence[tuple[str, list[int], list[Block]]] = (
-        ("both have computed “You keep the light”", [2, 3], before + own),
-        ("keep(A): both hashes are new, so add", [2, 3], kept + own),
-        (
-            "keep(B): exchange at index 0, add at index 1",
-            [0, 3],
-            [once, kept[1], Block(), Block("orange green", what, "2 refs")],
-        ),
+    words = {2: "and…", 3: "You…", 4: "?", 5: "Who…", 6: "and…", 7: "You…", 8: "", 9: "What…"}
+    own = dict.fromkeys((7, 2, 5), "blue") | dict.fromkeys((3, 6, 9, 4), "orange")
+    after_a = own | dict.fromkeys((7, 2, 5), "blue green")
+    after_b = {
+        7: "blue orange green",
+        2: "blue orange green",
+        5: "blue green",
+        9: "orange green",
+        4: "orange",
+    }
+    rows: Sequence[tuple[str, list[int], dict[int, str]]] = (
+        ("both have computed the system prompt", [3, 6, 9, 4], own),
+        ("keep for A: all three hashes are new, so add 7, 2 and 5", [3, 6, 9, 4], after_a),
+        ("keep for B: exchange 3 for 7 and 6 for 2, add 9", [7, 2, 9, 4], after_b),
     )
-    for place, (text, other, blocks) in enumerate(rows):
-        y = 20 + place * 112
+    for place, (text, other, hues) in enumerate(rows):
+        y = 22 + place * 120
         drawing.label(16, y, text, "text")
-        table(drawing, 16, y + 14, "A", "blue", [0, 1])
-        table(drawing, 16, y + 50, "B", "orange", other)
-        pool(drawing, 340, y + 24, blocks)
-    legend(drawing, 16, 358, {"blue": "A", "orange": "B", "green": "the cache", "free": "free"})
+        table(drawing, 16, y + 18, "A", "blue", [7, 2, 5])
+        table(drawing, 16, y + 54, "B", "orange", other)
+        blocks = [
+            Block(hues[block], words[block], f"{count} ref{'s' * (count > 1)}")
+            if (count := len(hues.get(block, "").split()))
+            else Block()
+            for block in words
+        ]
+        pool(drawing, 244, y + 30, blocks, first=2)
+    legend(drawing, 16, 382, {"blue": "A", "orange": "B", "green": "the cache", "free": "free"})
     return drawing
 
 
@@ -210,13 +219,14 @@ def _adopt() -> Drawing:
         700,
         212,
         "The last token is always computed",
-        "B has 13 tokens, of which 8 are shared and 5 computed. The system prompt itself has 8 tokens and "
-        "both blocks are kept, but only 4 are shared, because the last token must be computed.",
+        "After adopt and before adopt_part: B has 13 tokens, of which 8 are shared and 5 remain. The system "
+        "prompt itself has 8 tokens and both blocks are kept, but only 4 are shared, because the last token "
+        "must be computed.",
     )
     width, step = 44, 46
     rows: Sequence[tuple[float, str, Sequence[str], int]] = (
-        (44, "13 tokens; the first two blocks are kept", (*SYSTEM, *MOON, "?"), 8),
-        (142, "8 tokens; both blocks are kept", SYSTEM, 4),
+        (44, "13 tokens; the first two blocks are kept; before adopt_part", (*SYSTEM, *MOON, "?"), 8),
+        (142, "8 tokens; both blocks are kept; before adopt_part", SYSTEM, 4),
     )
     for y, text, words, shared in rows:
         drawing.label(16, y - 14, text, "text")
@@ -225,7 +235,7 @@ def _adopt() -> Drawing:
             drawing.cell(x, y, width, 26, "green" if place < shared else "orange", word)
         x = 16 + shared * step + shared // 4 * 8
         drawing.label(16, y + 44, f"shared: {shared}", "small")
-        drawing.label(x, y + 44, f"computed: {len(words) - shared}", "small")
+        drawing.label(x, y + 44, f"left to compute: {len(words) - shared}", "small")
     return drawing
 
 

@@ -18,6 +18,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 STAND_INS = ("accelerated",)  # decorators that replace the reference's functions with faster code
 STAND_IN_NAMES = ("accelerated", "compiled_kernel", "can_fuse", "run_fused")
 STATEMENTS = ("body", "orelse", "handlers", "finalbody", "cases")  # fields of a node with statements
+MAX_LINE = 110  # characters of a formatted line, as in pyproject.toml
 CACHE_SIZE = 500  # sources whose imports are cached
 SKIPPED = "# skipped: the reference's code"
 
@@ -235,8 +236,12 @@ def _last(node: Function) -> int:
 
 
 def _raise(node: Function, message: str) -> str:
+    """The body of a blank: one line, or three if it would be longer than the formatter allows."""
     column = node.col_offset + 4
-    return indent(f'raise NotImplementedError("{message}")\n', " " * column)
+    line = f'raise NotImplementedError("{message}")\n'
+    if column + len(line) - 1 > MAX_LINE:
+        line = f'raise NotImplementedError(\n    "{message}"\n)\n'
+    return indent(line, " " * column)
 
 
 def stand_ins(source: str, name: str) -> set[str]:

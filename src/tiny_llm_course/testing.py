@@ -8,7 +8,7 @@ from .blame import BUDGET, Blame, find_blame, other_modules
 from .cpp import own_kernels, refuse_stale
 from .days import has_own
 from .errors import CourseError
-from .labs import labs_of
+from .labs import labs_after
 from .outcome import Outcome, first_to_fix, signal_report, task_of
 from .progress import (
     Result,
@@ -150,7 +150,7 @@ def _next_commands(repo: Repo, syllabus: Syllabus, unit: Unit) -> Iterator[tuple
     if unit.day.no_compare is None and has_own(unit, "work"):
         yield f"compare {unit.id}", "measure it against the reference"
     yield f"diff {unit.id}", "see how the reference does it"
-    for lab in labs_of(repo, unit.day):
+    for lab in labs_after(repo, unit):
         yield f"lab {lab}", "an experiment: predict a number, then measure it"
     if isinstance(unit, Part) and not unit.later:
         passing = result(repo, unit.day) is Result.PASSING

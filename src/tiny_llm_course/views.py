@@ -9,7 +9,7 @@ from .backups import FOLDER, original
 from .cpp import RULE, job, sources
 from .errors import CourseError
 from .interfaces import Interface
-from .labs import labs_of
+from .labs import labs_after
 from .legend import legend
 from .may_use import may_use, unit_may_use
 from .progress import Result, State, is_untouched, noted_first_to_fix, result, state
@@ -91,7 +91,7 @@ def tasks(repo: Repo, unit: Unit) -> str:
             f"chapter: {_chapter(unit)}",
             *_tests(unit),
             f"hints:   pdm run hint {unit.exercises[0].id}",
-            *(f"lab:     pdm run lab {name}" for name in labs_of(repo, unit.day)),
+            *(f"lab:     pdm run lab {name}" for name in labs_after(repo, unit)),
             *(
                 f"option:  {k.id}, {k.file} in C++: pdm run start {unit.id} --cpp, then "
                 f"pdm run build-kernels; hints: pdm run hint {k.id}"

@@ -261,12 +261,13 @@ class PrefixCache:
         """Replace a table's block at `index` by a kept block with the same content.
 
         The table becomes a holder of the kept block, which is then not idle any more (as in `share`), and
-        frees its reference to the block it had, which is not kept. If the table has the kept block at `index`
+        frees its reference to its old block, which is private. If the table has the kept block at `index`
         already, nothing changes.
 
         >>> allocator, stream = BlockAllocator(4), TokenBlocks(2)
         >>> cache, table, kept = PrefixCache(allocator, 2), BlockTable(allocator, 2), allocator.allocate()
-        >>> copies, _ = table.append_tokens(2), stream.extend([5, 6])
+        >>> copies = table.append_tokens(2)
+        >>> stream.extend([5, 6])
         >>> cache.add(kept, stream, 0)
         >>> cache.exchange(table, 0, kept)
         >>> table.blocks == [kept], allocator.ref_count(kept), allocator.num_free
@@ -285,8 +286,9 @@ class PrefixCache:
 
         The check, for an index above 0: the table's previous block, `table.blocks[index - 1]`, must be kept
         under the hash `stream.parent(index)` (see `_hash_of`). Read its id from the table now, because the
-        previous index may have exchanged it. If it is not kept, or under another hash, return: neither this
-        block nor any later one is kept.
+        previous index may have exchanged it. Otherwise return: neither this block nor any later one is kept.
+        In both examples below it is not kept at all. Another hash would mean another text, which cannot
+        happen while table and stream belong to one sequence: comparing the hashes is a safeguard.
 
         The look-up has three cases:
 
@@ -309,7 +311,8 @@ class PrefixCache:
         >>> cache, tables = PrefixCache(allocator, 2), [BlockTable(allocator, 2), BlockTable(allocator, 2)]
         >>> stream.extend([5, 6, 7, 8])
         >>> for table in tables:
-        ...     _ = table.append_tokens(4), cache.keep(table, stream, 0, 2)
+        ...     copies = table.append_tokens(4)
+        ...     cache.keep(table, stream, 0, 2)
         >>> tables[0].blocks == tables[1].blocks, allocator.num_free
         (True, 6)
         """

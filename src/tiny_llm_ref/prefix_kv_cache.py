@@ -12,16 +12,17 @@ from .paged_cache import PagedKVCache
 class PrefixCachingKVCache(PagedKVCache):
     """A `PagedKVCache` whose sequences may start with a prefix that is stored once.
 
-    A prefix's hash is its sequence id. `write_token` writes the prefix's tokens; `free_sequence` removes the
+    A prefix's name is its sequence id. `write_token` writes the prefix's tokens; `free_sequence` removes the
     prefix, but sequences that share its blocks keep them.
     """
 
     def get_or_create_prefix(self, prefix_hash: str, num_tokens: int) -> list[int]:
         """Return the blocks of a prefix of `num_tokens` tokens, in order; allocate them for a new prefix.
 
-        prefix_hash: any name for the prefix; it is the id of the prefix's sequence in `tables`. A second call
-        for the same prefix takes no block: do not call `allocate` again, which would make the sequence
-        longer. The returned list is a copy that the caller may change (`physical_indices` makes one).
+        prefix_hash: the prefix's name, any string, which is also the id of its sequence in `tables`. (The
+        parameter's name is historical: nothing is hashed.) A second call for the same prefix takes no block:
+        do not call `allocate` again, which would make the sequence longer. The returned list is a copy that
+        the caller may change (`physical_indices` makes one).
 
         Raises ValueError if the prefix exists with another number of tokens, and `OutOfBlocksError` if too
         few blocks are free. After an error nothing has changed; `allocate` changes nothing when it raises.

@@ -142,7 +142,11 @@ class PagedSequence(Sequence):
 
     @property
     def table(self) -> BlockTable:
-        """The first block table; if any layers have no window, it is theirs."""
+        """The sequence's block table, the first one if it has several.
+
+        It has several on day 3.5, where layers have windows; the first is that of the layers without one, if
+        there are any.
+        """
         return self.tables[0]
 
     @property

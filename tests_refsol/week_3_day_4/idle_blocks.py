@@ -158,7 +158,7 @@ def test_task_6_the_last_block_of_a_sequence_is_evicted_first() -> None:
     for _ in range(4):
         cache.evict(1)
         left.append(len(found(cache, range(16))))
-    assert left == [3, 2, 1, 0]
+    assert left == [3, 2, 1, 0], "how many of the prompt's 4 blocks `match` finds after each eviction"
 
 
 def lost(cache: PrefixCache, texts: dict[str, Sequence[int]], number: int) -> list[str]:
@@ -395,8 +395,8 @@ class Prefixes(RuleBasedStateMachine):
     def evict(self, number: int) -> None:
         kept = {block: self.holds[block] for block in self.cache.blocks}
         idle, free = self.cache.num_idle, self.allocator.num_free
-        assert self.cache.evict(number) == min(max(number, 0), idle)
-        assert self.allocator.num_free == free + min(max(number, 0), idle)
+        assert self.cache.evict(number) == min(max(number, 0), idle), f"evict({number}), {idle} blocks idle"
+        assert self.allocator.num_free == free + min(max(number, 0), idle), "free blocks after an eviction"
         left = {kept[block] for block in self.cache.blocks}
         gone = set(kept.values()) - left
         size = self.cache.block_size
@@ -408,10 +408,11 @@ class Prefixes(RuleBasedStateMachine):
     def check(self) -> None:
         kept = self.cache.blocks
         held = Counter(block for table, _ in self.texts for block in table.blocks)
-        assert self.cache.num_idle == len(set(kept) - set(held))
+        assert self.cache.num_idle == len(set(kept) - set(held)), "kept blocks that no table holds are idle"
         held.update(kept)
-        assert counts(self.allocator) == [held[block] for block in range(self.allocator.num_blocks)]
-        assert self.allocator.num_free + len(held) == self.allocator.num_blocks
+        expected = [held[block] for block in range(self.allocator.num_blocks)]
+        assert counts(self.allocator) == expected, "a reference for each table, and one if the block is kept"
+        assert self.allocator.num_free + len(held) == self.allocator.num_blocks, "free and held blocks"
         assert len({self.holds[block] for block in kept}) == len(kept), "a prefix is cached twice"
         for table, tokens in self.texts:
             self.check_reads_its_own(table, tokens)

@@ -70,13 +70,13 @@ def test_task_12_the_returned_list_is_a_copy() -> None:
     assert len(cache.tables["sys"].blocks) == 2
 
 
-def test_task_12_a_different_length_for_the_same_name_is_rejected() -> None:
+@pytest.mark.parametrize("length", [5, 7], ids="{} tokens instead of 6".format)
+def test_task_12_a_different_length_for_the_same_name_is_rejected(length: int) -> None:
     """Oracle: the docstring."""
     cache = make_kv_cache()
     cache.get_or_create_prefix("sys", 6)
-    for length in (5, 7):
-        with pytest.raises(ValueError):
-            cache.get_or_create_prefix("sys", length)
+    with pytest.raises(ValueError):
+        cache.get_or_create_prefix("sys", length)
     assert cache.tables["sys"].num_tokens == 6
     expect_conserved(cache)
 
@@ -167,22 +167,31 @@ def test_task_13_a_prefix_and_its_sequences_can_be_freed_in_any_order() -> None:
     assert cache.allocator.num_free == 8
 
 
-def test_task_13_invalid_prefixes_ids_and_lengths_are_rejected() -> None:
+@pytest.mark.parametrize(
+    ("seq_id", "prefix", "total", "error"),
+    [
+        pytest.param("b", "other", 9, KeyError, id="unknown prefix"),
+        pytest.param("a", "other", 9, KeyError, id="unknown prefix, existing sequence"),
+        pytest.param("b", "other", -1, KeyError, id="unknown prefix, -1 tokens"),
+        pytest.param("a", "sys", 9, ValueError, id="existing sequence"),
+        pytest.param("sys", "sys", 9, ValueError, id="sequence id of the prefix itself"),
+        pytest.param("b", "sys", 5, ValueError, id="5 tokens, prefix of 6"),
+    ],
+)
+def test_task_13_invalid_prefixes_ids_and_lengths_are_rejected(
+    seq_id: str, prefix: str, total: int, error: type[Exception]
+) -> None:
     """Oracle: the docstring: an unknown prefix, an existing sequence, fewer tokens than the prefix."""
     cache = with_prefix()
     cache.allocate_with_prefix("a", "sys", 7)
     before = {name: list(table.blocks) for name, table in cache.tables.items()}
-    for seq_id, total in (("b", 9), ("a", 9), ("b", -1)):
-        with pytest.raises(KeyError):
-            cache.allocate_with_prefix(seq_id, "other", total)
-    for seq_id, total in (("a", 9), ("sys", 9), ("b", 5)):
-        with pytest.raises(ValueError):
-            cache.allocate_with_prefix(seq_id, "sys", total)
+    with pytest.raises(error):
+        cache.allocate_with_prefix(seq_id, prefix, total)
     assert {name: list(table.blocks) for name, table in cache.tables.items()} == before
     expect_conserved(cache)
 
 
-@pytest.mark.parametrize("total", [7, 8, 9, 40])
+@pytest.mark.parametrize("total", [7, 8, 9, 40], ids="{} tokens".format)
 def test_task_13_a_sequence_that_does_not_fit_is_rejected_and_changes_nothing(total: int) -> None:
     """Oracle: the docstring: no block is free, and the copy needs one.
 
