@@ -90,6 +90,15 @@ def test_an_error_of_a_directive_gets_the_file_and_the_line() -> None:
         expand("a\n{{fail cheese}}", {"fail": fail}, "c.md")
 
 
+def test_the_arguments_of_a_directive_may_continue_on_the_next_line() -> None:
+    assert expand("{{shout x\n  y}}", {"shout": str.upper}, "c.md") == "X Y"
+
+
+def test_a_directive_that_is_never_closed_stops_the_build() -> None:
+    with pytest.raises(BookError, match=r"c\.md:2: \{\{ is never closed"):
+        expand("a\n{{shout x", {"shout": str.upper}, "c.md")
+
+
 # ---- formulas ----
 
 

@@ -14,7 +14,8 @@ Directive = Callable[[str], str]
 _PARTS = re.compile(
     r"(?P<fence>^(?P<marks>`{3,})[^\n]*\n.*?^(?P=marks)[ \t]*$)"  # a fenced block
     r"|(?P<span>(?P<ticks>`+)(?!`).+?(?<!`)(?P=ticks)(?!`))"  # a code span
-    r"|\{\{(?P<name>[a-z_]+)(?P<arguments>[^{}\n]*)\}\}",
+    r"|\{\{(?P<name>\w*)(?P<arguments>[^{}]*)\}\}"  # its arguments may continue on the next line
+    r"|(?P<open>\{\{)",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -28,13 +29,15 @@ def expand(text: str, directives: Mapping[str, Directive], chapter: str) -> str:
 
     def replacement(found: re.Match[str]) -> str:
         name = found["name"]
+        where = f"{chapter}:{text.count(chr(10), 0, found.start()) + 1}: {found[0]}"
+        if found["open"]:
+            raise BookError(f"{where} is never closed: a directive is {{{{name arguments}}}}")
         if name is None:
             return found[0]
-        where = f"{chapter}:{text.count(chr(10), 0, found.start()) + 1}: {found[0]}"
         if name not in directives:
             raise BookError(f"{where}: unknown directive (known: {', '.join(sorted(directives))})")
         try:
-            return directives[name](found["arguments"].strip())
+            return directives[name](" ".join(found["arguments"].split()))
         except BookError as error:
             raise BookError(f"{where}: {error}") from error
 

@@ -61,8 +61,8 @@ class BeamSearchPageManager:
     def fork_beam(self, parent_beam_id: int) -> int:
         """Add a beam that shares every page of its parent, and return its id, which no beam had before.
 
-        Raises, and changes nothing: ValueError if there are `beam_size` beams already, otherwise KeyError if the
-        parent is not an active beam.
+        Raises, and changes nothing: ValueError if there are `beam_size` beams already, otherwise KeyError if
+        the parent is not an active beam.
 
         >>> beams = BeamSearchPageManager(beam_size=2, page_allocator=BlockAllocator(8), page_size=4)
         >>> _ = beams.expand_beam(0, [5, 6, 7, 8, 9, 10])
