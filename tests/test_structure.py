@@ -28,7 +28,7 @@ ALLOWED = {
     "tiny_llm_cli": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_server"},
     "labs": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_course"},
     "benches": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_course", "tiny_llm_kernels"},
-    "book": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_course"},
+    "book": {"tiny_llm_ref", "tiny_llm_checkpoints", "tiny_llm_cli", "tiny_llm_course"},
 }
 
 AnyFunction = ast.FunctionDef | ast.AsyncFunctionDef

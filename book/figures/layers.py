@@ -17,7 +17,7 @@ IMPORTS = {
     "tiny_llm_cli": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server", "tiny_llm_course"),
     "benches": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels", "tiny_llm_course", "tiny_llm_cli"),
     "labs": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_cli"),
-    "book": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_cli"),
+    "book": ("tiny_llm_ref", "tiny_llm_checkpoints", "tiny_llm_course", "tiny_llm_cli"),
 }
 
 # Imports drawn as a straight arrow down, by the x coordinate of the arrow. All others are drawn as arrows
@@ -36,7 +36,7 @@ DOWN = {
 }
 LEFT, RIGHT, OUTSIDE = 60, 800, 32  # edges of the stack, and the distance of the outer arrows from it
 SIDEWAYS = [("tiny_llm_checkpoints", "tiny_llm_kernels")]
-AROUND = {"benches": LEFT, "tiny_llm_cli": LEFT, "book": RIGHT}
+AROUND = {"benches": LEFT, "tiny_llm_cli": LEFT}
 
 
 class Package(NamedTuple):
@@ -64,9 +64,9 @@ class Package(NamedTuple):
 PACKAGES = {
     package.name: package
     for package in (
-        Package("benches", "one question each", LEFT, 20, 230),
-        Package("labs", "experiments of the course", 315, 20, 230),
-        Package("book", "chapters, and their builder", 570, 20, 230),
+        Package("benches", "one question each", LEFT, 8, 230, height=100),
+        Package("labs", "experiments of the course", 315, 8, 230, height=100),
+        Package("book", "chapters, and their builder", 570, 8, 230, height=100),
         Package("tiny_llm_cli", "the tiny-llm command", LEFT, 132, 475),
         Package("tiny_llm_server", "OpenAI's API over HTTP", LEFT, 244, 355),
         Package("tiny_llm_course", "syllabus, starters, tests, hints", 445, 244, 355),
@@ -99,13 +99,31 @@ def draw() -> str:
 
 def _draw_package(figure: Drawing, package: Package) -> None:
     figure.box(*package[2:5], package.height, package.style, [package.name, package.summary])
-    x = package.x + 14
-    for name in _labels(package.name):
-        short = name.removeprefix("tiny_llm_")
-        width = 8 * len(short) + 16
-        style = PACKAGES[name].style
-        figure.chip(x, package.bottom - 27, width, "zone" if style == "panel" else style, short)
-        x += width + 8
+    rows = _rows(_labels(package.name), package.width - 28)
+    for row, names in enumerate(rows):
+        x, y = package.x + 14, package.bottom - 27 - 24 * (len(rows) - 1 - row)
+        for name in names:
+            style = PACKAGES[name].style
+            figure.chip(x, y, _width(name), "zone" if style == "panel" else style, _short(name))
+            x += _width(name) + 8
+
+
+def _rows(names: list[str], width: float) -> list[list[str]]:
+    """The labels in rows that fit into a width."""
+    rows: list[list[str]] = [[]]
+    for name in names:
+        if rows[-1] and sum(_width(one) + 8 for one in (*rows[-1], name)) > width + 8:
+            rows.append([])
+        rows[-1].append(name)
+    return rows
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("tiny_llm_")
+
+
+def _width(name: str) -> int:
+    return 8 * len(_short(name)) + 16
 
 
 def _labels(name: str) -> list[str]:
