@@ -69,7 +69,7 @@ def _life() -> Drawing:
     """The states of a request, and its five ends."""
     drawing = Drawing(
         720,
-        354,
+        362,
         "The life of a request",
         "A submitted request waits in the inbox, then in the queue of the core, then it runs. It may be "
         "preempted, which brings it back to the queue. It ends as finished, aborted, failed or rejected. If "
@@ -102,7 +102,7 @@ def _life() -> Drawing:
     drawing.label(554, 158, "its step or its", "small")
     drawing.label(554, 174, "text raised", "small")
     drawing.box(
-        16, 300, 666, 46, "panel", ["engine dead", "the loop raised: every request gets an EngineDeadError"]
+        16, 300, 666, 54, "panel", ["engine dead", "the loop raised: every request gets an EngineDeadError"]
     )
     return drawing
 
