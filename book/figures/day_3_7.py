@@ -66,13 +66,14 @@ def _message(drawing: Drawing, start: float, end: float, y: float, text: str, da
 
 
 def _life() -> Drawing:
-    """The states of a request, and its four ends."""
+    """The states of a request, and its five ends."""
     drawing = Drawing(
         720,
-        300,
+        362,
         "The life of a request",
         "A submitted request waits in the inbox, then in the queue of the core, then it runs. It may be "
-        "preempted, which brings it back to the queue. It ends as finished, aborted, failed or rejected.",
+        "preempted, which brings it back to the queue. It ends as finished, aborted, failed or rejected. If "
+        "the loop itself raises, every request that has not ended gets an EngineDeadError.",
     )
     drawing.box(16, 56, 150, 62, "panel", ["submitted", "a task in the inbox"])
     drawing.box(242, 56, 150, 62, "panel", ["queued", "waits in the core"])
@@ -100,6 +101,9 @@ def _life() -> Drawing:
     drawing.arrow([(546, 118), (546, 214)])
     drawing.label(554, 158, "its step or its", "small")
     drawing.label(554, 174, "text raised", "small")
+    drawing.box(
+        16, 300, 666, 54, "panel", ["engine dead", "the loop raised: every request gets an EngineDeadError"]
+    )
     return drawing
 
 

@@ -13,8 +13,8 @@ class Occupancy(NamedTuple):
     """How full the engine was when it last published its occupancy.
 
     num_seen: requests that have reached the engine's thread so far, accepted or rejected. num_waiting:
-    requests that wait there. num_running: sequences that run. is_crowded: the last step left a request
-    waiting.
+    requests that wait there; one with several completions counts once. num_running: sequences that run; a
+    completion is one. is_crowded: the last step left a request waiting.
     """
 
     num_seen: int = 0

@@ -250,9 +250,9 @@ class Engine:
         `aclose`, an exception, or the cancellation of its task. In that case post `_loop.forget` to the inbox
         (not `self.forget`, which waits): it cancels the request before the next step. Await nothing after
         that. Cancelling the wait does not cancel the posted `_loop.add`; it still runs, and `forget` runs
-        after it. A request has ended once its event with a `usage` has arrived. Post nothing then, not even
-        if the client leaves at that event. A `forget` for a request that was rejected or has failed is
-        harmless.
+        after it. A request has ended once the generator reaches its event with a `usage`. Post nothing then,
+        not even if the client leaves at that event. A `forget` for a request that was rejected or has failed
+        is harmless.
 
         Nothing happens until the caller asks for the first event. The first `anext` raises `WrongThreadError`
         in the engine's own thread (`refuse_to_wait("Engine.generate")`), and the errors of `request` and

@@ -163,6 +163,10 @@ class EngineLoop:
           request fails: drop the event, cancel the request in the core, and call `fail_request`, which
           notifies its listener. Therefore add the event to `_outbox` last.
 
+        Text that cannot be decoded may lead to the first case or to the third; `push` decides. As long as
+        another completion of the request has not failed, `push` returns an event with the reason "error". If
+        there is no other, or all others have failed, it raises.
+
         Ignore an output whose request is not active (it failed earlier in this step, or was added to the core
         directly) or is not a `RequestState` (a beam search has no outputs).
 
@@ -200,9 +204,9 @@ class EngineLoop:
         """Run one step of the core, and handle its results.
 
         1. `core.step()` returns a list of outputs, one token each; pass each to `take_output`.
-        2. Call `_take_failures`: requests that failed in the step have no output.
-        3. Call `_end_searches`: beam searches that have ended have no output either.
-        4. Call `_note_step` with a `StepTime`: the seconds in `core.step`, and the seconds from its end until
+        2. Call `_take_failures` and `_end_searches`: requests that failed in the step have no output, and
+           beam searches that have ended have none either. The order of these two and of 1 is free.
+        3. Call `_note_step` with a `StepTime`: the seconds in `core.step`, and the seconds from its end until
            now, by `time.perf_counter()`.
 
         Do not catch errors of `core.step`: they are a fault of the engine, not of a request.
@@ -258,8 +262,9 @@ class EngineLoop:
            tasks, because a task may set the deadline.)
         3. Call `step` once, if a request is active and no task has set `_stopping`. Do not catch what it
            raises: that ends the thread.
-        4. Call `_tell_watchers`, for changes in the pool, and `_deliver`, which calls the listeners. Call
-           both in every iteration: a cancelled request gets its last event without a step.
+        4. Call `_tell_watchers`, for changes in the pool, and then `_deliver`, which calls the listeners:
+           when a client gets an event, the watchers know the step that made it. Call both in every
+           iteration: a cancelled request gets its last event without a step.
         5. If no request is active now, `_end_drains(None)` ends all drains: a drain is over when the last
            events have been delivered.
 

@@ -47,11 +47,16 @@ def test_task_7_requests_that_can_start_do_not_count_as_waiting(occupancy: Occup
     check_waiting(control, waiting)
 
 
-def test_task_7_requests_that_the_engine_has_seen_are_counted_once() -> None:
-    """Oracle: by hand: 7 requests reached the engine without `admit`, so 7 fewer wait."""
-    control = AdmissionControl(None, 0)
-    control.occupancy = Occupancy(num_seen=7, num_waiting=7)
-    check_waiting(control, 0)
+@pytest.mark.parametrize(("seen", "waiting"), [(0, 0), (5, 1), (7, 3), (9, 5)])
+def test_task_7_requests_that_the_engine_has_seen_are_counted_once(seen: int, waiting: int) -> None:
+    """Oracle: by hand: 9 were admitted, at most 4 sequences: 4 run, and 5 wait, seen or not.
+
+    Before the engine has seen any, 9 are on their way and 4 slots are free.
+    """
+    control = AdmissionControl(None, 4)
+    vars(control)["_num_admitted"] = 9
+    control.occupancy = Occupancy(seen, waiting, num_running=4 if seen else 0)
+    check_waiting(control, 5, admitted=9)
 
 
 def test_task_7_counting_the_waiting_requests_changes_nothing() -> None:

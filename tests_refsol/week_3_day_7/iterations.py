@@ -243,6 +243,16 @@ def test_task_5_watchers_see_the_pool_after_each_iteration() -> None:
     assert changes[-1].ended == ["one"]
 
 
+def test_task_5_watchers_see_a_step_before_the_listeners_get_its_events() -> None:
+    """Oracle: the docstring: when a client gets an event, the watchers know the step that made it."""
+    driver, calls = LoopDriver(core=small_core()), list[str]()
+    driver.run_once(partial(driver.loop.watch, lambda _: calls.append("watcher")))
+    calls.clear()
+    activate(driver.loop, request("one", "abc"), listener=lambda _: calls.append("listener"))
+    driver.run_once()
+    assert calls == ["watcher", "listener"]
+
+
 def test_task_5_the_last_iteration_has_no_step() -> None:
     """Oracle: by hand."""
     driver = LoopDriver()
@@ -279,6 +289,18 @@ def test_task_6_new_requests_are_rejected() -> None:
         driver.loop.add([request("two")], RecordingListener())
     assert list(driver.loop.active) == ["one"]
     assert not drained.done()
+
+
+def test_task_6_each_client_gets_an_error_object_of_its_own() -> None:
+    """Oracle: the docstring of `refusal`, a function.
+
+    Raising one object twice would mix the tracebacks of two clients.
+    """
+    driver = LoopDriver()
+    driver.loop.drain(None, Future())
+    assert driver.loop.refusal is not None
+    first, second = driver.loop.refusal(), driver.loop.refusal()
+    assert first is not second, "two clients get the same error object: `refusal` must make one for each call"
 
 
 def test_task_6_a_drain_does_not_replace_an_existing_refusal() -> None:

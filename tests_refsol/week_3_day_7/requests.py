@@ -177,13 +177,20 @@ def test_task_2_only_the_given_requests_are_cancelled() -> None:
 
 
 def test_task_2_unknown_ids_are_ignored() -> None:
-    """Oracle: by hand: an unknown id, a finished one, and a duplicate."""
-    loop, one = make_loop(), request("one")
-    activate(loop, one)
-    loop.cancel(["unknown", "one", "one"])
+    """Oracle: by hand: an unknown id, a duplicate, and one that has ended. The ids after each are cancelled.
+
+    Common mistake: returning at an id that is not active.
+    """
+    loop = make_loop()
+    activate(loop, request("one"), request("two"))
+    loop.cancel(["unknown", "one", "one", "two"])
+    assert loop.core.log == ["add one", "add two", "cancel one", "cancel two"], (
+        "an id that is not active must be skipped; the ids after it must be cancelled"
+    )
+    assert not loop.active
     loop.cancel(["one"])
     loop.cancel([])
-    assert loop.core.log == ["add one", "cancel one"]
+    assert loop.core.log == ["add one", "add two", "cancel one", "cancel two"]
 
 
 def test_task_2_the_listener_gets_the_last_event() -> None:

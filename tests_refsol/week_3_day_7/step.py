@@ -117,14 +117,24 @@ def test_task_3_a_stop_string_finishes_only_one_of_several_completions() -> None
     assert [completion.text for completion in one.output.outputs] == ["bcde", ""]
 
 
-def test_task_3_a_sequence_that_the_core_finished_is_not_finished_again() -> None:
-    """Oracle: by hand: a stop string in the very last letter; the core no longer has the sequence."""
+def test_task_3_a_stop_string_in_the_very_last_token_is_not_an_error() -> None:
+    """Oracle: by hand: the output says "length", the event "stop".
+
+    Common mistake: finishing the sequence because the two differ. The core no longer has it, so `finish`
+    raises, and the client gets an error instead of its last event.
+    """
     loop, one = make_loop(), request("one", params=SamplingParams(max_tokens=2, stop="c"))
-    activate(loop, one)
+    listener = activate(loop, one)
     take_all(loop)
     take_all(loop)
     assert reason(one) == "stop"
     assert not loop.active
+    finish_loop(loop)
+    assert listener.errors == [], (
+        "the output has a finish_reason, so the core has ended the sequence: do not finish it again"
+    )
+    assert [event.finish_reason for event in listener.events] == [None, "stop"]
+    assert listener.events[-1].usage is not None
 
 
 class FailingRequest(RequestState):

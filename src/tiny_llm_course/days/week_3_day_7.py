@@ -40,7 +40,7 @@ def show() -> Lines:
     seconds, steps = time.perf_counter() - start, len(watched.steps)
     yield f"in all, {steps} steps and {seconds:.1f} s"
     yield from (f"  {name:4} {line.rstrip()}" for name, line in watched.lines())
-    yield "  # running; . waiting"
+    yield "  # running; . waiting; blank: not submitted yet, or ended"
     held, more = watched.after_the_cancel("cat")
     yield f"the cat held {held} blocks when it was cancelled; steps that computed it afterwards: {more}"
     yield f"the error for a request while the engine drains: {watched.refused}"
