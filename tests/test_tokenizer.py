@@ -232,12 +232,12 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_threads_run_while_a_text_is_encoded_and_decoded(kind: str) -> None:
-    """Counted, not timed: if the library held the GIL, the other thread would not run at all."""
+    """Counted, not timed: if the library held the GIL, this thread would wake up once, at the end."""
     text = KINDS[kind] * (300_000 // len(KINDS[kind]))
     with ThreadPoolExecutor(1) as pool:
         encoding = pool.submit(lambda: TOKENIZER.encode(text))
         ticks = wakeups_until(encoding)
-        assert ticks > 5
+        assert ticks > 1
         decoding = pool.submit(lambda: TOKENIZER.decode(encoding.result() * 4, skip_special_tokens=False))
         wakeups_until(decoding)
         assert decoding.result() == text * 4
