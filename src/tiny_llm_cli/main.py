@@ -19,9 +19,11 @@ def main() -> None:
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
+        code = INTERRUPTED
+    if code == INTERRUPTED:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(INTERRUPTED)  # without destructors: MLX aborts if one of its threads was just starting
+        os._exit(code)  # without destructors: MLX aborts if one of its threads was just starting
     sys.exit(code)
 
 
