@@ -54,8 +54,8 @@ def _attention() -> Drawing:
     _names(drawing, 40)
     for left, title, rows, hue in (
         (96, "queries", Q, "blue"),
-        (300, "keys", K, "teal"),
-        (504, "values", V, "violet"),
+        (300, "keys", K, "orange"),
+        (504, "values", V, "green"),
     ):
         drawing.label(left, 26, title, "head")
         _matrix(drawing, left, 40, [[f"{one}" for one in row] for row in rows], hue, 36)
@@ -72,17 +72,17 @@ def _attention() -> Drawing:
         for line, query in enumerate(Q)
     ]
     drawing.label(96, 190, "scores: q \N{DOT OPERATOR} k / 2 + mask", "head")
-    _matrix(drawing, 96, 204, scores, "orange", 46)
+    _matrix(drawing, 96, 204, scores, "violet", 46)
     drawing.arrow([(246, 248), (290, 248)])
     drawing.label(268, 240, "softmax", "note", "middle")
     drawing.label(300, 190, "weights", "head")
     _matrix(
-        drawing, 300, 204, [[f"{one:.2f}" if one else "0" for one in row] for row in weights], "orange", 46
+        drawing, 300, 204, [[f"{one:.2f}" if one else "0" for one in row] for row in weights], "violet", 46
     )
     drawing.arrow([(450, 248), (478, 248)])
     drawing.label(484, 190, "outputs", "head")
     _matrix(
-        drawing, 484, 204, [[f"{one:.2f}" if one else "0" for one in row] for row in outputs], "violet", 44
+        drawing, 484, 204, [[f"{one:.2f}" if one else "0" for one in row] for row in outputs], "green", 44
     )
     drawing.label(96, 310, "columns: Anna, paints, herself", "small")
     drawing.label(300, 310, "each row sums to 1", "small")
