@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llm.dynamic_cache import GlobalAllocator
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.prefix_cache import PrefixCache, TokenBlocks
+from tiny_llm.rope import inverse_frequencies, rope
 
 from book_pages import FIGURES, MDBOOK, build_book, write_empty_page, write_page
 from browser import chromium, sync_api, visiting
@@ -489,6 +491,52 @@ def test_allocation_follows_its_settings(open_figure: Any) -> None:
         press(figure, "Reset")
         expect(figure.get_by_label("Longest length")).to_have_value("32")
         assert "5 blocks are free, but not 3 side by side" in says(figure)
+
+
+# ---- rotary positions ----
+
+ROTATE = """async ({ heads, positions, base }) => {
+  const { inverseFrequencies, parts, rotate } = await import("rotary");
+  const frequencies = inverseFrequencies(heads[0].length, base);
+  const [key, query] = heads.map((head, place) => rotate(head, positions[place], frequencies));
+  return { frequencies, key, query, score: parts(query, key).reduce((sum, part) => sum + part, 0) };
+}"""
+numbers = st.floats(-4, 4, width=32)
+
+
+@settings(max_examples=examples(60))
+@given(
+    heads=st.integers(1, 6).flatmap(
+        lambda half: st.tuples(*[st.lists(numbers, min_size=2 * half, max_size=2 * half)] * 2)
+    ),
+    positions=st.tuples(st.integers(0, 100), st.integers(0, 100)),
+    base=st.sampled_from([10, 100, 10_000]),
+)
+def test_heads_are_rotated_as_in_the_reference(
+    modules: Any, heads: Any, positions: tuple[int, int], base: int
+) -> None:
+    found = modules.evaluate(ROTATE, {"heads": heads, "positions": positions, "base": base})
+    frequencies = inverse_frequencies(len(heads[0]), float(base))
+    assert found["frequencies"] == pytest.approx(frequencies.tolist(), rel=1e-4)
+    key, query = rope(mx.array(heads).reshape(1, 1, 2, -1), mx.array(positions, mx.int32), frequencies)[0, 0]
+    assert found["key"] == pytest.approx(key.tolist(), abs=2e-3)
+    assert found["query"] == pytest.approx(query.tolist(), abs=2e-3)
+    assert found["score"] == pytest.approx(mx.sum(key * query).item(), abs=0.05)
+
+
+def test_rotary_keeps_the_score_at_every_position(open_figure: Any) -> None:
+    with open_figure("rotary") as figure:
+        assert says(figure).startswith("The key is at position 3, the query at 5.")
+        assert "The score is 2.37" in says(figure)
+        figure.get_by_role("slider", name="Step").fill("20")
+        assert says(figure).startswith("The key is at position 20, the query at 22.")
+        assert "The score is 2.37" in says(figure)
+        figure.get_by_label("Distance").select_option("0")
+        assert "The score is 4.00" in says(figure)
+        figure.get_by_label("Base").select_option("10000")
+        expect(figure.locator(".picture")).to_contain_text("0.1\N{DEGREE SIGN} per position")
+        press(figure, "Reset")
+        assert "The score is 2.37" in says(figure)
 
 
 # ---- recorded figures ----

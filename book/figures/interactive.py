@@ -14,6 +14,7 @@ FALLBACKS: dict[str, str] = {
     "allocation": "stills.allocation",
     "beams": "stills.beams",
     "timeline": "stills.timeline",
+    "rotary": "stills.rotary",
 }
 """The drawing for each interactive figure, as `MODULE.FIGURE`."""
 

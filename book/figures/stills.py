@@ -1,5 +1,6 @@
 """What a page shows in place of an interactive figure without JavaScript: a few of its steps."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -230,10 +231,45 @@ def _timeline() -> Drawing:
     return drawing
 
 
+RADIUS = 46  # pixels, of a dial
+
+
+def dial(drawing: Drawing, x: float, y: float, key: float, query: float) -> None:
+    """Draw a pair as two hands, which point to the right at angle 0 and turn counterclockwise."""
+    drawing.ring(x, y, RADIUS)
+    for hue, angle, length in (("orange", key, RADIUS - 14), ("blue", query, RADIUS - 2)):
+        drawing.curve([(x, y), (x + length * math.cos(angle), y - length * math.sin(angle))], hue)
+
+
+def _rotary() -> Drawing:
+    """A key and a query that are 2 apart, at positions 3 and 5 and at 10 and 12."""
+    drawing = Drawing(
+        640,
+        368,
+        "Four pairs that turn with the position",
+        "A head of 8 numbers with base 100. From positions 3 and 5 to positions 10 and 12 both hands of each "
+        "dial turn, the first pair by far the most. The angle between the two hands stays the same.",
+    )
+    frequencies = [100 ** (-2 * pair / 8) for pair in range(4)]
+    for row, key in enumerate((3, 10)):
+        y = 16 + row * 166
+        drawing.label(2, y, f"key at position {key}, query at position {key + 2}", "text")
+        for pair, frequency in enumerate(frequencies):
+            x = 80 + pair * 156
+            dial(drawing, x, y + 62, key * frequency, (key + 2) * frequency)
+            share = f"{math.cos(2 * frequency):.2f}".replace("-", "\N{MINUS SIGN}")
+            drawing.label(x, y + 128, f"pair {pair} adds {share}", "small", "middle")
+    legend(drawing, 2, 358, {"orange": "key", "blue": "query"})
+    score = sum(math.cos(2 * frequency) for frequency in frequencies)
+    drawing.label(180, 358, f"the score is {score:.2f} in both rows", "small")
+    return drawing
+
+
 FIGURES: dict[str, Callable[[], Drawing]] = {
     "block_table": _block_table,
     "prefix_cache": _prefix_cache,
     "allocation": _allocation,
     "beams": _beams,
     "timeline": _timeline,
+    "rotary": _rotary,
 }
