@@ -26,16 +26,16 @@ from tiny_llm_checkpoints.readers import read_checkpoint
 from tiny_llm_cli.facts import bytes_of
 
 ROLES = {
-    "embed_tokens": "token id to vector; at the end, vector to logits",
+    "embed_tokens": "ids to vectors; vectors to logits",
     "input_layernorm": "norm before attention",
-    "self_attn.q_proj": "vector to 9 queries of 64",
-    "self_attn.k_proj": "vector to 3 keys of 64",
-    "self_attn.v_proj": "vector to 3 values of 64",
-    "self_attn.o_proj": "9 outputs of attention to a vector",
+    "self_attn.q_proj": "to 9 queries of 64",
+    "self_attn.k_proj": "to 3 keys of 64",
+    "self_attn.v_proj": "to 3 values of 64",
+    "self_attn.o_proj": "from 9 heads to a vector",
     "post_attention_layernorm": "norm before the MLP",
-    "mlp.gate_proj": "vector to 1,536 gates",
-    "mlp.up_proj": "vector to 1,536 values",
-    "mlp.down_proj": "gated values to a vector",
+    "mlp.gate_proj": "to 1,536 gates",
+    "mlp.up_proj": "to 1,536 values",
+    "mlp.down_proj": "back to a vector",
     "norm": "norm before the logits",
 }
 GROUPS = {"Q4_1": (32, 20), "Q8_0": (32, 34), "F32": (1, 4)}  # numbers, and their bytes in a file
