@@ -21,6 +21,7 @@ import tiny_llm_kernels
 
 LABS = Path(__file__).parents[1] / "labs"
 SMALL = {
+    "weights": [],
     "trap": ["--longest", "16", "--repetitions", "1"],
     "naive": ["--users", "3", "--num-heads", "2", "--head-dim", "8"],
     "dynamic": ["--pool", "160", "--requests", "400", "--seeds", "1"],
@@ -36,7 +37,7 @@ SMALL = {
     "window": ["--model", "smollm2", "--longest", "1024", "--repetitions", "1"],
     "pressure": ["--users", "3", "--prompt-len", "24", "--output-len", "8"],
 }
-RUN_THE_MODEL = ("trap", "beams", "prefix", "window", "pressure")
+RUN_THE_MODEL = ("weights", "trap", "beams", "prefix", "window", "pressure")
 Run = Callable[[list[str]], int]
 
 
@@ -182,6 +183,26 @@ def test_an_unwritten_exercise_is_an_error_of_one_line_with_its_place(tmp_path: 
 
 
 # ---- the counts ----
+
+
+def test_the_weights_lab_accounts_for_every_byte_of_the_embedded_model(lab: Labs) -> None:
+    """Oracle: by hand. Of 32 numbers, Q4_1 makes 20 bytes; Q8_0 makes 34 in the file and 36 in memory.
+
+    SmolLM2-135M has 49,152 tokens, vectors of 576, 30 layers, and rotary frequencies for 32 pairs.
+    """
+    attention, mlp = 576 * (576 + 192 + 192 + 576), 3 * 576 * 1536
+    rows = {row["kind"]: row for row in lab("weights").rows(0)}
+    assert sum(row["count"] for row in rows.values()) == 30 * 9 + 2
+    assert rows["mlp.up_proj"]["bytes"] == {"predicted": 30 * 1536 * 18 * 20, "measured": 30 * 1536 * 18 * 20}
+    for row in (*rows.values(), lab("weights").rows(1)[1], *lab("weights").rows(2)):
+        assert row["bytes"]["predicted"] == row["bytes"]["measured"]
+    header, tensors = lab("weights").rows(1)
+    assert tensors["bytes"]["measured"] == 49152 * 18 * 34 + 30 * (attention + mlp) // 32 * 20 + 61 * 576 * 4
+    assert 0.95 < header["bytes"]["predicted"] / header["bytes"]["measured"] < 1
+    parts = {row["part"]: row for row in lab("weights").rows(2)}
+    assert parts["embedding, also the output"]["bytes"]["measured"] == 49152 * 18 * 36
+    assert parts["rotary frequencies"]["bytes"]["measured"] == 128
+    assert parts["all"]["parameters"] == 49152 * 576 + 30 * (attention + mlp) + 61 * 576
 
 
 def test_the_trap_lab_counts_every_key_that_is_computed(lab: Labs) -> None:
