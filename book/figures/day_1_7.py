@@ -1,4 +1,4 @@
-"""The figures of day 1.7: three filters on two distributions, the draw, and where random numbers come from."""
+"""The figures of day 1.7: three filters on two distributions, a draw, and two sources of random numbers."""
 
 from collections.abc import Callable, Sequence
 
@@ -22,9 +22,9 @@ def _cuts() -> Drawing:
         680,
         350,
         "Three filters cut a sorted list",
-        "The first distribution has 80, 10, 5, 3 and 2 percent. top_k 2 keeps two tokens, min_p 0.2 and top_p "
-        "0.7 keep one. The second has 30, 25, 20, 15 and 10 percent. top_k 2 keeps two, min_p 0.2 keeps all "
-        "five, top_p 0.7 keeps three.",
+        "The first distribution has 80, 10, 5, 3 and 2 percent. top_k 2 keeps two tokens, min_p 0.2 and "
+        "top_p 0.7 keep one. The second has 30, 25, 20, 15 and 10 percent. top_k 2 keeps two, min_p 0.2 "
+        "keeps all five, top_p 0.7 keeps three.",
     )
     bottom = 38 + TALL
     for left, title, probabilities, kept in CHARTS:
@@ -65,9 +65,9 @@ def _draw() -> Drawing:
         680,
         208,
         "A draw inverts the cumulative sum",
-        "Tokens 0, 1, 2 and 3 have the probabilities 0.25, 0.5, 0 and 0.25. They take the parts of a line from 0 "
-        "to 0.25, to 0.75, and to 1; token 2 has no part. The thresholds 0.15 and 0.21 are in the part of token "
-        "0, 0.67 in that of token 1, and 0.83 in that of token 3.",
+        "Tokens 0, 1, 2 and 3 have the probabilities 0.25, 0.5, 0 and 0.25. They take the parts of a line "
+        "from 0 to 0.25, to 0.75, and to 1; token 2 has no part. The thresholds 0.15 and 0.21 are in the "
+        "part of token 0, 0.67 in that of token 1, and 0.83 in that of token 3.",
     )
     drawing.label(left, 22, "1 - uniform(7, index), for four indices", "small")
     for index, number in enumerate(numbers):
@@ -99,9 +99,9 @@ def _seeds() -> Drawing:
         680,
         330,
         "Two sources of random numbers",
-        "One generator for the batch: without a neighbour A gets 0.32, 0.15 and 0.65; with B, which draws in "
-        "between, A gets 0.32, 0.65 and 0.54. A function of seed and index: A gets 0.85, 0.79 and 0.17 in both "
-        "cases.",
+        "One generator for the batch: without a neighbour A gets 0.32, 0.15 and 0.65; with B, which draws "
+        "in between, A gets 0.32, 0.65 and 0.54. A function of seed and index: A gets 0.85, 0.79 and 0.17 "
+        "in both cases.",
     )
     by_seed = {seed: [uniform(seed, index) for index in range(3)] for seed in (7, 9)}
     alone, shared = ONE_GENERATOR[:3], (ONE_GENERATOR[::2], ONE_GENERATOR[1::2])
