@@ -23,7 +23,7 @@ from result import Column, Line, Pair, Picture, Point, Progress, Result, Table, 
 
 PROMPTS = ("The capital of France is", "My favourite thing about the rain is", "Once upon a time there was a")
 DRAWN = PROMPTS[1]  # the prompt whose next token is drawn many times
-TEMPERATURES = (0.5, 0.7, 1.0, 1.3)
+TEMPERATURES = (0.5, 0.7, 1.3)
 NUM_SHOWN = 5  # rows of the table of draws
 NUM_LIKELIEST = 40  # tokens of each prompt in the JSON output
 GROUP_WIDTH = 0.2  # of logits; the JSON output has the other tokens in groups of about the same logit
