@@ -36,6 +36,7 @@ def as_json_object(report: Report) -> dict[str, object]:
         "tables": [_table_as_json(table) for table in found.tables],
         "conclusion": found.conclusion,
         "picture": asdict(found.picture) | {"lines": [line._asdict() for line in found.picture.lines]},
+        "data": dict(found.data),
         "settings": dict(report.settings),
         "machine": dict(report.machine),
         "your_modules": list(report.your_modules),

@@ -3,8 +3,8 @@
 Plain values, independent of how a lab measures and of how its result is shown.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 Progress = Callable[[str, int, int], None]
@@ -101,10 +101,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a lab: its subject, the question, tables, a conclusion of a few sentences, a picture."""
+    """The result of a lab: its subject, the question, tables, a conclusion of a few sentences, a picture.
+
+    data: further values for `--json`, which are not shown.
+    """
 
     title: str
     question: str
     tables: Sequence[Table]
     conclusion: str
     picture: Picture
+    data: Mapping[str, object] = field(default_factory=dict)

@@ -61,9 +61,14 @@ def test_the_examples_of_a_chapter_print_what_it_says(chapter: str) -> None:
 @pytest.mark.parametrize("name", runs())
 def test_every_run_has_a_saved_result_of_the_same_command(name: str) -> None:
     saved = read(name)
-    assert saved.command == runs()[name]
+    assert saved.command == runs()[name].command
     assert (saved.json is None) != (saved.output is None)
     assert saved.machine["processor"]
+
+
+def test_the_first_try_that_the_setup_page_shows_is_the_code_that_its_run_tests() -> None:
+    page = (SOURCES / "setup.md").read_text(encoding="utf-8")
+    assert runs()["test_1_1_1"].writes["attention.py"] in _PYTHON.findall(page)
 
 
 def test_no_result_is_left_without_a_run() -> None:

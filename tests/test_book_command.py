@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tiny_llm_course.repo import Repo
+from tiny_llm_course.syllabus import read_syllabus
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -24,7 +27,6 @@ def test_help_lists_the_commands() -> None:
     ("arguments", "message"),
     [
         (("serve", "9.9"), "there is no day 9.9"),
-        (("serve", "1.1"), "the chapter of day 1.1 is not written yet"),
         (("serve", "3.1", "--port", "0"), "0 is not in the range"),
         (("cheese",), "No such command 'cheese'"),
     ],
@@ -33,6 +35,16 @@ def test_wrong_arguments_are_named(arguments: tuple[str, ...], message: str) -> 
     ended = book(*arguments)
     assert ended.returncode == 2
     assert message in ended.stderr
+
+
+def test_serving_a_chapter_that_is_not_written_is_an_error() -> None:
+    days = read_syllabus(Repo.here().syllabus).days
+    day = next((day.id for day in days if day.chapter is None), None)
+    if day is None:
+        pytest.skip("every day has a chapter")
+    ended = book("serve", day)
+    assert ended.returncode == 2
+    assert f"the chapter of day {day} is not written yet" in ended.stderr
 
 
 def test_an_unknown_result_is_an_error_that_lists_the_known_ones() -> None:

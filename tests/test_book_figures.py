@@ -6,16 +6,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_llm.dynamic_cache import GlobalAllocator
 from tiny_llm.paged_attention import BlockAllocator, BlockTable
 from tiny_llm.prefix_cache import PrefixCache, TokenBlocks
+from tiny_llm.rope import inverse_frequencies, rope
+from tiny_llm.sampler import draw, keep_min_p, keep_top_k, keep_top_p, sample_token, uniform
+from tiny_llm.sampling_params import SamplingParams
 
 from book_pages import FIGURES, MDBOOK, build_book, write_empty_page, write_page
 from browser import chromium, sync_api, visiting
-from figures import beam_frames, interactive, timeline_frames
+from figures import beam_frames, interactive, sampling_data, timeline_frames
 from preprocessor.chapter import Chapters
 from tiny_llm import errors
 from tiny_model import examples
@@ -407,6 +412,154 @@ def test_prefix_cache_evicts_leaves_first(open_figure: Any) -> None:
         assert says(figure) == "Type a prompt first."
 
 
+# ---- sampling ----
+
+RUN_SAMPLING = """async ({ logits, counts, params, u }) => {
+  const { draw, softmax, stages } = await import("sampling");
+  const after = stages(logits, counts, params);
+  const kept = after.map((row) => row.map((logit) => logit > -Infinity));
+  return [kept, softmax(after.at(-1), counts), draw(after.at(-1), counts, u)];
+}"""
+groups = st.lists(st.tuples(st.integers(-40, 40), st.integers(1, 3)), min_size=1, max_size=12)
+
+
+def reference_stages(logits: mx.array, params: SamplingParams) -> list[mx.array]:
+    """The logits before the first step and after each, by the reference's filters in its order."""
+    if params.greedy:
+        chosen = mx.arange(logits.size) == mx.argmax(logits)
+        return [logits, *[mx.where(chosen, logits, -mx.inf)] * 4]
+    after = [logits, logits / params.temperature]
+    after.append(keep_min_p(after[-1], params.min_p) if params.min_p > 0 else after[-1])
+    after.append(keep_top_k(after[-1], params.top_k) if params.top_k > 0 else after[-1])
+    after.append(keep_top_p(after[-1], params.top_p) if params.top_p < 1 else after[-1])
+    return after
+
+
+def distance(values: Any, limit: float) -> float:
+    """The distance of the nearest value from a limit at which rounding would decide."""
+    return float(np.abs(np.array(values, np.float64) - limit).min())
+
+
+@settings(max_examples=examples(300))
+@given(
+    groups=groups,
+    temperature=st.sampled_from([0.0, 0.5, 0.7, 1.0, 1.3, 2.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.1, 0.3, 0.9, 1.0]),
+    top_k=st.integers(0, 30),
+    top_p=st.sampled_from([0.01, 0.3, 0.61, 0.8, 0.93, 1.0]),
+    seed=st.integers(0, 2**64 - 1),
+    index=st.integers(0, 99),
+)
+def test_sampling_keeps_and_draws_what_the_reference_does(
+    modules: Any, groups: list[Any], seed: int, index: int, **options: Any
+) -> None:
+    params = SamplingParams(**options)
+    numbers, counts = [number / 8 for number, _ in groups], [count for _, count in groups]
+    group_of = [group for group, count in enumerate(counts) for _ in range(count)]
+    after = reference_stages(mx.array([numbers[group] for group in group_of]), params)
+    kept = [[bool(row[group_of.index(group)] > -mx.inf) for group in range(len(counts))] for row in after]
+    descending = np.sort(np.array(mx.softmax(after[3])))[::-1]
+    sums = np.cumsum(np.array(mx.softmax(after[4])))
+    assume(distance(np.cumsum(descending), params.top_p) > 1e-5)
+    assume(distance(sums, (1 - uniform(seed, index)) * sums[-1]) > 1e-5)
+    chosen = {
+        "temperature": params.temperature,
+        "minP": params.min_p,
+        "topK": params.top_k,
+        "topP": params.top_p,
+    }
+    drawn = {"logits": numbers, "counts": counts, "params": chosen, "u": uniform(seed, index)}
+    found, shares, group = modules.evaluate(RUN_SAMPLING, drawn)
+    assert found == kept
+    together = np.bincount(group_of, np.diff(sums, prepend=0), len(counts))
+    np.testing.assert_allclose(shares, together, atol=1e-5)
+    assert group == group_of[int(draw(after[4], seed, index))]
+    for sampler in (sample_token, sample_token.__wrapped__):
+        assert group == group_of[int(sampler(after[0], params, seed, index))]
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({"topK": 2}, "1110"),  # ties with the second stay
+        ({"topP": 0.5}, "1000"),  # a sum of exactly p is enough
+        ({"topP": 0.501}, "1110"),
+        ({"minP": 0.25}, "1110"),  # exactly at the limit
+        ({"minP": 0.26}, "1000"),
+        ({"topK": 1, "topP": 0.01}, "1000"),
+        ({"temperature": 0}, "1000"),
+        ({"temperature": 0.000001}, "1000"),
+        ({}, "1111"),
+    ],
+)
+def test_sampling_cuts_exactly_at_the_limits(modules: Any, params: dict[str, float], kept: str) -> None:
+    """By hand: probabilities of 4/8, 1/8 and 1/8, and four tokens of 1/16 each."""
+    weights, counts = [4.0, 1.0, 1.0, 0.5], [1, 1, 1, 4]
+    chosen = {"temperature": 1, "minP": 0, "topK": 0, "topP": 1, **params}
+    drawn = {"logits": np.log(weights).tolist(), "counts": counts, "params": chosen, "u": 0.0}
+    found, _, group = modules.evaluate(RUN_SAMPLING, drawn)
+    assert "".join("01"[one] for one in found[-1]) == kept
+    assert group == kept.rindex("1")  # u = 0 leads to the end of the line
+
+
+def test_the_sampling_figure_has_the_labs_logits_and_the_references_numbers() -> None:
+    data = sampling_data.data()
+    assert [len(one["likeliest"]) for one in data["prompts"]] == [40] * 3
+    assert data["uniform"][3][7] == uniform(3, 7)
+
+
+def test_sampling_says_what_each_step_does(open_figure: Any) -> None:
+    with open_figure("sampling") as figure:
+        picture, step = figure.locator(".picture"), figure.get_by_role("slider", name="Step")
+        assert says(figure).startswith("Min-p 0.05: ")
+        expect(picture).not_to_contain_text("top-k")  # the next step
+        press(figure, "Next")
+        assert says(figure).startswith("Top-k 12: ")
+        expect(picture).to_contain_text("top-k")
+        step.fill("0")
+        assert says(figure).startswith("The model's own distribution: of 49,152 tokens, ")
+        step.fill("1")
+        assert says(figure) == "Temperature 1 divides all logits by 1: nothing changes."
+        step.fill("5")
+        assert says(figure).startswith("Seed 1 and output index 0 give u = 0.337, so")
+        expect(picture).to_contain_text("1 - u = 0.663")
+
+
+def test_sampling_follows_its_sliders(open_figure: Any) -> None:
+    with open_figure("sampling") as figure:
+        step = figure.get_by_role("slider", name="Step")
+        step.fill("0")
+        figure.get_by_role("slider", name="Min-p").fill("0.3")  # shows its own step
+        expect(step).to_have_value("2")
+        assert says(figure).startswith("Min-p 0.30: a token needs 0.30 times ")
+        figure.get_by_role("slider", name="Top-p").fill("1")
+        assert says(figure).startswith("Top-p is off: all ")
+        figure.get_by_role("slider", name="u", exact=True).fill("0.25")
+        assert says(figure).startswith("You chose u = 0.250, so the draw looks for 1 - u = 0.750.")
+        figure.get_by_role("slider", name="Output index").press("ArrowRight")
+        assert says(figure).startswith("Seed 1 and output index 1 give u = 0.855")
+        temperature = figure.get_by_role("slider", name="Temperature")
+        temperature.fill("0")
+        assert says(figure).startswith("A temperature of 0 takes the largest logit")
+        expect(figure.locator(".picture")).to_contain_text("greedy")
+        temperature.fill("2")
+        figure.get_by_role("slider", name="Top-k").fill("0")
+        expect(figure.get_by_role("slider", name="Top-k")).to_have_attribute("aria-valuetext", "off")
+        press(figure, "Reset")
+        expect(step).to_have_value("2")
+        assert says(figure).startswith("Min-p 0.05: ")
+
+
+def test_sampling_shows_a_part_of_the_tail(open_figure: Any) -> None:
+    with open_figure("sampling") as figure:
+        for name, value in (("Min-p", "0"), ("Top-k", "0"), ("Top-p", "0.99"), ("Temperature", "1.5")):
+            figure.get_by_role("slider", name=name).fill(value)
+        expect(figure.locator(".picture")).to_contain_text(" of 49,112")
+        figure.get_by_label("Prompt").select_option("0")
+        figure.get_by_role("slider", name="u", exact=True).fill("0")  # the end of the line
+        assert says(figure).endswith("is one of the tokens without a row.")
+
+
 # ---- three ways to allocate ----
 
 FIRST_RUN = """async (free) => {
@@ -489,6 +642,52 @@ def test_allocation_follows_its_settings(open_figure: Any) -> None:
         press(figure, "Reset")
         expect(figure.get_by_label("Longest length")).to_have_value("32")
         assert "5 blocks are free, but not 3 side by side" in says(figure)
+
+
+# ---- rotary positions ----
+
+ROTATE = """async ({ heads, positions, base }) => {
+  const { inverseFrequencies, parts, rotate } = await import("rotary");
+  const frequencies = inverseFrequencies(heads[0].length, base);
+  const [key, query] = heads.map((head, place) => rotate(head, positions[place], frequencies));
+  return { frequencies, key, query, score: parts(query, key).reduce((sum, part) => sum + part, 0) };
+}"""
+numbers = st.floats(-4, 4, width=32)
+
+
+@settings(max_examples=examples(60))
+@given(
+    heads=st.integers(1, 6).flatmap(
+        lambda half: st.tuples(*[st.lists(numbers, min_size=2 * half, max_size=2 * half)] * 2)
+    ),
+    positions=st.tuples(st.integers(0, 100), st.integers(0, 100)),
+    base=st.sampled_from([10, 100, 10_000]),
+)
+def test_heads_are_rotated_as_in_the_reference(
+    modules: Any, heads: Any, positions: tuple[int, int], base: int
+) -> None:
+    found = modules.evaluate(ROTATE, {"heads": heads, "positions": positions, "base": base})
+    frequencies = inverse_frequencies(len(heads[0]), float(base))
+    assert found["frequencies"] == pytest.approx(frequencies.tolist(), rel=1e-4)
+    key, query = rope(mx.array(heads).reshape(1, 1, 2, -1), mx.array(positions, mx.int32), frequencies)[0, 0]
+    assert found["key"] == pytest.approx(key.tolist(), abs=2e-3)
+    assert found["query"] == pytest.approx(query.tolist(), abs=2e-3)
+    assert found["score"] == pytest.approx(mx.sum(key * query).item(), abs=0.05)
+
+
+def test_rotary_keeps_the_score_at_every_position(open_figure: Any) -> None:
+    with open_figure("rotary") as figure:
+        assert says(figure).startswith("The key is at position 3, the query at 5.")
+        assert "The score is 2.37" in says(figure)
+        figure.get_by_role("slider", name="Step").fill("20")
+        assert says(figure).startswith("The key is at position 20, the query at 22.")
+        assert "The score is 2.37" in says(figure)
+        figure.get_by_label("Distance").select_option("0")
+        assert "The score is 4.00" in says(figure)
+        figure.get_by_label("Base").select_option("10000")
+        expect(figure.locator(".picture")).to_contain_text("0.1\N{DEGREE SIGN} per position")
+        press(figure, "Reset")
+        assert "The score is 2.37" in says(figure)
 
 
 # ---- recorded figures ----

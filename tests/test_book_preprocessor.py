@@ -303,6 +303,23 @@ def test_measuring_saves_what_the_command_printed(
     assert saved_results.read("machine").json["machine"]["threads"] >= 1
 
 
+def test_a_run_is_prepared_in_an_overlay_of_its_own(folder: Path) -> None:
+    (folder / "runs.toml").write_text(
+        'after = "pdm run progress"\n'
+        '[written]\ncommand = "pdm run progress"\nstart = "1.1"\nbefore = ["pdm run skip 1.1.2"]\n'
+        'writes."attention.py" = "def softmax(x):\\n    return x\\n"\n'
+    )
+    measure_all(["written", "after"], only_missing=False)
+    assert (saved_results.read("written").output or "").startswith("1.1  [xs.] ")
+    assert (saved_results.read("after").output or "").startswith("1.1  [---] ")
+
+
+def test_a_run_must_end_with_the_exit_code_that_it_names(folder: Path) -> None:
+    (folder / "runs.toml").write_text('[bad]\ncommand = "pdm run map"\nexit_code = 1\n')
+    with pytest.raises(BookError, match="pdm run map: exit code 0"):
+        measure_all(["bad"], only_missing=False)
+
+
 def test_measuring_an_unknown_name_or_a_failing_command_is_an_error(folder: Path) -> None:
     (folder / "runs.toml").write_text('bad = "pdm run hint 9.9.9"\n')
     with pytest.raises(BookError, match=r"has no cheese \(has: bad\)"):

@@ -112,7 +112,7 @@ def test_a_first_day_from_start_to_diff(tmp_path: Path) -> None:
     assert run(["start", "1.1"], tmp_path).returncode == 1
     failing = run(["test", "1.1"], tmp_path)
     assert failing.returncode == 1
-    assert "wait for 1.1.1 softmax: pdm run hint 1.1.1" in failing.stdout
+    assert "wait for 1.1.1 softmax: book/src/week-1/day-1.md#task-1" in failing.stdout
     tried = run(["try", "1.1"], tmp_path).stderr
     assert re.search(r"attention\.py, line \d+: still blank: 1\.1\.2 causal_mask: ", tried), tried
     assert run(["skip", "1.1"], tmp_path).returncode == 0

@@ -12,7 +12,8 @@ from tiny_llm_course.starter import skip, start
 from tiny_llm_course.units import Day
 from toy_course import syllabus_of
 
-BLANK = '    raise NotImplementedError("1.2.1 inverse_frequencies: pdm run hint 1.2.1")'
+MESSAGE = "1.2.1 inverse_frequencies: book/src/week-1/day-2.md#task-1"
+BLANK = f'    raise NotImplementedError("{MESSAGE}")'
 SIDE = Measured(0.001, 0.001, 0.2, 2048)
 
 
@@ -95,9 +96,7 @@ def test_a_blank_or_a_mistake_is_reported_in_one_line_with_the_learners_file(her
     with pytest.raises(CourseError) as blank:
         compare(here, one)
     line = (here.overlay / "rope.py").read_text("utf-8").splitlines().index(BLANK) + 1
-    assert f"rope.py, line {line}: still blank: 1.2.1 inverse_frequencies: pdm run hint 1.2.1" in str(
-        blank.value
-    )
+    assert f"rope.py, line {line}: still blank: {MESSAGE}" in str(blank.value)
     assert f"{here.overlay}/rope.py" in str(blank.value), "the learner's file, not its copy"
     assert "\n" not in str(blank.value)
     skip(here, one, one.exercises)

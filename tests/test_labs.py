@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import random
 import runpy
@@ -21,6 +22,8 @@ import tiny_llm_kernels
 
 LABS = Path(__file__).parents[1] / "labs"
 SMALL = {
+    "weights": [],
+    "sampling": ["--draws", "400"],
     "trap": ["--longest", "16", "--repetitions", "1"],
     "naive": ["--users", "3", "--num-heads", "2", "--head-dim", "8"],
     "dynamic": ["--pool", "160", "--requests", "400", "--seeds", "1"],
@@ -36,7 +39,7 @@ SMALL = {
     "window": ["--model", "smollm2", "--longest", "1024", "--repetitions", "1"],
     "pressure": ["--users", "3", "--prompt-len", "24", "--output-len", "8"],
 }
-RUN_THE_MODEL = ("trap", "beams", "prefix", "window", "pressure")
+RUN_THE_MODEL = ("weights", "sampling", "trap", "beams", "prefix", "window", "pressure")
 Run = Callable[[list[str]], int]
 
 
@@ -182,6 +185,52 @@ def test_an_unwritten_exercise_is_an_error_of_one_line_with_its_place(tmp_path: 
 
 
 # ---- the counts ----
+
+
+def test_the_weights_lab_accounts_for_every_byte_of_the_embedded_model(lab: Labs) -> None:
+    """Oracle: by hand. Of 32 numbers, Q4_1 makes 20 bytes; Q8_0 makes 34 in the file and 36 in memory.
+
+    SmolLM2-135M has 49,152 tokens, vectors of 576, 30 layers, and rotary frequencies for 32 pairs.
+    """
+    attention, mlp = 576 * (576 + 192 + 192 + 576), 3 * 576 * 1536
+    rows = {row["kind"]: row for row in lab("weights").rows(0)}
+    assert sum(row["count"] for row in rows.values()) == 30 * 9 + 2
+    assert rows["mlp.up_proj"]["bytes"] == {"predicted": 30 * 1536 * 18 * 20, "measured": 30 * 1536 * 18 * 20}
+    for row in (*rows.values(), lab("weights").rows(1)[1], *lab("weights").rows(2)):
+        assert row["bytes"]["predicted"] == row["bytes"]["measured"]
+    header, tensors = lab("weights").rows(1)
+    assert tensors["bytes"]["measured"] == 49152 * 18 * 34 + 30 * (attention + mlp) // 32 * 20 + 61 * 576 * 4
+    assert 0.95 < header["bytes"]["predicted"] / header["bytes"]["measured"] < 1
+    parts = {row["part"]: row for row in lab("weights").rows(2)}
+    assert parts["embedding, also the output"]["bytes"]["measured"] == 49152 * 18 * 36
+    assert parts["rotary frequencies"]["bytes"]["measured"] == 128
+    assert parts["all"]["parameters"] == 49152 * 576 + 30 * (attention + mlp) + 61 * 576
+
+
+def test_the_sampling_lab_counts_what_the_filters_keep(lab: Labs) -> None:
+    """Oracle: NumPy in float64. In float32 a sum of thousands of probabilities can be off by a few tokens."""
+    filters, temperatures, draws = (lab("sampling").rows(place) for place in range(3))
+    peaked, open_ = filters[0]["top_p"], filters[-1]["top_p"]
+    assert peaked["measured"] < 40 < open_["measured"]
+    for pair in [row[key] for row in filters for key in ("top_p", "min_p")]:
+        assert pair["measured"] == pytest.approx(pair["predicted"], rel=0.02)
+    for row in temperatures:
+        counts = [row[key]["measured"] for key in ("0.5", "0.7", "1.3")]
+        assert counts == sorted(counts)
+    assert sum(row["share"]["predicted"] for row in draws) == pytest.approx(1)
+    assert sum(row["share"]["measured"] for row in draws) == pytest.approx(1)
+    assert all(abs(row["share"]["measured"] - row["share"]["predicted"]) < 0.1 for row in draws)
+
+
+def test_the_sampling_lab_lists_the_likeliest_tokens_and_groups_the_others(lab: Labs) -> None:
+    """Oracle: at temperature 1 the listed tokens and the groups have the shares of the first table."""
+    for row, prompt in zip(lab("sampling").rows(0), lab("sampling").found["data"]["prompts"], strict=True):
+        weights = [math.exp(logit) for _, _, logit in prompt["likeliest"]]
+        others = [count * math.exp(logit) for logit, count in prompt["tail"]]
+        assert weights == sorted(weights, reverse=True)
+        assert weights[0] / (sum(weights) + sum(others)) == pytest.approx(row["largest"], rel=1e-3)
+        assert sum(weights) / (sum(weights) + sum(others)) == pytest.approx(row["forty"], rel=1e-3)
+        assert len(weights) + sum(count for _, count in prompt["tail"]) == prompt["vocabulary"] == 49_152
 
 
 def test_the_trap_lab_counts_every_key_that_is_computed(lab: Labs) -> None:

@@ -45,7 +45,7 @@ def _sequence() -> Drawing:
     _message(drawing, loop, core - 26, 302, "step", dashed=False)
     drawing.cell(core - 26, 292, 52, 72, f"{DOG} {CAT}", "step")
     drawing.arrow([(core - 26, 350), (loop + 2, 350)], dashed=True)
-    drawing.label(loop + 10, 344, "outputs", "small")
+    drawing.label(loop + 24, 344, "outputs", "small")
     _message(drawing, loop, outbox, 386, "an event", dashed=False)
     _message(drawing, loop, outbox, 416, "deliver", dashed=False)
     drawing.arrow([(outbox, 446), (client + 2, 446)], dashed=True)
@@ -62,7 +62,7 @@ def _message(drawing: Drawing, start: float, end: float, y: float, text: str, da
     """Draw an arrow between two lifelines with its text above the start of the arrow's left half."""
     tip = end - 2 if end > start else end + 2
     drawing.arrow([(start, y), (tip, y)], dashed)
-    drawing.label(min(start, end) + 12, y - 6, text, "small")
+    drawing.label(start + 12 if end > start else end + 24, y - 6, text, "small")
 
 
 def _life() -> Drawing:

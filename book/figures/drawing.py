@@ -88,11 +88,15 @@ class Drawing:
         path = f"M{start[0]:g} {start[1]:g} L{end[0]:g} {end[1]:g}"
         self._marks.append(f'<path class="{kind}" d="{path}"/>')
 
-    def curve(self, points: Sequence[Point], style: str, dashed: bool = False) -> None:
+    def ring(self, x: float, y: float, radius: float) -> None:
+        """Draw a faint circle around a centre, such as the edge of a dial."""
+        self._marks.append(f'<circle class="ring" cx="{x:g}" cy="{y:g}" r="{radius:g}"/>')
+
+    def curve(self, points: Sequence[Point], style: str, dashed: bool = False, has_dots: bool = True) -> None:
         """Draw a thick line of a chart through points, in a hue, with a dot at each point unless dashed."""
         path = " ".join(f"{'L' if place else 'M'}{x:.1f} {y:.1f}" for place, (x, y) in enumerate(points))
         self._marks.append(f'<g class="{style} curve{" dashed" if dashed else ""}"><path d="{path}"/>')
-        if not dashed:
+        if has_dots and not dashed:
             self._marks += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in points]
         self._marks.append("</g>")
 
@@ -140,6 +144,7 @@ def _style() -> str:
         f".chip {{ {MONO}; font-size: 11.5px }}",
         ".arrow { fill: none; stroke-width: 1.5 }",
         ".grid { stroke-width: 1 }",
+        ".ring { fill: none }",
         ".dashed { stroke-dasharray: 5 4 }",
         ".free > rect { stroke-dasharray: 3 3 }",
         ".stripe > rect { stroke: none }",
@@ -159,7 +164,7 @@ def _colours(palette: Palette) -> list[str]:
         f"text {{ fill: {plain['ink']} }}",
         f".small {{ fill: {plain['soft']} }}",
         f".arrow {{ stroke: {plain['soft']} }}",
-        f".grid {{ stroke: {plain['line']} }}",
+        f".grid, .ring {{ stroke: {plain['line']} }}",
         f".head-shape {{ fill: {plain['soft']} }}",
     ]
     for name, tint in palette.tints.items():

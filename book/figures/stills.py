@@ -1,8 +1,15 @@
 """What a page shows in place of an interactive figure without JavaScript: a few of its steps."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import mlx.core as mx
+import numpy as np
+
+from tiny_llm_ref.sampler import draw, keep_min_p, keep_top_k, keep_top_p
+
+from . import sampling_data
 from .beam_frames import frames
 from .blocks import CELL, GAP, Block, legend, slotted_block, table
 from .drawing import Drawing
@@ -157,6 +164,57 @@ def _allocation() -> Drawing:
     return drawing
 
 
+SAMPLED_ROWS = 14
+
+
+def _sampling() -> Drawing:
+    """A real distribution with min-p 0.05, top-k 12 and top-p 0.8, and one draw."""
+    drawing = Drawing(
+        680,
+        430,
+        "Sampling",
+        "The likeliest next tokens after a prompt. min-p removes those that are too unlikely, top-k all "
+        "after the twelfth, and top-p the last of these. One of the others is drawn.",
+    )
+    prompt = sampling_data.data()["prompts"][1]
+    own = sorted(prompt["likeliest"])
+    logits = [logit for _, _, logit in own] + [logit for logit, n in prompt["tail"] for _ in range(n)]
+    start = mx.array(logits)
+    after_min_p = keep_min_p(start, 0.05)
+    after_top_k = keep_top_k(after_min_p, 12)
+    last = keep_top_p(after_top_k, 0.8)
+    drawn = int(draw(last, 1, 0))
+    texts = [text.replace(" ", "\u2423") for _, text, _ in own]
+    shares = [_shares(row)[: len(own)] for row in (start, after_min_p, after_top_k, last)]
+    looks = ["orange" if place == drawn else "blue" for place in range(len(own))]
+    drawing.label(2, 16, f"after {prompt['prompt']!r}: min-p 0.05, then top-k 12, then top-p 0.8", "small")
+    order = sorted(range(len(own)), key=lambda place: -shares[0][place])[:SAMPLED_ROWS]
+    for row, place in enumerate(order):
+        y = 28 + row * 22
+        step = max(step for step, row_shares in enumerate(shares) if row_shares[place] > 0)
+        removed = step < len(shares) - 1
+        drawing.label(2, y + 12.5, texts[place], "chip")
+        bar = max(1.0, 420 * shares[step][place] / max(shares[-1]))
+        drawing.cell(116, y, bar, 16, "free" if removed else looks[place])
+        number = ("min-p", "top-k", "top-p")[step] if removed else f"{shares[-1][place]:.1%}"
+        drawing.label(620, y + 12.5, number, "chip", "end")
+    x, y = 2.0, 28 + SAMPLED_ROWS * 22 + 18
+    drawing.label(2, y - 6, "in the order of the ids", "small")
+    for text, share, look in zip(texts, shares[-1], looks, strict=True):
+        if share > 0:
+            fits = 7.4 * len(text) < 618 * share - 6
+            drawing.cell(x, y, 618 * share, 30, look, text if fits else "")
+            x += 618 * share
+    legend(
+        drawing, 2, 416, {"blue": "possible", "free": "removed", "orange": "drawn, with seed 1 at index 0"}
+    )
+    return drawing
+
+
+def _shares(logits: mx.array) -> list[float]:
+    return [float(share) for share in np.array(mx.softmax(logits))]
+
+
 HUE_CYCLE = ("blue", "orange", "green", "violet", "teal", "rose")
 
 
@@ -230,10 +288,46 @@ def _timeline() -> Drawing:
     return drawing
 
 
+RADIUS = 46  # pixels, of a dial
+
+
+def dial(drawing: Drawing, x: float, y: float, key: float, query: float) -> None:
+    """Draw a pair as two hands, which point to the right at angle 0 and turn counterclockwise."""
+    drawing.ring(x, y, RADIUS)
+    for hue, angle, length in (("orange", key, RADIUS - 14), ("blue", query, RADIUS - 2)):
+        drawing.curve([(x, y), (x + length * math.cos(angle), y - length * math.sin(angle))], hue)
+
+
+def _rotary() -> Drawing:
+    """A key and a query that are 2 apart, at positions 3 and 5 and at 10 and 12."""
+    drawing = Drawing(
+        640,
+        368,
+        "Four pairs that turn with the position",
+        "A head of 8 numbers with base 100. From positions 3 and 5 to positions 10 and 12 both hands of each "
+        "dial turn, the first pair by far the most. The angle between the two hands stays the same.",
+    )
+    frequencies = [100 ** (-2 * pair / 8) for pair in range(4)]
+    for row, key in enumerate((3, 10)):
+        y = 16 + row * 166
+        drawing.label(2, y, f"key at position {key}, query at position {key + 2}", "text")
+        for pair, frequency in enumerate(frequencies):
+            x = 80 + pair * 156
+            dial(drawing, x, y + 62, key * frequency, (key + 2) * frequency)
+            share = f"{math.cos(2 * frequency):.2f}".replace("-", "\N{MINUS SIGN}")
+            drawing.label(x, y + 128, f"pair {pair} adds {share}", "small", "middle")
+    legend(drawing, 2, 358, {"orange": "key", "blue": "query"})
+    score = sum(math.cos(2 * frequency) for frequency in frequencies)
+    drawing.label(180, 358, f"the score is {score:.2f} in both rows", "small")
+    return drawing
+
+
 FIGURES: dict[str, Callable[[], Drawing]] = {
+    "sampling": _sampling,
     "block_table": _block_table,
     "prefix_cache": _prefix_cache,
     "allocation": _allocation,
     "beams": _beams,
     "timeline": _timeline,
+    "rotary": _rotary,
 }

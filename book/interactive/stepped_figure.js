@@ -183,6 +183,33 @@ export function select(label, options, value, onChange) {
   return html("label", {}, label, element);
 }
 
+/**
+ * A labelled slider with its value as text. limits: least, most and step. shown: the text of a value. An assignment to
+ * `value` moves the slider without calling `onChange`.
+ * @returns {{label: Element, value: number}}
+ */
+export function slider(label, [min, max, step], value, shown, onChange) {
+  const input = html("input", { type: "range", min, max, step });
+  const text = html("span", { className: "place", "aria-hidden": "true" });
+  const own = {
+    label: html("label", {}, label, input, text),
+    get value() {
+      return Number(input.value);
+    },
+    set value(number) {
+      input.value = number;
+      text.textContent = shown(own.value);
+      input.setAttribute("aria-valuetext", text.textContent);
+    },
+  };
+  input.addEventListener("input", () => {
+    own.value = own.value;
+    onChange(own.value);
+  });
+  own.value = value;
+  return own;
+}
+
 function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }

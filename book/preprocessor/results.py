@@ -7,7 +7,7 @@ A file has the command, the date, the machine, and what the command printed: `js
 import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
 from html import escape
@@ -40,9 +40,25 @@ class Saved:
         return f"`{command}` on {machine['processor']}, {kernels}, MLX {machine['mlx']}"
 
 
-def runs() -> dict[str, str]:
-    """The commands that the book takes its results from, by name."""
-    return tomllib.loads((FOLDER / "runs.toml").read_text(encoding="utf-8"))
+@dataclass(frozen=True)
+class Run:
+    """A command that the book takes a result from, and what happens before it in the same overlay.
+
+    start: a day that is started first. writes: by file, functions that then replace those of the same name.
+    before: commands that run after that and must succeed. exit_code: what `command` must end with.
+    """
+
+    command: str
+    start: str = ""
+    writes: Mapping[str, str] = field(default_factory=dict)
+    before: Sequence[str] = ()
+    exit_code: int = 0
+
+
+def runs() -> dict[str, Run]:
+    """The runs of `runs.toml` by name; a text there is a command that needs no preparation."""
+    found = tomllib.loads((FOLDER / "runs.toml").read_text(encoding="utf-8"))
+    return {name: Run(run) if isinstance(run, str) else Run(**run) for name, run in found.items()}
 
 
 def read(name: str) -> Saved:

@@ -105,7 +105,12 @@ def memory(llm: "LLM") -> dict[str, object]:
 
 def weight_bytes(llm: "LLM") -> int:
     """Bytes of the model's parameters in memory."""
-    return sum(array.nbytes for array in {id(a): a for a in _arrays(llm.model)}.values())
+    return bytes_of(llm.model)
+
+
+def bytes_of(*parts: object) -> int:
+    """Bytes of the arrays in parts of a model; an array that several of them hold counts once."""
+    return sum(array.nbytes for array in {id(a): a for part in parts for a in _arrays(part)}.values())
 
 
 def peak_resident_bytes() -> int:

@@ -35,6 +35,12 @@ from week_3_day_7.timeouts import background, cancelled, queued, value, with_tim
 # Task 9: Engine.submit
 
 
+def rejected(engine: Engine, requests: list[Any]) -> None:
+    """Submit requests that `submit` must reject with an error; fails if it returns a future."""
+    with_timeout(engine.submit, requests, RecordingListener())
+    raise AssertionError("`submit` returned a future: it must raise the error itself, and post nothing")
+
+
 def test_task_9_a_request_from_another_thread_is_served() -> None:
     """Oracle: by hand: one letter per step, the usage with the last one."""
     with serving() as engine:
@@ -121,7 +127,7 @@ def test_task_9_a_full_queue_rejects_at_once() -> None:
         )
         for _ in range(3):
             with pytest.raises(QueueFullError):
-                with_timeout(engine.submit, [engine.request("e", THREE_TOKENS)], RecordingListener())
+                rejected(engine, [engine.request("e", THREE_TOKENS)])
         core.allow_all_steps()
         queued(waiting)
         for letter in "ab":
@@ -139,7 +145,7 @@ def test_task_9_all_requests_of_a_call_are_queued_or_none() -> None:
     with serving(core, max_num_seqs=1, max_num_waiting=1) as engine:
         requests = [engine.request("a", THREE_TOKENS) for _ in range(3)]
         with pytest.raises(QueueFullError):
-            with_timeout(engine.submit, requests, RecordingListener())
+            rejected(engine, requests)
         listener = RecordingListener()
         queued(engine.submit(requests[:2], listener))
         assert text(listener.until_end() + listener.until_end()) == "bcdbcd"
@@ -157,7 +163,7 @@ def test_task_9_a_draining_engine_rejects_at_once() -> None:
         core.hold()
         core.wait_for_step()
         with pytest.raises(EngineStoppingError):
-            with_timeout(engine.submit, [engine.request("b", THREE_TOKENS)], RecordingListener())
+            rejected(engine, [engine.request("b", THREE_TOKENS)])
         ended = engine.cancel("a")
         core.allow_all_steps()
         cancelled(ended)
@@ -231,7 +237,7 @@ def test_task_9_a_stopped_engine_cancels_active_requests_and_rejects_new_ones() 
         assert listener.until_end()[-1].finish_reason == "abort"
         for _ in range(10):  # more than the queue's limit
             with pytest.raises(EngineStoppingError):
-                with_timeout(engine.submit, [engine.request("b", THREE_TOKENS)], RecordingListener())
+                rejected(engine, [engine.request("b", THREE_TOKENS)])
 
 
 def test_task_9_listeners_and_new_clients_get_the_error_of_a_dead_engine() -> None:
