@@ -45,13 +45,14 @@ INLINE Range part_in_tile(Range range, int64_t first) {
   return {max(range.begin - first, 0), min(range.end - first, TILE)};
 }
 
-/// Keys and values as floats, for several rows that share them.
+/// Keys and values as floats, for several rows that share them. The keys are transposed, so that a vector has the same
+/// component of adjacent positions, and scores need no sums over lanes.
 struct alignas(64) Tile {
-  float keys[TILE * MAX_HEAD_SIZE];    // [32, D padded]
+  float keys[MAX_HEAD_SIZE * TILE];    // [D padded, 32]
   float values[TILE * MAX_HEAD_SIZE];  // [32, D padded]
   int64_t width;                       // D padded
 
-  INLINE_MEMBER f32w key(int64_t i, int64_t d) const { return load_wide(keys + i * width + d); }
+  INLINE_MEMBER f32w keys_from(int64_t i, int64_t d) const { return load_wide(keys + d * TILE + i); }
   INLINE_MEMBER f32w value(int64_t i, int64_t d) const { return load_wide(values + i * width + d); }
 };
 
@@ -87,27 +88,38 @@ INLINE void widen(const typename T::Storage* from, int64_t count, int64_t D, flo
   }
 }
 
-/// Loads a part of the tile that starts at position `first`, padded with zeros to multiples of four positions.
-/// A position without a valid block gives NaN: an invalid table must not read memory outside the pool, and must
-/// not go unnoticed.
+/// Writes `from` [32, width] as `to` [width, 32], for the positions of `part`.
+static void transpose(const float* from, int64_t width, Range part, float* to) {
+  for (int64_t i = part.begin / LANES * LANES; i < part.end; i += LANES) {
+    for (int64_t d = 0; d < width; d += LANES) {
+      f32x8 block[LANES];
+      UNROLL
+      for (int row = 0; row < LANES; ++row) block[row] = load(from + (i + row) * width + d);
+      transpose(block);
+      UNROLL
+      for (int row = 0; row < LANES; ++row) store(to + (d + row) * TILE + i, block[row]);
+    }
+  }
+}
+
+/// Loads a part of the tile that starts at position `first`. A position without a valid block gives NaN: an invalid
+/// table must not read memory outside the pool, and must not go unnoticed. Positions outside the part may contain
+/// anything.
 template <typename T>
 static void load_tile(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first, Range part,
                       Tile& tile) {
-  const auto* keys = static_cast<const typename T::Storage*>(job.keys);
-  const auto* values = static_cast<const typename T::Storage*>(job.values);
   const int64_t width = tile.width = padded(job.D);
-  const auto fill = [&](int64_t begin, int64_t end, float value) {
-    for (int64_t d = begin * width; d < end * width; d += LANES) {
-      store(tile.keys + d, splat(value)), store(tile.values + d, splat(value));
-    }
+  const auto read = [&](const void* pool, float* rows) {
+    each_run(job, head, table_row, first, part, [&](int64_t i, int64_t count, int64_t place) {
+      float* to = rows + i * width;
+      if (place >= 0)
+        return widen<T>(static_cast<const typename T::Storage*>(pool) + place, count, job.D, to);
+      for (int64_t d = 0; d < count * width; d += LANES) store(to + d, splat(__builtin_nanf("")));
+    });
   };
-  fill(part.begin / 4 * 4, part.begin, 0.0f);
-  fill(part.end, rounded_up(part.end, 4), 0.0f);
-  each_run(job, head, table_row, first, part, [&](int64_t i, int64_t count, int64_t place) {
-    if (place < 0) return fill(i, i + count, __builtin_nanf(""));
-    widen<T>(keys + place, count, job.D, tile.keys + i * width);
-    widen<T>(values + place, count, job.D, tile.values + i * width);
-  });
+  read(job.keys, tile.values);  // to be transposed from there
+  transpose(tile.values, width, part, tile.keys);
+  read(job.values, tile.values);
 }
 
 /// Keys and values in place, for rows that do not share them: numbers are converted to floats while they are
@@ -123,8 +135,8 @@ struct Pages {
     }
   }
 
-  INLINE_MEMBER f32w key(int64_t i, int64_t d) const { return load_wide_as<T>(keys[i] + d); }
-  INLINE_MEMBER f32w value(int64_t i, int64_t d) const { return load_wide_as<T>(values[i] + d); }
+  INLINE_MEMBER f32w key(int64_t i, int64_t d) const { return T::load_wide(keys[i] + d); }
+  INLINE_MEMBER f32w value(int64_t i, int64_t d) const { return T::load_wide(values[i] + d); }
 
   /// The counterpart of `load_tile`: sets the pointers instead of loading.
   INLINE_MEMBER void find(const AttentionJob& job, int64_t head, int64_t table_row, int64_t first,

@@ -30,10 +30,62 @@ struct Row {
   INLINE_MEMBER Softmax softmax() const { return {m, sum(l), o}; }
 };
 
-/// scores[r][i] = scale * (q_r . k_i) for the positions i of the tile in `seen`, -inf for the others.
-template <int ROWS, typename Source>
-INLINE void score(const Row* rows, const Source& tile, int64_t D, Range seen, float scale,
-                  float (&scores)[ROWS][TILE], Prefetch& prefetch) {
+// A score adds its D products in this order, whether lanes are components (Pages) or positions (Tile): component
+// d goes to partial sum d % WIDE; these are added as `narrow` and `sum` add the lanes of a vector.
+
+/// The partial sum `lane` of ROWS rows, for WIDE positions from i on.
+template <int ROWS>
+INLINE void partial_scores(const Row* rows, const Tile& tile, int64_t i, int64_t lane, f32w (&sums)[ROWS]) {
+  UNROLL
+  for (int r = 0; r < ROWS; ++r) sums[r] = f32w{};
+  for (int64_t d = lane; d < tile.width; d += WIDE) {
+    const f32w keys = tile.keys_from(i, d);
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) sums[r] = fma(splat_wide(rows[r].q[d]), keys, sums[r]);
+  }
+}
+
+/// The same for lane and lane + 8, added, if a vector has 16 lanes.
+template <int ROWS>
+INLINE void folded_scores(const Row* rows, const Tile& tile, int64_t i, int64_t lane, f32w (&sums)[ROWS]) {
+  partial_scores<ROWS>(rows, tile, i, lane, sums);
+  if constexpr (WIDE > LANES) {
+    f32w more[ROWS];
+    partial_scores<ROWS>(rows, tile, i, lane + LANES, more);
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) sums[r] += more[r];
+  }
+}
+
+template <int ROWS>
+INLINE void scores_of(const Row* rows, const Tile& tile, int64_t, Range seen, float scale,
+                      float (&scores)[ROWS][TILE], Prefetch& prefetch) {
+  for (int64_t i = seen.begin / WIDE * WIDE; i < seen.end; i += WIDE) {
+    prefetch.request(WIDE);
+    f32w halves[2][ROWS];
+    UNROLL
+    for (int half = 0; half < 2; ++half) {  // ((0+2)+(1+3)), ((4+6)+(5+7))
+      f32w pairs[2][ROWS];
+      UNROLL
+      for (int pair = 0; pair < 2; ++pair) {
+        f32w first[ROWS], second[ROWS];
+        folded_scores<ROWS>(rows, tile, i, 4 * half + pair, first);
+        folded_scores<ROWS>(rows, tile, i, 4 * half + pair + 2, second);
+        UNROLL
+        for (int r = 0; r < ROWS; ++r) pairs[pair][r] = first[r] + second[r];
+      }
+      UNROLL
+      for (int r = 0; r < ROWS; ++r) halves[half][r] = pairs[0][r] + pairs[1][r];
+    }
+    UNROLL
+    for (int r = 0; r < ROWS; ++r)
+      store_wide(scores[r] + i, (halves[0][r] + halves[1][r]) * splat_wide(scale));
+  }
+}
+
+template <int ROWS, typename T>
+INLINE void scores_of(const Row* rows, const Pages<T>& tile, int64_t D, Range seen, float scale,
+                      float (&scores)[ROWS][TILE], Prefetch& prefetch) {
   for (int64_t i = seen.begin / 4 * 4; i < seen.end; i += 4) {
     prefetch.request(4);
     f32w acc[ROWS][4] = {};
@@ -55,6 +107,13 @@ INLINE void score(const Row* rows, const Source& tile, int64_t D, Range seen, fl
       std::memcpy(scores[r] + i, &four, sizeof(four));
     }
   }
+}
+
+/// scores[r][i] = scale * (q_r . k_i) for the positions i of the tile in `seen`, -inf for the others.
+template <int ROWS, typename Source>
+INLINE void score(const Row* rows, const Source& tile, int64_t D, Range seen, float scale,
+                  float (&scores)[ROWS][TILE], Prefetch& prefetch) {
+  scores_of<ROWS>(rows, tile, D, seen, scale, scores, prefetch);
   UNROLL
   for (int r = 0; r < ROWS; ++r) {
     for (int64_t i = 0; i < seen.begin; ++i) scores[r][i] = -INF;

@@ -30,29 +30,53 @@ INLINE int32_t activation_quant(const MatmulJob& job, int64_t row, int64_t g, in
 
 // ---- activations to integers ----
 
+/// The numbers of a group as vectors.
+constexpr int VECTORS = GROUP / LANES;
+
+/// Rounds `count` groups of a row (at most 8), the first at `x`. The largest numbers of all groups, and the sums, are
+/// found together: with groups as lanes, one operation serves eight of them. `quants` and `groups` point to the place
+/// of the first group; the next ones are a band apart.
+template <typename Activation>
+INLINE void quantize_groups(const float* x, int64_t count, Activation* quants, GroupScale* groups) {
+  constexpr float LIMIT = quant_max(8 * sizeof(Activation));
+  f32x8 peaks[LANES] = {}, totals[LANES] = {};
+  for (int64_t g = 0; g < count; ++g) {
+    UNROLL
+    for (int i = 0; i < VECTORS; ++i) peaks[g] = max(peaks[g], abs(load(x + g * GROUP + i * LANES)));
+  }
+  transpose(peaks);
+  f32x8 absmax = peaks[0];
+  UNROLL
+  for (int i = 1; i < LANES; ++i) absmax = max(absmax, peaks[i]);
+  const auto zero = absmax < splat(1e-30f);  // LIMIT / absmax must stay finite
+  const f32x8 inverse = zero ? splat(0.0f) : splat(LIMIT) / absmax;
+  const f32x8 scale = zero ? splat(0.0f) : absmax / splat(LIMIT);
+  for (int64_t g = 0; g < count; ++g) {
+    i32x8 total = {};
+    UNROLL
+    for (int i = 0; i < VECTORS; ++i) {
+      const i32x8 q = to_int(round(load(x + g * GROUP + i * LANES) * splat(inverse[g])));
+      total += q;
+      store_narrow(quants + g * BAND * GROUP + i * LANES, q);
+    }
+    totals[g] = to_float(total);
+  }
+  transpose(totals);
+  f32x8 sum = totals[0];
+  UNROLL
+  for (int i = 1; i < LANES; ++i) sum += totals[i];  // of integers below 2^24: exact in any order
+  for (int64_t g = 0; g < count; ++g) groups[g * BAND] = {scale[g], sum[g]};
+}
+
 template <typename Activation>
 static void quantize_items(const QuantizeJob& job, int64_t begin, int64_t end) {
-  constexpr float LIMIT = quant_max(8 * sizeof(Activation));
+  const int64_t count = job.K / GROUP;
   for (int64_t row = begin; row < end; ++row) {
-    for (int64_t g = 0; g < job.K / GROUP; ++g) {
-      const float* x = job.x.data + row * job.x.stride + g * GROUP;
-      const int64_t place = place_of_group(row, g, job.K / GROUP);
-      Activation* quants = static_cast<Activation*>(job.quants) + place * GROUP;
-      f32x8 v[4], peak = {};
-      for (int i = 0; i < 4; ++i) {
-        v[i] = load(x + i * LANES);
-        peak = max(peak, abs(v[i]));
-      }
-      const float absmax = largest(peak);
-      const bool zero = absmax < 1e-30f;  // LIMIT / absmax must stay finite
-      const f32x8 inverse = splat(zero ? 0.0f : LIMIT / absmax);
-      i32x8 total = {};
-      for (int i = 0; i < 4; ++i) {
-        i32x8 q = to_int(round(v[i] * inverse));
-        total += q;
-        store_narrow(quants + i * LANES, q);
-      }
-      job.groups[place] = {zero ? 0.0f : absmax / LIMIT, sum(to_float(total))};
+    const float* x = job.x.data + row * job.x.stride;
+    for (int64_t g = 0; g < count; g += LANES) {
+      const int64_t place = place_of_group(row, g, count);
+      quantize_groups(x + g * GROUP, count - g < LANES ? count - g : LANES,
+                      static_cast<Activation*>(job.quants) + place * GROUP, job.groups + place);
     }
   }
 }
@@ -131,8 +155,8 @@ static NOINLINE void tile_part(const MatmulJob& job, int64_t tile, int64_t from,
     const auto* header = reinterpret_cast<const typename Scale::Storage*>(record) + from;
     UNROLL
     for (int part = 0; part < PARTS; ++part) {
-      const f32w scale = load_wide_as<Scale>(header + part * WIDE);
-      const f32w bias = load_wide_as<Scale>(header + TILE_OUTPUTS + part * WIDE);
+      const f32w scale = Scale::load_wide(header + part * WIDE);
+      const f32w bias = Scale::load_wide(header + TILE_OUTPUTS + part * WIDE);
       UNROLL
       for (int r = 0; r < ROWS; ++r) {
         const f32w inner = fma(scale, to_float_wide(sums[r][part]), bias * splat_wide(x_groups[r].sum));

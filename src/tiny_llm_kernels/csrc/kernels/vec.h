@@ -81,7 +81,8 @@ INLINE void store_wide(float* target, f32w value) { std::memcpy(target, &value, 
 
 /// Stores the first `count` floats of a wide vector, or all of them if count > WIDE.
 INLINE void store_wide(float* target, f32w value, int64_t count) {
-  std::memcpy(target, &value, (count < WIDE ? count : WIDE) * sizeof(float));
+  if (count >= WIDE) return store_wide(target, value);
+  std::memcpy(target, &value, count * sizeof(float));
 }
 
 /// Loads the first `count` floats (count <= 8); the other lanes are zero.
@@ -154,6 +155,29 @@ INLINE f32x4 sum4(f32x8 a, f32x8 b, f32x8 c, f32x8 d) {
   const f32x8 all = __builtin_shufflevector(ab, cd, 0, 2, 8, 10, 4, 6, 12, 14) +
                     __builtin_shufflevector(ab, cd, 1, 3, 9, 11, 5, 7, 13, 15);
   return __builtin_shufflevector(all, all, 0, 1, 2, 3) + __builtin_shufflevector(all, all, 4, 5, 6, 7);
+}
+
+/// Exchanges rows and columns of 8 x 8 numbers.
+INLINE void transpose(f32x8 (&rows)[LANES]) {
+  f32x8 pairs[LANES], fours[LANES];
+  UNROLL
+  for (int i = 0; i < LANES; i += 2) {
+    pairs[i] = __builtin_shufflevector(rows[i], rows[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    pairs[i + 1] = __builtin_shufflevector(rows[i], rows[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  UNROLL
+  for (int i = 0; i < LANES; i += 4) {
+    UNROLL
+    for (int j = i; j < i + 2; ++j) {
+      fours[j] = __builtin_shufflevector(pairs[j], pairs[j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      fours[j + 2] = __builtin_shufflevector(pairs[j], pairs[j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  UNROLL
+  for (int i = 0; i < 4; ++i) {
+    rows[i] = __builtin_shufflevector(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    rows[i + 4] = __builtin_shufflevector(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
 }
 
 /// The sum of a wide vector's halves: eight sums.
@@ -314,6 +338,7 @@ INLINE void store_narrow(int16_t* target, i32x8 value) {
 struct Float32 {
   using Storage = float;
   INLINE f32x8 load8(const float* source) { return load(source); }
+  INLINE f32w load_wide(const float* source) { return load_as<f32w>(source); }
   INLINE void store8(float* target, f32x8 value) { store(target, value); }
 };
 
@@ -329,6 +354,14 @@ struct Float16 {
     f32x8 f = bits_as<f32x8>((h & 0x7fffu) << 13) * splat(0x1p112f);
     u32x8 infinite = bits_as<u32x8>(f >= splat(65536.0f)) & 0x7f800000u;
     return bits_as<f32x8>(bits_as<u32x8>(f) | infinite | ((h & 0x8000u) << 16));
+#endif
+  }
+
+  INLINE f32w load_wide(const uint16_t* source) {
+#if TINY_LLM_AVX512
+    return (f32w)_mm512_maskz_cvtph_ps(0xffff, load_as<__m256i>(source));
+#else
+    return load8(source);
 #endif
   }
 
@@ -361,6 +394,14 @@ struct BFloat16 {
 #endif
   }
 
+  INLINE f32w load_wide(const uint16_t* source) {
+#if TINY_LLM_AVX512
+    return bits_as<f32w>((u32w)_mm512_maskz_cvtepu16_epi32(0xffff, load_as<__m256i>(source)) << 16);
+#else
+    return load8(source);
+#endif
+  }
+
   INLINE void store8(uint16_t* target, f32x8 value) {
     u32x8 bits = bits_as<u32x8>(value);
     u32x8 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -370,17 +411,6 @@ struct BFloat16 {
     std::memcpy(target, &result, sizeof(result));
   }
 };
-
-/// Loads WIDE numbers of a storage type as floats.
-template <typename T>
-INLINE f32w load_wide_as(const typename T::Storage* source) {
-#if TINY_LLM_AVX512
-  return __builtin_shufflevector(T::load8(source), T::load8(source + LANES), 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
-                                 11, 12, 13, 14, 15);
-#else
-  return T::load8(source);
-#endif
-}
 
 /// Loads the first `count` numbers (count < 8) of a storage type as floats; the other lanes are zero.
 template <typename T>

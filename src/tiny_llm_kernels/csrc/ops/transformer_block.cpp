@@ -2,10 +2,16 @@
 //
 // It follows tiny_llm/block.py and gemma_block.py line by line with the kernels of the operators, so its results
 // have the same bits. Steps that need only one row follow each other directly, while the row is in cache: a norm
-// and its rounding, a gate and its rounding. A loop ends when the next step needs rows, outputs or tokens of other
-// threads.
+// and its rounding, a gate and its rounding.
+//
+// Everything but attention needs only a token's own row. A step with few rows is limited by reading the weights: all
+// threads work on the same rows and share every matrix, and a loop ends when the next step needs outputs of other
+// threads. A step with many rows is limited by arithmetic: each thread computes chunks of rows from the norm to the
+// down projection, with buffers that stay in its cache, and waits only before and after attention.
 #include "transformer_block.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -28,14 +34,53 @@ struct Buffer {
   float* row(int64_t i) const { return data + i * width; }
   Rows all() const { return {data, rows, width}; }
   Rows columns(int64_t first) const { return {data + first, rows, width}; }
+  Buffer part(int64_t first, int64_t count) const { return {row(first), count, width}; }
 };
 
-template <typename Body>
-void each(int64_t count, const Body& body) {
-  parallel_for(count, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i);
-  });
-}
+/// Runs loops with independent items: in all threads, or in the calling thread only.
+struct Loops {
+  bool parallel;
+
+  template <typename Body>
+  void each(int64_t count, const Body& body) const {
+    run(count, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) body(i);
+    });
+  }
+
+  template <typename Body>
+  void run(int64_t count, int64_t smallest_piece, const Body& body) const {
+    parallel ? parallel_for(count, smallest_piece, body) : body(0, count);
+  }
+};
+
+/// How a step's rows are divided. One chunk is computed by all threads; of several, each by one thread.
+struct Division {
+  static constexpr int64_t CHUNK =
+      32;  // rows at most: their gates, [32, 2 * I], should fit into the L2 cache
+  int64_t T, chunks, workers;
+
+  Division(int64_t T, int64_t threads) : T(T), chunks(1), workers(1) {
+    if (threads < 2 || T < threads * CHUNK) return;
+    chunks = rounded_up((T + CHUNK - 1) / CHUNK, threads), workers = threads;
+  }
+
+  int64_t rows_of_chunk() const { return chunks == 1 ? T : rounded_up((T + chunks - 1) / chunks, BAND); }
+  Loops loops() const { return {chunks == 1}; }
+
+  /// Calls body(worker, first, rows) for every chunk. A worker has one chunk at a time.
+  template <typename Body>
+  void each_chunk(const Body& body) const {
+    std::atomic<int64_t> next = 0;
+    const int64_t size = rows_of_chunk();
+    const auto work = [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) {
+        for (int64_t first; (first = size * next++) < T;) body(worker, first, std::min(size, T - first));
+      }
+    };
+    workers == 1 ? work(0, 1) : parallel_for_each(workers, work);
+  }
+};
 
 constexpr size_t CACHE_LINE = 64;
 
@@ -77,32 +122,40 @@ std::shared_ptr<void> shared_memory(const mx::Stream& stream, size_t bytes) {
   return here.memory;
 }
 
+/// The buffers of one worker, for the rows of one chunk.
+struct WorkerBuffers {
+  Buffer normed, added, gates, fed;
+  QuantizeJob for_hidden, for_o, for_down;  // activations that are rounded before a matmul
+};
+
+/// The rows of one chunk: its part of the step's buffers, and its worker's buffers.
+struct Chunk {
+  int64_t first;  // the step's token of row 0
+  const float* x;
+  Buffer hidden, heads, normed, added, gates, fed;
+  QuantizeJob for_hidden, for_o, for_down;
+};
+
 /// One block's computation for one step, with all its buffers.
 struct BlockJob {
   const BlockWeights* w;
+  Division division;
   const float* x;
   Buffer hidden;  // the residual stream
-  Buffer normed, heads, rotated, attended, added, gates, fed;
-  QuantizeJob for_hidden, for_o, for_down;  // activations that are rounded before a matmul
+  Buffer heads, rotated, attended;
+  std::vector<WorkerBuffers> workers;
   AttentionJob attention;
 
   /// `reading` says where the block reads and writes keys and values; `x` and `out` are [T, E].
   BlockJob(const BlockWeights& weights, const AttentionJob& reading, const float* x, float* out,
            Workspace& space)
-      : w(&weights), x(x), attention(reading) {
-    const int64_t T = reading.T, E = w->attention_norm.shape(0), I = w->gate_up.out_features / 2;
+      : w(&weights), division(reading.T, num_threads()), x(x), attention(reading) {
+    const int64_t T = reading.T, E = w->attention_norm.shape(0);
     const int64_t queries = w->H * w->D, keys = w->Hkv * w->D;
     const auto buffer = [&](int64_t width) { return Buffer{space.take<float>(T * width), T, width}; };
-    const auto rounding = [&](const Buffer& rows) {
-      const int64_t padded = bands(T) * BAND * rows.width;
-      auto* quants = space.take<uint8_t>(padded * w->activation_bits / 8);
-      auto* groups = space.take<GroupScale>(padded / GROUP);
-      return QuantizeJob{rows.all(), rows.width, w->activation_bits, quants, groups};
-    };
     hidden = {out, T, E};
-    normed = buffer(E), added = buffer(E), gates = buffer(2 * I), fed = buffer(I);
     heads = buffer(queries + 2 * keys), rotated = buffer(queries + keys), attended = buffer(queries);
-    for_hidden = rounding(normed), for_o = rounding(attended), for_down = rounding(fed);
+    for (int64_t i = 0; i < division.workers; ++i) workers.push_back(worker_buffers(space));
     attention.H = w->H;
     attention.q = rotated.data, attention.k = rotated.data + queries;
     attention.v = heads.data + queries + keys;
@@ -112,44 +165,90 @@ struct BlockJob {
   }
 
   void run(const Kernels& kernels) const {
-    const int64_t T = hidden.rows, E = hidden.width, I = fed.width;
-    each(T, [&](int64_t row) {
-      std::memcpy(hidden.row(row), x + row * E, E * sizeof(float));
-      norm(w->attention_norm, row, kernels);
-    });
-    multiply(for_hidden, w->qkv, heads, kernels);
-    each(T, [&](int64_t token) {
-      rotate(token, kernels);
-      kernels.write_tokens(attention, token, token + 1);
+    division.each_chunk([&](int64_t worker, int64_t first, int64_t rows) {
+      before_attention(chunk(worker, first, rows), kernels);
     });
     attend_all(attention, kernels);
-    each(T, [&](int64_t row) { kernels.quantize_rows(for_o, row, row + 1); });
-    multiply(for_o, w->o, added, kernels);
-    each(T, [&](int64_t row) {
-      add(w->attention_out_norm, row, kernels);
-      norm(w->mlp_norm, row, kernels);
+    division.each_chunk([&](int64_t worker, int64_t first, int64_t rows) {
+      after_attention(chunk(worker, first, rows), kernels);
     });
-    multiply(for_hidden, w->gate_up, gates, kernels);
-    each(T, [&](int64_t row) {
-      kernels.swiglu({gates.all(), gates.columns(I), fed.data, I, w->gelu}, row, row + 1);
-      kernels.quantize_rows(for_down, row, row + 1);
-    });
-    multiply(for_down, w->down, added, kernels);
-    each(T, [&](int64_t row) { add(w->mlp_out_norm, row, kernels); });
   }
 
  private:
-  void norm(const mx::array& weight, int64_t row, const Kernels& kernels) const {
-    kernels.rms_norm({hidden.all(), weight.data<float>(), normed.data, hidden.width, w->eps}, row, row + 1);
-    kernels.quantize_rows(for_hidden, row, row + 1);
+  WorkerBuffers worker_buffers(Workspace& space) const {
+    const int64_t rows = division.rows_of_chunk(), E = hidden.width, I = w->gate_up.out_features / 2;
+    const auto buffer = [&](int64_t width) { return Buffer{space.take<float>(rows * width), rows, width}; };
+    const auto rounding = [&](int64_t width) {
+      const int64_t padded = bands(rows) * BAND * width;
+      auto* quants = space.take<uint8_t>(padded * w->activation_bits / 8);
+      auto* groups = space.take<GroupScale>(padded / GROUP);
+      return QuantizeJob{{}, width, w->activation_bits, quants, groups};
+    };
+    return {buffer(E), buffer(E), buffer(2 * I), buffer(I), rounding(E), rounding(w->H * w->D), rounding(I)};
+  }
+
+  Chunk chunk(int64_t worker, int64_t first, int64_t rows) const {
+    const WorkerBuffers& own = workers[worker];
+    Chunk c{first,
+            x + first * hidden.width,
+            hidden.part(first, rows),
+            heads.part(first, rows),
+            own.normed.part(0, rows),
+            own.added.part(0, rows),
+            own.gates.part(0, rows),
+            own.fed.part(0, rows),
+            own.for_hidden,
+            own.for_o,
+            own.for_down};
+    c.for_hidden.x = c.normed.all(), c.for_o.x = attended.part(first, rows).all(), c.for_down.x = c.fed.all();
+    return c;
+  }
+
+  void before_attention(const Chunk& c, const Kernels& kernels) const {
+    const Loops loops = division.loops();
+    const int64_t rows = c.hidden.rows, E = c.hidden.width;
+    loops.each(rows, [&](int64_t row) {
+      if (c.x != c.hidden.data) std::memcpy(c.hidden.row(row), c.x + row * E, E * sizeof(float));
+      norm(c, w->attention_norm, row, kernels);
+    });
+    multiply(c.for_hidden, w->qkv, c.heads, kernels);
+    loops.each(rows, [&](int64_t row) {
+      rotate(c.first + row, kernels);
+      kernels.write_tokens(attention, c.first + row, c.first + row + 1);
+    });
+  }
+
+  void after_attention(const Chunk& c, const Kernels& kernels) const {
+    const Loops loops = division.loops();
+    const int64_t rows = c.hidden.rows, I = c.fed.width;
+    loops.each(rows, [&](int64_t row) { kernels.quantize_rows(c.for_o, row, row + 1); });
+    multiply(c.for_o, w->o, c.added, kernels);
+    loops.each(rows, [&](int64_t row) {
+      add(c, w->attention_out_norm, row, kernels);
+      norm(c, w->mlp_norm, row, kernels);
+    });
+    multiply(c.for_hidden, w->gate_up, c.gates, kernels);
+    loops.each(rows, [&](int64_t row) {
+      kernels.swiglu({c.gates.all(), c.gates.columns(I), c.fed.data, I, w->gelu}, row, row + 1);
+      kernels.quantize_rows(c.for_down, row, row + 1);
+    });
+    multiply(c.for_down, w->down, c.added, kernels);
+    loops.each(rows, [&](int64_t row) { add(c, w->mlp_out_norm, row, kernels); });
+  }
+
+  void norm(const Chunk& c, const mx::array& weight, int64_t row, const Kernels& kernels) const {
+    kernels.rms_norm({c.hidden.all(), weight.data<float>(), c.normed.data, c.hidden.width, w->eps}, row,
+                     row + 1);
+    kernels.quantize_rows(c.for_hidden, row, row + 1);
   }
 
   /// Adds the output of a half to the residual stream, normalized first if there is an output norm.
-  void add(const std::optional<mx::array>& out_norm, int64_t row, const Kernels& kernels) const {
-    const int64_t E = hidden.width;
+  void add(const Chunk& c, const std::optional<mx::array>& out_norm, int64_t row,
+           const Kernels& kernels) const {
+    const int64_t E = c.hidden.width;
     if (out_norm)
-      kernels.rms_norm({added.all(), out_norm->data<float>(), added.data, E, w->eps}, row, row + 1);
-    kernels.add({hidden.data, E, added.data, E, E}, row, row + 1);
+      kernels.rms_norm({c.added.all(), out_norm->data<float>(), c.added.data, E, w->eps}, row, row + 1);
+    kernels.add({c.hidden.data, E, c.added.data, E, E}, row, row + 1);
   }
 
   /// Computes a token's queries, keys and values: bias, head norms, and rotation of queries and keys.
@@ -173,8 +272,8 @@ struct BlockJob {
     const MatmulJob job{from.quants, from.bits, from.groups, matrix.packed.data<uint8_t>(),
                         out.data,    out.rows,  out.width,   from.K,
                         matrix.bits, wide};
-    parallel_for(job.items(), 1,
-                 [&](int64_t begin, int64_t end) { kernels.quantized_matmul(job, begin, end); });
+    division.loops().run(job.items(), 1,
+                         [&](int64_t begin, int64_t end) { kernels.quantized_matmul(job, begin, end); });
   }
 };
 
@@ -192,15 +291,19 @@ class Block : public Node {
       throw std::runtime_error(
           "transformer_block: the pools must be row-contiguous, because a copy would lose the writes");
     }
-    allocate(outputs[0]);
+    if (x.is_donatable()) {
+      outputs[0].copy_shared_buffer(x);  // the residual stream continues in place
+    } else {
+      allocate(outputs[0]);
+    }
     outputs[1].copy_shared_buffer(inputs[1]);  // the same memory, never a copy
     outputs[2].copy_shared_buffer(inputs[2]);
 
     auto reading = reading_job(outputs[1], outputs[2], tables, row_of_token, positions, scale_, window_);
     reading.slots = slots.data<int32_t>();
     const auto job_in = [&](Workspace space) {
-      const BlockJob job(*w_, reading, x.data<float>(), outputs[0].data<float>(), space);
-      return std::pair(job, space.taken());
+      BlockJob job(*w_, reading, x.data<float>(), outputs[0].data<float>(), space);
+      return std::pair(std::move(job), space.taken());
     };
     const auto memory = shared_memory(stream(), job_in(Workspace(nullptr)).second);
     const BlockJob job = job_in(Workspace(memory.get())).first;
