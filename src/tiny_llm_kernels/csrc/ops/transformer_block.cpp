@@ -285,13 +285,14 @@ class Block : public Node {
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& queue = encoder();
+    const bool in_place = inputs[0].is_donatable() && inputs[0].flags().row_contiguous;  // before x shares it
     const auto x = dense(inputs[0], queue), slots = dense(inputs[3], queue), tables = dense(inputs[4], queue);
     const auto row_of_token = dense(inputs[5], queue), positions = dense(inputs[6], queue);
     if (!inputs[1].flags().row_contiguous || !inputs[2].flags().row_contiguous) {
       throw std::runtime_error(
           "transformer_block: the pools must be row-contiguous, because a copy would lose the writes");
     }
-    if (x.is_donatable()) {
+    if (in_place) {
       outputs[0].copy_shared_buffer(x);  // the residual stream continues in place
     } else {
       allocate(outputs[0]);
