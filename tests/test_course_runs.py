@@ -4,6 +4,7 @@ Most tests use the small course of `toy_course`; those that need a thread or a t
 """
 
 import ast
+import dataclasses
 import gc
 import os
 import pty
@@ -26,7 +27,7 @@ from tiny_llm_course.first_failure import MAX_LINES, lines_of
 from tiny_llm_course.outcome import Outcome, first_to_fix
 from tiny_llm_course.progress import note_first_to_fix
 from tiny_llm_course.repo import Repo
-from tiny_llm_course.runs import run_suites
+from tiny_llm_course.runs import run_suite_of, run_suites
 from tiny_llm_course.steady_parse import steady_parse
 from tiny_llm_course.testing import run_day
 from tiny_llm_course.views import NextHint
@@ -444,15 +445,41 @@ def test_results_of_the_search_are_cached_until_a_file_changes(
     assert len(runs) > made
 
 
-def test_the_search_stops_after_its_budget_and_says_so(
+def test_the_search_stops_after_its_time_limit_and_says_so(
     repo: Repo, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(blame, "BUDGET", 0.0)
+    monkeypatch.setattr(blame, "LONGEST", 0.0)
     syllabus = syllabus_of(repo)
     write(repo, "counting", COUNTING.replace("return self.value\n", "return 7\n", 1))
     write(repo, "doubling", DOUBLING)
     assert run_day(repo, syllabus, syllabus.day("1.2"), []) == 1
-    assert "the search for the exercise stopped after" in capfd.readouterr().out
+    assert "the search for the exercise stopped after 0 s" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("took", "limit"), [(0.0, 20.0), (2.0, 20.0), (4.0, 20.0), (13.0, 65.0), (24.0, 120.0), (300.0, 120.0)]
+)
+def test_the_search_may_take_as_long_as_five_runs_within_limits(took: float, limit: float) -> None:
+    assert blame.time_for(Outcome(1, seconds=took)) == limit
+
+
+def test_the_search_has_more_time_after_a_slow_run(repo: Repo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blame, "SHORTEST", 0.0)
+    write(repo, "counting", COUNTING.replace("return self.value\n", "return 7\n", 1))
+    write(repo, "doubling", DOUBLING)
+    day, outcome = syllabus_of(repo).day("1.2"), failing("test_task_1_counts")
+    stopped = find_blame(repo, day, outcome)
+    assert (stopped.exercise, stopped.stopped_after) == (None, 0.0)
+    found = find_blame(repo, day, dataclasses.replace(outcome, seconds=60.0))
+    assert found.exercise is not None
+    assert (found.exercise.id, found.stopped_after) == ("1.2.1", None)
+
+
+def test_a_run_measures_how_long_it_took(repo: Repo) -> None:
+    write(repo, "adding", ADDING)
+    start = time.monotonic()
+    outcome = run_suite_of(repo, syllabus_of(repo).day("1.1"), ["-q"], "", 30.0)
+    assert 0 < outcome.seconds <= time.monotonic() - start
 
 
 def counted_runs(monkeypatch: pytest.MonkeyPatch) -> list[object]:

@@ -1,7 +1,8 @@
 """Finds the cause of a failing day or part: one of its exercises, or another module of the learner's.
 
 A few failing tests run again, in overlays where some of the learner's code is replaced by the reference's.
-The search is a bisection, stops after `BUDGET` seconds, and caches the results of its runs.
+The search is a bisection and caches the results of its runs. Its time limit depends on how long the tests
+took in the first place, so that a slow machine has more time.
 """
 
 import hashlib
@@ -18,14 +19,15 @@ from .runs import overlay_of, own_sources, run_suites
 from .starter import filled
 from .units import Exercise, Unit
 
-BUDGET = 20.0  # seconds
+RUNS = 5  # the search may take as long as this many runs like the one that failed ...
+SHORTEST, LONGEST = 20.0, 120.0  # ... within these limits, in seconds
 MAX_TESTS = 3  # failing tests that run again
 MAX_RECORDS = 200  # cached runs
 T = TypeVar("T")
 
 
-class OutOfBudgetError(Exception):
-    """The search has exceeded its time budget."""
+class OutOfSearchTimeError(Exception):
+    """The search has exceeded its time limit."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Blame:
 
     today: False if the unit passes when the reference replaces the learner's other modules. module: the
     one of these modules that makes it fail. exercise: `test` passes if this exercise has the reference's
-    code. sometimes: the unchanged code passed when it ran again. complete: False if the search ran out of
-    time.
+    code. sometimes: the unchanged code passed when it ran again. stopped_after: the search's time limit in
+    seconds if it ran out of time, else None.
     """
 
     today: bool
@@ -43,7 +45,12 @@ class Blame:
     module: str | None = None
     exercise: Exercise | None = None
     sometimes: bool = False
-    complete: bool = True
+    stopped_after: float | None = None
+
+
+def time_for(outcome: Outcome) -> float:
+    """Seconds that the search may take after this run."""
+    return min(max(SHORTEST, RUNS * outcome.seconds), LONGEST)
 
 
 def other_modules(repo: Repo, unit: Unit) -> list[str]:
@@ -55,7 +62,8 @@ def find_blame(repo: Repo, unit: Unit, outcome: Outcome) -> Blame:
     """Find the cause of the first failing task."""
     first = min(map(task_of, outcome.failed))
     tests = [test for test in outcome.failed if task_of(test) == first][:MAX_TESTS]
-    trials = Trials(repo, unit, tests)
+    limit = time_for(outcome)
+    trials = Trials(repo, unit, tests, limit)
     today = own_sources(repo, [module for module in own_modules(repo) if module in unit.modules])
     suspects = other_modules(repo, unit)
     test = tests[0].partition("::")[2]
@@ -67,8 +75,8 @@ def find_blame(repo: Repo, unit: Unit, outcome: Outcome) -> Blame:
         if not is_today:
             return Blame(False, test, module=_module(repo, trials, today, suspects))
         return Blame(True, test, exercise=_exercise(repo, unit, trials, today) if first else None)
-    except OutOfBudgetError:
-        return Blame(is_today, test, complete=False)
+    except OutOfSearchTimeError:
+        return Blame(is_today, test, stopped_after=limit)
 
 
 def _module(repo: Repo, trials: "Trials", today: dict[str, str], suspects: list[str]) -> str | None:
@@ -115,18 +123,18 @@ def _bisect(suspects: Sequence[T], shows: Callable[[Sequence[T]], bool]) -> T | 
 
 
 class Trials:
-    """Runs a few tests on different overlays, with a cache and a time budget."""
+    """Runs a few tests on different overlays, with a cache and a limit in seconds for all runs together."""
 
-    def __init__(self, repo: Repo, unit: Unit, tests: Sequence[str]) -> None:
+    def __init__(self, repo: Repo, unit: Unit, tests: Sequence[str], limit: float) -> None:
         self._repo, self._day, self._tests = repo, unit.day, list(tests)
         self.task = task_of(tests[0])
-        self._until = time.monotonic() + BUDGET
+        self._until = time.monotonic() + limit
         self._file = repo.records / "trials.json"
 
     def passes(self, sources: dict[str, str], *, again: bool = False) -> bool:
         """Whether the tests pass with these modules. again: ignore the cache.
 
-        Raises `OutOfBudgetError`.
+        Raises `OutOfSearchTimeError`.
         """
         with overlay_of(self._repo, sources, kernels=bool(self._day.kernels)) as exchanged:
             known = self._known()
@@ -140,10 +148,10 @@ class Trials:
     def _run(self, exchanged: Repo) -> bool:
         left = self._until - time.monotonic()
         if left <= 0:
-            raise OutOfBudgetError
+            raise OutOfSearchTimeError
         run = run_suites(exchanged, [], ["-x", "-q", *self._tests], quiet=True, time_limit=left)
         if run.returncode and time.monotonic() > self._until:
-            raise OutOfBudgetError  # it may have failed because it was stopped
+            raise OutOfSearchTimeError  # it may have failed because it was stopped
         return run.returncode == 0
 
     def _key(self, exchanged: Repo) -> str:

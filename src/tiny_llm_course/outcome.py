@@ -26,6 +26,7 @@ class Outcome:
     waiting: for each test that reached a blank, the blank's message, such as `1.4.1 rms_norm: book, ...`.
     stopped: whether the run stopped early because a test exceeded its time limit. blank: the ids of the
     waiting tests. running: if a signal ended the process, the id of the test or file that was running.
+    seconds: how long the run took, with the start of its process; 0 if it was not measured.
     """
 
     code: int
@@ -34,6 +35,7 @@ class Outcome:
     stopped: bool = False
     blank: tuple[str, ...] = ()
     running: str = ""
+    seconds: float = 0.0
 
     @property
     def ended_by(self) -> str:

@@ -5,8 +5,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -97,8 +99,10 @@ def run_suite_of(repo: Repo, unit: Unit, arguments: Sequence[str], about: str, t
         stored = Path(folder, "outcome.json")
         suites = [repo.suites / unit.suite]
         arguments = [*brief, *tests_of(unit), *arguments]
+        start = time.monotonic()
         run = run_suites(repo, suites, arguments, about=about, outcome=stored, time_limit=time_limit)
-        return read_outcome(stored, run.returncode)
+        seconds = time.monotonic() - start
+        return replace(read_outcome(stored, run.returncode), seconds=seconds)
 
 
 def run_python(

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .blame import BUDGET, Blame, find_blame, other_modules
+from .blame import Blame, find_blame, other_modules
 from .cpp import own_kernels, refuse_stale
 from .days import has_own
 from .errors import CourseError
@@ -208,9 +208,10 @@ def _today_lines(unit: Unit, found: Blame) -> list[str]:
             f"the cause is in {one.module}.py, {one.name}: {found.test} passes with the reference's version"
         ]
     files = " or ".join(f"{module}.py" for module in unit.modules)
-    if not found.complete:
+    if found.stopped_after is not None:
+        stopped = f"the search for the exercise stopped after {found.stopped_after:.0f} s"
         return [
-            f"the cause is in {files}; the search for the exercise stopped after {BUDGET:g} s",
+            f"the cause is in {files}; {stopped}",
             "the next line names an exercise whose tests fail; the mistake may be in another one",
         ]
     return [f"the cause is in {files}: in several exercises, or outside of the exercises"]
@@ -223,6 +224,7 @@ def _other_module_lines(repo: Repo, syllabus: Syllabus, unit: Unit, found: Blame
         again = f" ({owner.named}): pdm run test {owner.id}" if owner is not None else ""
         return [*lines, f"it fails together with your {found.module}.py{again}"]
     names = ", ".join(f"{module}.py" for module in other_modules(repo, unit))
-    if not found.complete:
-        return [*lines, f"it fails together with one of your {names}; the search stopped after {BUDGET:g} s"]
+    if found.stopped_after is not None:
+        stopped = f"the search stopped after {found.stopped_after:.0f} s"
+        return [*lines, f"it fails together with one of your {names}; {stopped}"]
     return [*lines, f"no single other module makes it fail; several of {names} together do."]

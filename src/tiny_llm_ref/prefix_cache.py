@@ -287,8 +287,6 @@ class PrefixCache:
         The check, for an index above 0: the table's previous block, `table.blocks[index - 1]`, must be kept
         under the hash `stream.parent(index)` (see `_hash_of`). Read its id from the table now, because the
         previous index may have exchanged it. Otherwise return: neither this block nor any later one is kept.
-        In both examples below it is not kept at all. Another hash would mean another text, which cannot
-        happen while table and stream belong to one sequence: comparing the hashes is a safeguard.
 
         The look-up has three cases:
 
@@ -306,6 +304,9 @@ class PrefixCache:
         - A gap: block 4 was kept, but then the cache was cleared while the table was in use. Now
           `keep(table, stream, 1, 2)` must not keep block 9, because `match` would stop at the missing
           block 0.
+
+        In both examples the previous block is not kept at all. While table and stream belong to one sequence,
+        it cannot be kept under another text's hash. Compare the hashes all the same, as a safeguard.
 
         >>> allocator, stream = BlockAllocator(8), TokenBlocks(2)
         >>> cache, tables = PrefixCache(allocator, 2), [BlockTable(allocator, 2), BlockTable(allocator, 2)]

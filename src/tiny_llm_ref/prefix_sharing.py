@@ -49,7 +49,8 @@ class PrefixSharing:
         length. Then call `sequence.add_shared_tokens` with the number of shared tokens; they are not computed
         again.
 
-        Do nothing if no block is left to share, or if the given `_may_share(sequence)` is False.
+        Do nothing if no block is left to share, or if the given `_may_share(sequence)` is False. If `match`
+        finds no block, `add_shared_tokens(0)` changes nothing.
 
         >>> from tiny_llm import SamplingParams
         >>> from tiny_llm.paged_batch import PagedBatchManager
@@ -87,9 +88,9 @@ class PrefixSharing:
         """Return the hash of the block that a sequence fills next; None if some of its tokens are unknown.
 
         It is the block of the first token that is not computed, with the index
-        `sequence.num_computed // self.block_size`; it may be partly full. A sequence knows `num_tokens`
-        tokens: its prompt and outputs. If two sequences have the same next block, the scheduler lets the
-        later one wait and share it.
+        `sequence.num_computed // self.block_size`. A sequence knows `num_tokens` tokens: its prompt and
+        outputs. If two sequences have the same next block, the scheduler lets the later one wait and share
+        it. The earlier one may be in the middle of this block, so a partly full block has the same hash.
 
         `_stream(sequence, n)` is the sequence's text cut into at least n blocks. It may have more, for
         instance after a preemption, so do not take its last hash.

@@ -86,6 +86,16 @@ def test_task_5_a_block_that_is_shared_again_is_not_idle() -> None:
         assert cache.num_idle == 3
 
 
+def test_task_5_a_match_leaves_idle_blocks_in_the_queue() -> None:
+    """Oracle: the docstring of `match` (task 4): it changes nothing; idle blocks stay idle, in order."""
+    allocator, cache = make_cache()
+    table = cached(allocator, cache, range(12))
+    blocks = list(table.blocks)
+    release_table(cache, table)
+    assert found(cache, range(12)) == blocks
+    assert cache.idle == blocks[::-1], "the idle blocks after a call of `match` (task 4)"
+
+
 def test_task_5_the_last_block_of_a_sequence_is_evicted_first() -> None:
     """Oracle: by hand: a prefix is useful without later blocks, but not the other way round."""
     allocator, cache = make_cache()
@@ -339,6 +349,19 @@ def test_task_8_blocks_after_a_missing_block_are_not_cached() -> None:
     cache.keep(table, stream, 2, 3)
     assert len(cache) == 0
     assert holders(table) == [1, 1, 1]
+
+
+def test_task_8_a_block_after_a_block_of_another_text_is_not_cached() -> None:
+    """Oracle: the docstring: the table's previous block is kept, but under the hash of another text.
+
+    Common mistake: checking only that the previous block is kept.
+    """
+    allocator, cache = make_cache()
+    table = filled(allocator, 8)
+    cache.keep(table, stream_of(range(8)), 0, 1)
+    cache.keep(table, stream_of([9] * 8), 1, 2)
+    assert cache.blocks == table.blocks[:1]
+    assert holders(table) == [2, 1]
 
 
 def test_task_8_keeping_a_block_that_equals_an_idle_one_takes_the_idle_one_into_use() -> None:
