@@ -152,9 +152,10 @@ def _tile() -> Drawing:
     drawing.label(496, 22, "values: [32, D]", "name")
     for row in range(6):
         y = 36 + row * 24
-        hue = "orange" if row == 2 else None
         for half, own in enumerate(("blue", "teal")):
-            drawing.cell(250 + half * 100, y, 98, 22, hue or own, f"d={row}" if half == 0 else "")
+            drawing.cell(
+                250 + half * 100, y, 98, 22, "orange" if row == 2 else own, f"d={row}" if half == 0 else ""
+            )
     for row in range(6):
         y = 36 + row * 24
         own = "rose" if row == 4 else ("blue" if row < 3 else "teal")
@@ -251,11 +252,11 @@ def _division() -> Drawing:
     drawing.label(90, 138, "a vertical line: every thread waits until the loop is complete", "small")
     drawing.label(16, 182, "many rows: each thread computes chunks", "name")
     groups = (
-        (90, 158, ("norm, qkv, write",)),
-        (264, 100, ("attention",)),
-        (380, 312, ("o, norm, gate, up, gating, down",)),
+        (90, 158, "norm, qkv, write"),
+        (264, 100, "attention"),
+        (380, 312, "o, norm, gate, up, gating, down"),
     )
-    for left, width, (text,) in groups:
+    for left, width, text in groups:
         drawing.label(left + width / 2, 206, text, "note", "middle")
         for thread, hue in enumerate(("blue", "orange")):
             y = 214 + thread * 34
