@@ -1,6 +1,7 @@
 """The book's preprocessor: directives, formulas, code, results, figures. Oracles: texts written by hand."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import pytest
 
 from figures import chart
 from figures.find import draw
+from preprocessor import cpp as cpp_source
 from preprocessor import results as saved_results
 from preprocessor.arithmetic import evaluate, shown
 from preprocessor.chapter import Chapters
 from preprocessor.code import Code, signature_of, source_of
+from preprocessor.cpp import CSRC, cpp, cpp_source_of
 from preprocessor.directives import expand
 from preprocessor.errors import BookError
 from preprocessor.mathml import with_mathml
@@ -228,6 +231,86 @@ def test_only_the_solutions_show_the_code_of_an_exercise() -> None:
             code.code(name)
     assert "def fork" in code.signature("paged_attention.BlockTable.fork")
     assert "def share_block" in code.code("paged_attention.BlockTable.share_block")
+
+
+# ---- C++ of the kernels ----
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "first", "last"),
+    [
+        (
+            "kernels/quantized_matmul.cpp",
+            "add_four",
+            "template <int BITS, typename Activation, int ROWS",
+            "}",
+        ),
+        ("ops/transformer_block.cpp", "BlockJob::run", "void run(const Kernels& kernels) const {", "}"),
+        ("ops/transformer_block.cpp", "Division::Division", "Division(int64_t T, int64_t threads) : ", "}"),
+        ("kernels/vec.h", "Dot<BITS, int16_t>::add", "INLINE_MEMBER void add(u32w weights, Four", "}"),
+        ("kernels/kernels.h", "GroupScale", "struct GroupScale {", "};"),
+        ("ops/transformer_block.cpp", "TransformerBlock::operator()", "std::tuple<mx::array, ", "}"),
+        ("thread_pool.h", "ThreadPool::take_pieces", "void take_pieces() {", "}"),
+    ],
+)
+def test_cpp_is_found_by_its_name(file: str, name: str, first: str, last: str) -> None:
+    lines = cpp_source_of(file, name).splitlines()
+    assert lines[0].startswith(first)
+    assert lines[-1] == last
+
+
+def test_overloads_of_a_name_are_shown_together() -> None:
+    assert cpp_source_of("kernels/vec.h", "fma").count(" fma(f32") == 2
+
+
+def test_part_of_a_definition_is_shown_without_its_indentation() -> None:
+    text = cpp('kernels/vec.h fma from "INLINE f32x8 fma" to "}"')
+    assert text.startswith("```cpp\nINLINE f32x8 fma(")
+    assert text.endswith("\n}\n```")
+    assert (
+        cpp('kernels/vec.h exp from "f32x8 r =" to "f32x8 r ="').splitlines()[1].startswith("f32x8 r = fma(")
+    )
+
+
+@pytest.mark.parametrize("file", sorted(CSRC.rglob("*.[ch]*")), ids=lambda file: file.name)
+def test_every_file_of_the_kernels_can_be_read(file: Path) -> None:
+    with pytest.raises(BookError, match="has no 'cheese'"):
+        cpp_source_of(str(file.relative_to(CSRC)), "cheese")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("kernels/vec.h fmaa", "kernels/vec.h has no 'fmaa'; did you mean fma?"),
+        ("kernels/cheese.h fma", "is not a file of csrc"),
+        ("kernels/vec.h", "is not a file of csrc, or the name is missing"),
+        ('kernels/vec.h exp from "cheese" to "}"', "0 lines contain 'cheese'"),
+        ('kernels/vec.h exp from "p = fma" to "}"', "lines contain 'p = fma': it must be one"),
+        ('kernels/vec.h exp from "f32x8 r =" to "cheese"', "no later line contains 'cheese'"),
+    ],
+)
+def test_unknown_cpp_stops_the_build(arguments: str, message: str) -> None:
+    with pytest.raises(BookError, match=re.escape(message)):
+        cpp(arguments)
+
+
+def test_a_brace_that_is_never_closed_stops_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpp_source, "CSRC", tmp_path)
+    (tmp_path / "a.cpp").write_text("int f() {\n")
+    with pytest.raises(BookError, match=r"a\.cpp: the brace in line 1 is never closed"):
+        cpp_source_of("a.cpp", "f")
+
+
+def test_braces_in_comments_texts_and_characters_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpp_source, "CSRC", tmp_path)
+    text = "int f() {\n  // }\n  g(\"}\", '}');\n  return 1'000;\n}"
+    (tmp_path / "a.cpp").write_text(f"{text}\n\nint g() {{ return 2; }}\n")
+    assert cpp_source_of("a.cpp", "f") == text
+    assert cpp_source_of("a.cpp", "g") == "int g() { return 2; }"
 
 
 # ---- results ----

@@ -8,6 +8,7 @@ from tiny_llm_course.syllabus import read_syllabus
 
 from . import pictures
 from .code import Code
+from .cpp import cpp
 from .directives import Directive, expand
 from .exercises import Exercises
 from .interactive import Interactive, with_one_import_map
@@ -33,6 +34,7 @@ class Chapters:
                 "code": code.code,
                 "signature": code.signature,
                 "docstring": code.docstring,
+                "cpp": cpp,
                 "figure": pictures.figure,
                 "interactive": embedded.interactive,
                 **exercises.directives,
