@@ -542,3 +542,13 @@ def test_sample_rejects_logits_of_wrong_shape_or_type() -> None:
     ):
         with pytest.raises(ValueError, match=named):
             kernels.sample(logits, 1.0, 0.0, 0, 1.0, 0.5)
+
+
+# ---- the processor's limit ----
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_peak_counts_the_multiplications_of_all_rounds(isa: str, bits: int) -> None:
+    few, many = kernels.integer_peak(bits, 1_000), kernels.integer_peak(bits, 10_000)
+    assert 8 * few < many < 12 * few
+    assert kernels.integer_peak(bits, 1) > 0

@@ -148,6 +148,8 @@ BLOB = mx.zeros((2, 1, 320), mx.uint8)
         ),
         (lambda: kernels.rope(mx.zeros((1, 2, 8)), mx.zeros(2, mx.int32), mx.zeros(4)), "x must have 4 axes"),
         (lambda: kernels.set_num_threads(0), "from 1 to 1024, got 0"),
+        (lambda: kernels.integer_peak(4, 1), "activation_bits 4 is not supported"),
+        (lambda: kernels.integer_peak(8, 0), "rounds must be at least 1, got 0"),
         (lambda: kernels.zeros(0, (2, 3), mx.float16), "count must be at least 1, got 0"),
         (lambda: kernels.stack_packed([]), "parts must not be empty"),
         (

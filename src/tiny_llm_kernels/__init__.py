@@ -33,6 +33,7 @@ __all__ = [
     "ggml_quants",
     "instruction_set",
     "instruction_sets",
+    "integer_peak",
     "library",
     "num_threads",
     "pack",
@@ -373,3 +374,17 @@ def select_instruction_set(name: str) -> None:
     Raises ValueError for a name that is not in `instruction_sets()`.
     """
     native.select_instruction_set(name)
+
+
+def integer_peak(activation_bits: int, rounds: int) -> int:
+    """Multiply integers in registers in all threads, and return the number of multiplications.
+
+    Nothing is loaded, unpacked or scaled: this is the limit of `quantized_matmul` with activations of 8 or 16 bits.
+    A round is about a dozen instructions; a million of them take some milliseconds. The caller takes the time.
+    Raises ValueError for other bits, and unless rounds is at least 1.
+    """
+    if activation_bits not in (8, 16):
+        raise ValueError(f"activation_bits {activation_bits} is not supported: only 8 and 16")
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    return native.integer_peak(activation_bits, rounds)

@@ -222,6 +222,15 @@ struct SampleJob {
   uint32_t* token;  // the result; there is one item
 };
 
+// ---- the processor's limit ----
+
+struct PeakJob {
+  int bits;           // of an activation: 8 or 16
+  int64_t rounds;     // in each item
+  int32_t* sums;      // [items], so that nothing can be left out
+  int64_t* products;  // [items], the number of multiplications
+};
+
 /// One set of kernels, compiled for one instruction set.
 struct Kernels {
   void (*quantize_rows)(const QuantizeJob&, int64_t begin, int64_t end);       // items: rows
@@ -237,6 +246,7 @@ struct Kernels {
   void (*swiglu)(const SwigluJob&, int64_t begin, int64_t end);                // items: rows
   void (*rope)(const RopeJob&, int64_t begin, int64_t end);                    // items: tokens
   void (*sample)(const SampleJob&, int64_t begin, int64_t end);                // one item
+  void (*integer_peak)(const PeakJob&, int64_t begin, int64_t end);            // items: repetitions
 };
 
 }  // namespace tiny_llm

@@ -16,6 +16,7 @@ void add(const AddJob&, int64_t, int64_t);
 void swiglu(const SwigluJob&, int64_t, int64_t);
 void rope(const RopeJob&, int64_t, int64_t);
 void sample(const SampleJob&, int64_t, int64_t);
+void integer_peak(const PeakJob&, int64_t, int64_t);
 
 extern const Kernels kernels;
 const Kernels kernels = {quantize_rows,
@@ -30,6 +31,7 @@ const Kernels kernels = {quantize_rows,
                          add,
                          swiglu,
                          rope,
-                         sample};
+                         sample,
+                         integer_peak};
 
 }  // namespace tiny_llm::TINY_LLM_ISA

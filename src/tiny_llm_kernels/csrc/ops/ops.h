@@ -40,4 +40,7 @@ std::tuple<mx::array, mx::array, mx::array> write_and_attend(
     const mx::array& value_pool, const mx::array& slots, const mx::array& tables,
     const mx::array& row_of_token, const mx::array& positions, float scale, std::optional<int64_t> window);
 
+/// Multiplies integers in registers, in all threads; returns the number of multiplications.
+int64_t integer_peak(int bits, int64_t rounds);
+
 }  // namespace tiny_llm
