@@ -379,8 +379,9 @@ def select_instruction_set(name: str) -> None:
 def integer_peak(activation_bits: int, rounds: int) -> int:
     """Multiply integers in registers in all threads, and return the number of multiplications.
 
-    Nothing is loaded, unpacked or scaled, so this is the limit of `quantized_matmul` with activations of 8 or 16
-    bits. A round is about a dozen instructions; a million rounds take some milliseconds. The caller takes the time.
+    Nothing is loaded, unpacked or scaled, so this is the limit of `quantized_matmul` with activations
+    of 8 or 16 bits. A round is about a dozen instructions; a million rounds take some milliseconds. The
+    caller takes the time.
     Raises ValueError for other bits, and unless rounds is at least 1.
     """
     if activation_bits not in (8, 16):
