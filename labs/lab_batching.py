@@ -1,7 +1,7 @@
 """2.7: What it gains that a request joins and leaves a batch between any two steps.
 
 The same requests are served on the embedded model in three ways, each with contiguous caches: one at a time;
-in fixed batches, each of which ends with its longest answer; and with continuous batching, where the next
+in static batches, each of which ends with its longest answer; and with continuous batching, where the next
 request starts as soon as a slot is free.
 
 The numbers of steps follow from the lengths of the answers. The speed follows from the steps and from a line
@@ -45,7 +45,7 @@ def measure(
     load = Load.drawn(requests, output_len, seed)
     ways = [
         Way("one at a time", 1, 1),
-        Way("fixed batches", slots, slots),
+        Way("static batches", slots, slots),
         Way("continuous", slots, requests),
     ]
     progress("batching: reading the model", 0, len(ways))
@@ -59,7 +59,7 @@ def measure(
     return Result(
         title="Joining and leaving between two steps",
         question="Answers have different lengths. What does a batch gain if no request waits for another?",
-        tables=[_table(load, served)],
+        tables=[_table_of_steps(load, served), _table_of_speed(load, served)],
         conclusion=_conclusion(load, served),
         picture=_picture(served[1:]),
     )
@@ -167,31 +167,30 @@ def _serve(llm: LLM, load: Load, way: Way) -> Served:
 # ---- The result ----
 
 
-def _table(load: Load, served: Sequence[Served]) -> Table:
-    cost = Cost.of(served[0].steps)
+def _table_of_steps(load: Load, served: Sequence[Served]) -> Table:
     return Table(
-        f"{len(load.prompts)} requests, {sum(map(len, load.prompts)):,} tokens in, "
-        f"{sum(load.answers):,} out; predicted speed: {1e3 * cost.per_step:.1f} ms per step and "
-        f"{1e3 * cost.per_token:.1f} ms per token",
+        f"{len(load.prompts)} requests, {sum(map(len, load.prompts)):,} tokens in and "
+        f"{sum(load.answers):,} out; 1 slot for one request at a time, otherwise {served[-1].way.slots}",
         [
             Column("way", "way"),
-            Column("slots", "slots"),
             Column("steps", "steps"),
             Column("used", "slots in use", percent),
-            Column("first_step", "first token,\nmean (step)", "{:,.0f}".format),
-            Column("speed", "output\ntokens/s", "{:,.0f}".format),
+            Column("first_step", "step of the first\ntoken, mean", "{:,.0f}".format),
         ],
+        [(one.way.name, one.num_steps(load), one.used(load), one.mean_first_step(load)) for one in served],
+    )
+
+
+def _table_of_speed(load: Load, served: Sequence[Served]) -> Table:
+    cost = Cost.of(served[0].steps)
+    return Table(
+        f"Speed. Predicted: {1e3 * cost.per_step:.1f} ms per step, {1e3 * cost.per_token:.1f} ms per token",
         [
-            (
-                one.way.name,
-                one.way.slots,
-                one.num_steps(load),
-                one.used(load),
-                one.mean_first_step(load),
-                one.speed(load, cost),
-            )
-            for one in served
+            Column("way", "way"),
+            Column("step_ms", "step, mean (ms)", "{:,.1f}".format),
+            Column("speed", "output tokens/s", "{:,.0f}".format),
         ],
+        [(one.way.name, 1e3 * one.seconds / len(one.steps), one.speed(load, cost)) for one in served],
     )
 
 
@@ -215,11 +214,11 @@ def _changes(running: Sequence[int]) -> Iterator[Point]:
 
 
 def _conclusion(load: Load, served: Sequence[Served]) -> str:
-    alone, fixed, continuous = ((len(one.steps), one.speed(load, Cost(1, 1)).measured) for one in served)
+    alone, static, continuous = ((len(one.steps), one.speed(load, Cost(1, 1)).measured) for one in served)
     slots = served[-1].way.slots
     return (
-        f"With {slots} slots, fixed batches need {fixed[0]:,} steps and continuous batching "
+        f"With {slots} slots, static batches need {static[0]:,} steps and continuous batching "
         f"{continuous[0]:,}. One request at a time needs {alone[0]:,}. Continuous batching gives "
-        f"{continuous[1] / fixed[1]:.1f} times as many tokens per second as fixed batches, and "
+        f"{continuous[1] / static[1]:.1f} times as many tokens per second as static batches, and "
         f"{continuous[1] / alone[1]:.1f} times as many as one request at a time."
     )
