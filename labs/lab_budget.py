@@ -128,15 +128,15 @@ def _table(runs: Sequence[Run], cost: Cost) -> Table:
     ms = "{:,.0f}".format
     decode = 1e3 * fmean(step.seconds for run in runs for step in run.decodes)
     return Table(
-        f"A prompt of {runs[0].prompt_len:,} tokens; {runs[0].others} others decode, {decode:.1f} ms a token "
-        f"before; predicted times: {1e3 * cost.per_step:.1f} ms per step and {1e3 * cost.per_token:.2f} ms "
-        "per token",
+        f"The first token of a prompt of {runs[0].prompt_len:,} tokens, and the waits of {runs[0].others} "
+        f"others that wait {decode:.1f} ms before; predicted: {1e3 * cost.per_step:.1f} ms per step and "
+        f"{1e3 * cost.per_token:.2f} ms per token",
         [
             Column("budget", "tokens\nper step"),
             Column("steps", "steps", "{:,.0f}".format),
-            Column("first_token_ms", "first token of\nthe prompt (ms)", ms),
-            Column("longest_wait_ms", "longest wait of\nthe others (ms)", ms),
-            Column("mean_wait_ms", "mean (ms)", ms),
+            Column("first_token_ms", "first token\n(ms)", ms),
+            Column("longest_wait_ms", "longest wait\n(ms)", ms),
+            Column("mean_wait_ms", "mean wait\n(ms)", ms),
         ],
         [
             (run.budget, run.num_steps, run.first_token(cost), run.longest_wait(cost), run.mean_wait)
