@@ -27,6 +27,7 @@ from tiny_llm.policies import NoPreemption
 from tiny_llm.preemption import NewestFirst
 
 from result import Column, Line, Pair, Picture, Point, Progress, Result, Table, percent
+from step_cost import Cost, Step
 from tiny_llm import LLM, EngineCore, PagedBatchManager, Policies, SamplingParams
 
 BLOCK_SIZE = 16
@@ -107,14 +108,6 @@ def _blocks(tokens: int) -> int:
 
 
 # ---- On the model ----
-
-
-class Step(NamedTuple):
-    """A step: the tokens it computed, the sequences that ran, and its seconds."""
-
-    tokens: int
-    running: int
-    seconds: float
 
 
 class Preempted(NamedTuple):
@@ -203,25 +196,10 @@ def _serve(llm: LLM, load: Load, blocks: int, mode: str) -> Served:
     return Served(blocks, mode, admitted, steps, preempted, copied, latencies)
 
 
-class Cost(NamedTuple):
-    """Seconds of a step: a fixed part, and a part for each of its tokens."""
-
-    per_step: float
-    per_token: float
-
-    @classmethod
-    def of(cls, steps: Sequence[Step]) -> "Cost":
-        """Fit a line to these steps by least squares."""
-        tokens, seconds = fmean(step.tokens for step in steps), fmean(step.seconds for step in steps)
-        spread = sum((step.tokens - tokens) ** 2 for step in steps)
-        slope = sum((step.tokens - tokens) * (step.seconds - seconds) for step in steps) / max(spread, 1e-9)
-        return cls(seconds - slope * tokens, slope)
-
-    def speed(self, load: Load, served: Served) -> Pair:
-        """Output tokens per second."""
-        outputs = sum(load.answers)
-        predicted = len(served.steps) * self.per_step + served.computed * self.per_token
-        return Pair(outputs / predicted, outputs / served.seconds)
+def _speed(load: Load, served: Served, cost: Cost) -> Pair:
+    """Output tokens per second."""
+    outputs = sum(load.answers)
+    return Pair(outputs / cost.seconds(len(served.steps), served.computed), outputs / served.seconds)
 
 
 # ---- Tables ----
@@ -276,7 +254,7 @@ def _table_of_times(load: Load, served: Sequence[Served], cost: Cost) -> Table:
                 one.blocks,
                 one.mode,
                 len(one.steps),
-                cost.speed(load, one),
+                _speed(load, one, cost),
                 *one.latency(0),
                 *one.latency(1),
             )
@@ -289,7 +267,7 @@ def _lines(load: Load, served: Sequence[Served], cost: Cost) -> Iterator[Line]:
     all_blocks = sum(load.max_blocks)
     for mode in MODES:
         of_mode = [served[0], *(one for one in served[1:] if one.mode == mode)]
-        pairs = [(one.blocks / all_blocks, cost.speed(load, one)) for one in of_mode]
+        pairs = [(one.blocks / all_blocks, _speed(load, one, cost)) for one in of_mode]
         yield Line(mode, [Point(share, pair.predicted) for share, pair in pairs], is_predicted=True)
         yield Line(mode, [Point(share, pair.measured) for share, pair in pairs])
 

@@ -272,3 +272,24 @@ def test_with_dense_batching_only_the_faulty_request_fails() -> None:
     answers, failed = serve(engine, requests)
     assert list(failed) == ["poisoned"]
     assert {name: tokens for name, tokens in clean.items() if name != "poisoned"} == answers
+
+
+@pytest.mark.parametrize("make", [lambda: DenseBatchManager(6, 64), lambda: PagedBatchManager(40, 4, 6)])
+def test_a_manager_that_fails_before_it_computes_anything_fails_its_requests_one_by_one(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the step would be repeated forever, without an error."""
+    engine = EngineCore(make(), (EOS,))
+
+    def raising() -> None:
+        raise InjectedError
+
+    monkeypatch.setattr(engine.manager, "process_batch", raising)
+    for name in ("a", "b", "c"):
+        engine.add_request(name, [1, 2, 3], SamplingParams())
+    failed = []
+    for _ in range(3):
+        assert engine.step() == []
+        failed += engine.take_failures()
+    assert [(one.request_id, type(one.error)) for one in failed] == [(x, InjectedError) for x in "abc"]
+    assert not engine.has_work

@@ -27,6 +27,8 @@ SMALL = {
     "trap": ["--longest", "16", "--repetitions", "1"],
     "naive": ["--users", "3", "--num-heads", "2", "--head-dim", "8"],
     "dynamic": ["--pool", "160", "--requests", "400", "--seeds", "1"],
+    "budget": ["--prompt-len", "150", "--others", "2"],
+    "batching": ["--requests", "5", "--slots", "2", "--output-len", "16"],
     "paged": ["--users", "2", "--seeds", "20"],
     "beams": ["--prompt-len", "20", "--output-len", "4"],
     "slots": ["--tokens", "64", "--sequences", "3", "--repetitions", "1"],
@@ -39,7 +41,17 @@ SMALL = {
     "window": ["--model", "smollm2", "--longest", "1024", "--repetitions", "1"],
     "pressure": ["--users", "3", "--prompt-len", "24", "--output-len", "8"],
 }
-RUN_THE_MODEL = ("weights", "sampling", "trap", "beams", "prefix", "window", "pressure")
+RUN_THE_MODEL = (
+    "weights",
+    "sampling",
+    "trap",
+    "budget",
+    "batching",
+    "beams",
+    "prefix",
+    "window",
+    "pressure",
+)
 Run = Callable[[list[str]], int]
 
 
@@ -275,6 +287,37 @@ def test_the_dynamic_lab_rounds_the_memory_of_every_user_up_to_whole_blocks(lab:
     lengths = [draw.randint(100, 500) for _ in range(100)]
     assert row["allocated"]["measured"] == sum(length + -length % 16 for length in lengths)
     assert row["waste"]["predicted"] == pytest.approx(7.5 / 307.5)
+
+
+def test_the_budget_lab_computes_a_long_prompt_in_as_few_steps_as_the_budget_allows(lab: Labs) -> None:
+    """Two others take a token of each step: 150 tokens at 62 per step are 3 steps, at 126 per step 2."""
+    rows = lab("budget").rows(0)
+    assert [row["budget"] for row in rows] == [64, 128, 256]
+    assert [row["steps"] for row in rows] == [{"predicted": n, "measured": n} for n in (3, 2, 1)]
+    assert all(row["mean_wait_ms"] <= row["longest_wait_ms"]["measured"] for row in rows)
+
+
+def test_the_batching_lab_predicts_the_steps_of_each_way_from_the_lengths_of_the_answers(lab: Labs) -> None:
+    """Oracle: the answers, drawn again here, and a loop that serves them step by step."""
+    draw = random.Random(0)
+    lengths = [draw.randint(8, 32) for _ in range(5)]
+    for _ in range(sum(lengths)):
+        draw.randrange(1000, 40_000)
+    answers = [round(16 * (1 / 16) ** draw.random()) for _ in range(5)]
+    alone, fixed, continuous = (row["steps"] for row in lab("batching").rows(0))
+    pairs = [answers[0:2], answers[2:4], answers[4:5]]
+    waiting, running, steps = list(answers), list[int](), 0
+    while waiting or running:
+        while waiting and len(running) < 2:
+            running.append(waiting.pop(0))
+        steps += 1
+        running = [left - 1 for left in running if left > 1]
+    assert alone == {"predicted": sum(answers), "measured": sum(answers)}
+    assert fixed == {"predicted": sum(map(max, pairs)), "measured": sum(map(max, pairs))}
+    assert continuous == {"predicted": steps, "measured": steps}
+    assert all(
+        row["used"]["predicted"] == pytest.approx(row["used"]["measured"]) for row in lab("batching").rows(0)
+    )
 
 
 def test_the_paged_lab_wastes_about_half_a_block_per_request(lab: Labs) -> None:

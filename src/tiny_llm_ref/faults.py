@@ -22,7 +22,9 @@ class Failure(NamedTuple):
 class FaultIsolation:
     """Undoes failed steps of a batch manager, and retries the suspects one by one: any that fails again ends.
 
-    Requests that fail only together are ended one at a time, the last first, until the others succeed.
+    Requests that fail only together are ended one at a time, the last first, until the others succeed. A step
+    that fails before it has anything to compute is blamed on the request that would start next: otherwise it
+    would be repeated forever.
     """
 
     def __init__(self, manager: BatchManager) -> None:
@@ -43,7 +45,7 @@ class FaultIsolation:
 
     def find_culprit(self, error: BaseException) -> str | None:
         """Undo a step that raised; return the id of the request that must end, or None if not known yet."""
-        computing = self._manager.recover()
+        computing = self._manager.recover() or self._next_to_start()
         if isinstance(error, StuckRequestError):
             return error.request_id
         if self._isolated is not None:
@@ -62,6 +64,11 @@ class FaultIsolation:
             self._have_retried = False
         elif self._isolated in request_ids or not self._manager.has_request(self._isolated):
             self._end_isolation()
+
+    def _next_to_start(self) -> list[str]:
+        """The request of the first waiting sequence; empty if none waits."""
+        waiting = self._manager.waiting
+        return [waiting[0].request_id] if waiting else []
 
     def _end_isolation(self) -> None:
         self._isolated = None

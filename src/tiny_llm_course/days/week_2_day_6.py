@@ -15,9 +15,10 @@ def show() -> Lines:
 
     prompt_lens = (1600, 30, 300)
     lengths = ", ".join(f"{length:,}" for length in prompt_lens)
-    yield f"a simulation: prompts of {lengths} tokens; the step in which each gets its first token"
+    yield f"a simulation: the steps in which prompts of {lengths} tokens get their first tokens"
     for budget in (2048, 512, 128):
         yield f"  {budget:5,} tokens a step: {first_token_steps(prompt_lens, budget)}"
+    yield "the real model: another request decodes while a prompt of 1,600 tokens is computed"
     for budget in (2048, 128):
         llm = LLM(max_num_batched_tokens=budget, max_num_seqs=8, num_blocks=256)
         params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
@@ -32,10 +33,7 @@ def show() -> Lines:
                 now = time.perf_counter()
                 gaps.append(now - last)
                 last = now
-        yield (
-            f"the real model, {budget:5,} tokens a step: while a prompt of 1,600 tokens is computed, another "
-            f"request waits up to {1000 * max(gaps):5,.0f} ms for its next token"
-        )
+        yield f"  {budget:5,} tokens a step: it waits up to {1000 * max(gaps):5,.0f} ms for its next token"
 
 
 def work() -> Work:
