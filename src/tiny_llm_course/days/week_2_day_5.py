@@ -46,7 +46,8 @@ class GrowingContext:
     def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Store a layer's new keys and values, then attend to all of them."""
         if layer in self._past:
-            k, v = (mx.concatenate(pair, axis=2) for pair in zip(self._past[layer], (k, v), strict=True))
+            keys, values = self._past[layer]
+            k, v = mx.concatenate([keys, k], axis=2), mx.concatenate([values, v], axis=2)
         self._past[layer] = k, v
         return self._attend(q, k, v, self._scale)
 
@@ -64,13 +65,15 @@ def _at_once(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     from tiny_llm.attention import causal_mask
     from tiny_llm.grouped_attention import grouped_query_attention
 
-    return grouped_query_attention(q, k, v, scale, causal_mask(q.shape[2], k.shape[2]))
+    out: mx.array = grouped_query_attention(q, k, v, scale, causal_mask(q.shape[2], k.shape[2]))
+    return out
 
 
 def _in_tiles(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     from tiny_llm.flash_attention import flash_attention
 
-    return flash_attention(q, k, v, scale, causal=True, tile=TILE)
+    out: mx.array = flash_attention(q, k, v, scale, causal=True, tile=TILE)
+    return out
 
 
 def _costs(length: int) -> Lines:
@@ -117,7 +120,8 @@ def _continued(how: str, attend: Attend) -> str:
     loaded = load_model(None)
     context = GrowingContext(loaded.model.config.attention_scale, attend)
     prompt = loaded.tokenizer.encode(CAPITALS)
-    new, answer = prompt, []
+    new = prompt
+    answer: list[int] = []
     while len(answer) < ANSWER:
         context.begin(len(new))
         new = [int(mx.argmax(loaded.model(mx.array([new], mx.int32), context)[0, -1]))]
