@@ -9,7 +9,7 @@ import mlx.core as mx
 from .shared import Lines, Work, random_array
 
 H, KV_HEADS, D, TILE = 9, 3, 64, 64  # of the embedded model, and the keys of a tile
-CAPITALS = (
+CAPITALS = (  # 75 tokens
     "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is Madrid. "
     "The capital of Greece is Athens. The capital of Portugal is Lisbon. The capital of Austria is Vienna. "
     "The capital of Hungary is Budapest. The capital of Poland is Warsaw. The capital of Norway is Oslo. "
@@ -57,8 +57,9 @@ def show() -> Lines:
     yield "random queries, keys and values, with as many heads as the real model has:"
     for length in (256, 768):
         yield from _costs(length)
+    yield f"what the real model writes after 75 tokens, {CAPITALS[-25:]!r}:"
     for how, attend in (("all at once", _at_once), (f"in tiles of {TILE}", _in_tiles)):
-        yield _continued(how, attend)
+        yield f"  {how:15}: {_continued(attend)}"
 
 
 def _at_once(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
@@ -113,21 +114,19 @@ def _cost_line(length: int, how: str, keys: int | None, cost: Cost) -> str:
     return f"{length:4} tokens {how:15}: {scores:15}  {measured}"
 
 
-def _continued(how: str, attend: Attend) -> str:
-    """What the real model writes after `CAPITALS` with this attention, always the likeliest token."""
+def _continued(attend: Attend) -> str:
+    """What the real model writes after `CAPITALS` with this attention: the likeliest tokens."""
     from tiny_llm.loader import load_model
 
     loaded = load_model(None)
     context = GrowingContext(loaded.model.config.attention_scale, attend)
-    prompt = loaded.tokenizer.encode(CAPITALS)
-    new = prompt
+    new = loaded.tokenizer.encode(CAPITALS)
     answer: list[int] = []
     while len(answer) < ANSWER:
         context.begin(len(new))
         new = [int(mx.argmax(loaded.model(mx.array([new], mx.int32), context)[0, -1]))]
         answer += new
-    text = "".join(map(loaded.tokenizer.token_text, answer))
-    return f"after {len(prompt)} tokens, {how}: ...{CAPITALS[-25:]}{text}"
+    return "".join(map(loaded.tokenizer.token_text, answer)).strip()
 
 
 def work() -> Work:
