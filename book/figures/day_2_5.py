@@ -14,8 +14,8 @@ def _tiles() -> Drawing:
         660,
         316,
         "All scores at once, and one tile",
-        "On the left, 8 queries have scores for 8 keys, 64 numbers at a time. On the right, only the scores for "
-        "keys 4 and 5 exist; each query also has its largest score, its total and its weighted values.",
+        "On the left, 8 queries have scores for 8 keys, 64 numbers at a time. On the right, only the scores "
+        "for keys 4 and 5 exist; each query also has its largest score, its total and its weighted values.",
     )
     for left, title, tile in ((16, "all at once", range(8)), (290, "in tiles of two keys", range(4, 6))):
         drawing.label(left, 24, title, "head")
@@ -38,7 +38,12 @@ def _tiles() -> Drawing:
         drawing,
         16,
         306,
-        {"orange": "score", "panel": "hidden, -inf", "free": "not in memory", "teal": "carried from tile to tile"},
+        {
+            "orange": "score",
+            "panel": "hidden, -inf",
+            "free": "not in memory",
+            "teal": "carried on, tile to tile",
+        },
     )
     return drawing
 
