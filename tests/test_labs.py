@@ -24,6 +24,7 @@ SMALL = {
     "trap": ["--longest", "16", "--repetitions", "1"],
     "naive": ["--users", "3", "--num-heads", "2", "--head-dim", "8"],
     "dynamic": ["--pool", "160", "--requests", "400", "--seeds", "1"],
+    "roofline": ["--layers", "2", "--longest", "8", "--repetitions", "1"],
     "paged": ["--users", "2", "--seeds", "20"],
     "beams": ["--prompt-len", "20", "--output-len", "4"],
     "slots": ["--tokens", "64", "--sequences", "3", "--repetitions", "1"],
@@ -36,7 +37,7 @@ SMALL = {
     "window": ["--model", "smollm2", "--longest", "1024", "--repetitions", "1"],
     "pressure": ["--users", "3", "--prompt-len", "24", "--output-len", "8"],
 }
-RUN_THE_MODEL = ("trap", "beams", "prefix", "window", "pressure")
+RUN_THE_MODEL = ("trap", "roofline", "beams", "prefix", "window", "pressure")
 Run = Callable[[list[str]], int]
 
 
@@ -226,6 +227,25 @@ def test_the_dynamic_lab_rounds_the_memory_of_every_user_up_to_whole_blocks(lab:
     lengths = [draw.randint(100, 500) for _ in range(100)]
     assert row["allocated"]["measured"] == sum(length + -length % 16 for length in lengths)
     assert row["waste"]["predicted"] == pytest.approx(7.5 / 307.5)
+
+
+def test_the_roofline_lab_predicts_the_longer_of_reading_and_arithmetic(lab: Labs) -> None:
+    """Oracle: two layers of SmolLM2's four matrices; 16 bits per weight, or 4 + 32 / 32."""
+    weights = 2 * (576 * 960 + 576 * 576 + 576 * 3072 + 1536 * 576)
+    wide, narrow = lab("roofline").rows(0)
+    assert (wide["bits"], wide["bytes"]) == (16, 2 * weights)
+    assert (narrow["bits"], narrow["bytes"]) == (5, 5 * weights / 8)
+    assert [row["tokens"] for row in lab("roofline").rows(1)] == [1, 2, 4, 8]
+    for limits, key in ((wide, "wide_ms"), (narrow, "narrow_ms")):
+        reading = limits["bytes"] / limits["bandwidth"] / 1e6
+        arithmetic = 2 * weights / limits["peak"] / 1e6
+        assert limits["tokens"]["predicted"] == pytest.approx(reading / arithmetic)
+        for row in lab("roofline").rows(1):
+            assert row[key]["predicted"] == pytest.approx(max(reading, row["tokens"] * arithmetic))
+    for row in lab("roofline").rows(1):
+        assert row["ratio"]["measured"] == pytest.approx(
+            row["wide_ms"]["measured"] / row["narrow_ms"]["measured"]
+        )
 
 
 def test_the_paged_lab_wastes_about_half_a_block_per_request(lab: Labs) -> None:
