@@ -1,7 +1,7 @@
-"""2.4: The roofline of this machine: what limits a pass, for 16-bit and for 4-bit weights.
+"""2.4: The roofline of this machine: what limits a pass, for weights in 8 and in 4 bits.
 
 Measures two limits: the bytes per second that all threads together read from memory, and the operations per
-second of the matrix kernels on a layer that stays in the cache. From these it predicts how long the matrix
+second of the matrix kernel on a layer that stays in the cache. From these it predicts how long the matrix
 products of a pass over 1, 2, 4, ... tokens take: reading all weights once, or the arithmetic, whichever is
 longer. Then it times them, for matrices of the embedded model's shapes. Attention and all other operators are
 left out.
@@ -32,9 +32,10 @@ from result import Cell, Column, Line, Pair, Picture, Point, Progress, Result, T
 from tiny_llm_course.errors import CourseError
 
 SHAPES = ((576, 960), (576, 576), (576, 3072), (1536, 576))  # inputs and outputs of qkv, o, gate and up, down
+OUTPUTS = [outputs for _, outputs in SHAPES]
 WIDTH, MLP = 576, 1536
 READ_BYTES = 256 * 2**20  # larger than most caches
-GROUP_SIZE, BITS, ACTIVATION_BITS = 32, 4, 16
+GROUP_SIZE, ACTIVATION_BITS = 32, 16
 LONG_ENOUGH = 0.1  # seconds of repetitions, of which the fastest counts
 
 Multiply = Callable[[mx.array], mx.array]
@@ -54,7 +55,7 @@ def measure(
     if not tiny_llm_kernels.available():
         raise CourseError(f"this lab needs the compiled kernels: {tiny_llm_kernels.why_unavailable()}")
     counts = [1 << doublings for doublings in range(longest.bit_length())]
-    kinds = [Weights.dense(layers), Weights.quantized(layers)]
+    kinds = [Weights.of(bits, layers) for bits in (8, 4)]
     runs = []
     for done in range(repetitions):
         progress("roofline: rounds measured:", done, repetitions)
@@ -108,29 +109,19 @@ class Run(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The matrices of a model's layers in one form, with their size in bytes."""
+    """The matrices of a model's layers in one number of bits, packed for the kernel."""
 
-    name: str
+    bits: int
     layers: Sequence[Layer]
     nbytes: int
 
     @classmethod
-    def dense(cls, layers: int) -> "Weights":
-        """Weights in 16 bits."""
-        made = [[_random(*shape).astype(mx.float16) for shape in SHAPES] for _ in range(layers)]
-        mx.eval(made)
-        nbytes = sum(matrix.nbytes for layer in made for matrix in layer)
-        return cls("16 bits", [[_dense(matrix) for matrix in layer] for layer in made], nbytes)
-
-    @classmethod
-    def quantized(cls, layers: int) -> "Weights":
-        """Weights in 4 bits, packed for the kernel; each group of 32 has a scale and a bias in 16 bits."""
-        made = [[_packed(*shape) for shape in SHAPES] for _ in range(layers)]
-        mx.eval(made)
-        nbytes = sum(matrix.nbytes for layer in made for matrix in layer)
-        outputs = [shape[1] for shape in SHAPES]
-        kernels = [[_quantized(*pair) for pair in zip(layer, outputs, strict=True)] for layer in made]
-        return cls("4 bits", kernels, nbytes)
+    def of(cls, bits: int, layers: int) -> "Weights":
+        """Random weights; each group of 32 has a scale and a bias in 16 bits."""
+        packed = [[_packed(bits, *shape) for shape in SHAPES] for _ in range(layers)]
+        mx.eval(packed)
+        made = [[_product(bits, *pair) for pair in zip(layer, OUTPUTS, strict=True)] for layer in packed]
+        return cls(bits, made, sum(matrix.nbytes for layer in packed for matrix in layer))
 
     def operations(self, tokens: int) -> int:
         """Multiplications and additions of a pass."""
@@ -151,23 +142,16 @@ class Weights(NamedTuple):
         return x
 
 
-def _random(inputs: int, outputs: int) -> mx.array:
-    """A matrix [outputs, inputs] that does not change the size of the numbers it is multiplied with."""
-    return mx.random.normal((outputs, inputs), scale=inputs**-0.5, key=mx.random.key(outputs))
+def _packed(bits: int, inputs: int, outputs: int) -> mx.array:
+    """A matrix [outputs, inputs] that hardly changes the size of the numbers it is multiplied with."""
+    matrix = mx.random.normal((outputs, inputs), scale=inputs**-0.5, key=mx.random.key(outputs))
+    weight, scales, biases = mx.quantize(matrix.astype(mx.float16), GROUP_SIZE, bits)
+    return tiny_llm_kernels.pack(weight, scales, biases, group_size=GROUP_SIZE, bits=bits)
 
 
-def _packed(inputs: int, outputs: int) -> mx.array:
-    weight, scales, biases = mx.quantize(_random(inputs, outputs).astype(mx.float16), GROUP_SIZE, BITS)
-    return tiny_llm_kernels.pack(weight, scales, biases, group_size=GROUP_SIZE, bits=BITS)
-
-
-def _dense(weight: mx.array) -> Multiply:
-    return lambda x: tiny_llm_kernels.dense_matmul(x, weight)
-
-
-def _quantized(packed: mx.array, outputs: int) -> Multiply:
+def _product(bits: int, packed: mx.array, outputs: int) -> Multiply:
     return lambda x: tiny_llm_kernels.quantized_matmul(
-        x, packed, outputs, bits=BITS, activation_bits=ACTIVATION_BITS
+        x, packed, outputs, bits=bits, activation_bits=ACTIVATION_BITS
     )
 
 
@@ -229,7 +213,7 @@ def _table_of_limits(found: Sequence[Roofline]) -> Table:
         ],
         [
             (
-                roof.weights.name,
+                f"{roof.weights.bits} bits",
                 16 * roof.weights.nbytes / roof.weights.operations(1),
                 roof.weights.nbytes,
                 roof.bandwidth / 1e9,
@@ -244,39 +228,39 @@ def _table_of_limits(found: Sequence[Roofline]) -> Table:
 def _table_of_passes(found: Sequence[Roofline]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for place, tokens in enumerate(found[0].counts):
-        wide, narrow = (Pair(roof.predicted(tokens), roof.seconds[place]) for roof in found)
-        times = [Pair(*(1000 * seconds for seconds in pair)) for pair in (wide, narrow)]
-        ratio = Pair(wide.predicted / narrow.predicted, wide.measured / narrow.measured)
+        eight, four = (Pair(roof.predicted(tokens), roof.seconds[place]) for roof in found)
+        times = [Pair(*(1000 * seconds for seconds in pair)) for pair in (eight, four)]
+        ratio = Pair(eight.predicted / four.predicted, eight.measured / four.measured)
         rows.append((tokens, *times, ratio))
     ms = "{:,.1f}".format
     return Table(
         "All matrix products of a pass",
         [
             Column("tokens", "tokens in\nthe pass"),
-            Column("wide_ms", "16-bit weights\n(ms)", ms),
-            Column("narrow_ms", "4-bit weights\n(ms)", ms),
-            Column("ratio", "times as long\nwith 16 bits", ms),
+            Column("eight_ms", "8-bit weights\n(ms)", ms),
+            Column("four_ms", "4-bit weights\n(ms)", ms),
+            Column("ratio", "times as long\nwith 8 bits", "{:,.2f}".format),
         ],
         rows,
     )
 
 
 def _conclusion(found: Sequence[Roofline]) -> str:
-    wide, narrow = found
-    first, last = (wide.seconds[place] / narrow.seconds[place] for place in (0, -1))
-    size = wide.weights.nbytes / narrow.weights.nbytes
+    eight, four = found
+    first, last = (eight.seconds[place] / four.seconds[place] for place in (0, -1))
     return (
-        f"16-bit weights have {size:.1f} times the bytes of 4-bit ones. With them, a pass over one token "
-        f"takes {first:.1f} times as long, and a pass over {wide.counts[-1]} tokens {last:.1f} times as "
-        f"long. By the two limits, arithmetic takes longer than reading from {wide.corner.predicted:.0f} "
-        f"tokens on with 16 bits, and from {narrow.corner.predicted:.0f} on with 4."
+        f"8-bit weights have {eight.weights.nbytes / four.weights.nbytes:.1f} times the bytes of 4-bit ones. "
+        f"With them, a pass over one token takes {first:.1f} times as long, and a pass over "
+        f"{four.counts[-1]} tokens {last:.1f} times as long. By the two limits, arithmetic takes longer than "
+        f"reading from {eight.corner.predicted:.0f} tokens on with 8 bits, and from "
+        f"{four.corner.predicted:.0f} on with 4."
     )
 
 
 def _picture(found: Sequence[Roofline]) -> Picture:
     lines = []
     for roof in found:
-        name = f"{roof.weights.name.replace(' bits', '-bit')} weights"
+        name = f"{roof.weights.bits}-bit weights"
         corner = [roof.corner.predicted] if 1 < roof.corner.predicted < roof.counts[-1] else []
         ends = [1, *corner, roof.counts[-1]]
         lines.append(Line(name, [roof.point(n, roof.predicted(n)) for n in ends], is_predicted=True))

@@ -230,22 +230,21 @@ def test_the_dynamic_lab_rounds_the_memory_of_every_user_up_to_whole_blocks(lab:
 
 
 def test_the_roofline_lab_predicts_the_longer_of_reading_and_arithmetic(lab: Labs) -> None:
-    """Oracle: two layers of SmolLM2's four matrices; 16 bits per weight, or 4 + 32 / 32."""
+    """Oracle: two layers of SmolLM2's four matrices; a group of 32 has 32 bits of scale and bias."""
     weights = 2 * (576 * 960 + 576 * 576 + 576 * 3072 + 1536 * 576)
-    wide, narrow = lab("roofline").rows(0)
-    assert (wide["bits"], wide["bytes"]) == (16, 2 * weights)
-    assert (narrow["bits"], narrow["bytes"]) == (5, 5 * weights / 8)
-    assert [row["tokens"] for row in lab("roofline").rows(1)] == [1, 2, 4, 8]
-    for limits, key in ((wide, "wide_ms"), (narrow, "narrow_ms")):
-        reading = limits["bytes"] / limits["bandwidth"] / 1e6
-        arithmetic = 2 * weights / limits["peak"] / 1e6
-        assert limits["tokens"]["predicted"] == pytest.approx(reading / arithmetic)
-        for row in lab("roofline").rows(1):
+    limits, passes = lab("roofline").rows(0), lab("roofline").rows(1)
+    assert [(row["weights"], row["bits"]) for row in limits] == [("8 bits", 9), ("4 bits", 5)]
+    assert [row["tokens"] for row in passes] == [1, 2, 4, 8]
+    for limit, key in zip(limits, ("eight_ms", "four_ms"), strict=True):
+        assert limit["bytes"] == limit["bits"] * weights / 8
+        reading = limit["bytes"] / limit["bandwidth"] / 1e6
+        arithmetic = 2 * weights / limit["peak"] / 1e6
+        assert limit["tokens"]["predicted"] == pytest.approx(reading / arithmetic)
+        for row in passes:
             assert row[key]["predicted"] == pytest.approx(max(reading, row["tokens"] * arithmetic))
-    for row in lab("roofline").rows(1):
-        assert row["ratio"]["measured"] == pytest.approx(
-            row["wide_ms"]["measured"] / row["narrow_ms"]["measured"]
-        )
+    for row in passes:
+        ratio = row["eight_ms"]["measured"] / row["four_ms"]["measured"]
+        assert row["ratio"]["measured"] == pytest.approx(ratio)
 
 
 def test_the_paged_lab_wastes_about_half_a_block_per_request(lab: Labs) -> None:
