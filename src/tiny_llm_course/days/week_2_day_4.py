@@ -22,14 +22,14 @@ def show() -> Lines:
 
     rows = load_model(None).model.embed_tokens.rows(mx.arange(4096))
     size = float(mx.sqrt(mx.mean(rows * rows)))
-    yield f"4,096 rows of the embedding, {rows.nbytes / 2**20:.1f} MiB in float32; RMS errors relative to the RMS:"
+    yield f"4,096 rows of the embedding, {rows.nbytes / 2**20:.1f} MiB in float32:"
     for bits, group_size in CHOICES:
         stored = quantize(rows.astype(mx.float16), group_size, bits)
         nbytes = sum(array.nbytes for array in stored[:3])
         error = dequantize(*stored) - rows
         yield (
-            f"  {bits} bits, groups of {group_size:3}: {8 * nbytes / rows.size:4.2f} bits per value with "
-            f"scales and biases, error {float(mx.sqrt(mx.mean(error * error))) / size:5.1%}"
+            f"  {bits} bits, groups of {group_size:3}: {8 * nbytes / rows.size:4.2f} bits per value with scales "
+            f"and biases, RMS error {float(mx.sqrt(mx.mean(error * error))) / size:5.1%} of the values' RMS"
         )
     yield "with the layers as they are stored, in 4 bits:"
     yield from likeliest(CAPITAL)
