@@ -28,8 +28,8 @@ def show() -> Lines:
         nbytes = sum(array.nbytes for array in stored[:3])
         error = dequantize(*stored) - rows
         yield (
-            f"  {bits} bits, groups of {group_size:3}: {8 * nbytes / rows.size:4.2f} bits per value with scales "
-            f"and biases, RMS error {float(mx.sqrt(mx.mean(error * error))) / size:5.1%} of the values' RMS"
+            f"  {bits} bits, groups of {group_size:3}: {8 * nbytes / rows.size:4.2f} bits per value with "
+            f"scales and biases, RMS error {float(mx.sqrt(mx.mean(error * error))) / size:5.1%} of the values' RMS"
         )
     yield "with the layers as they are stored, in 4 bits:"
     yield from likeliest(CAPITAL)
