@@ -27,9 +27,10 @@ def show() -> Lines:
         stored = quantize(rows.astype(mx.float16), group_size, bits)
         nbytes = sum(array.nbytes for array in stored[:3])
         error = dequantize(*stored) - rows
+        share = float(mx.sqrt(mx.mean(error * error))) / size
         yield (
             f"  {bits} bits, groups of {group_size:3}: {8 * nbytes / rows.size:4.2f} bits per value with "
-            f"scales and biases, RMS error {float(mx.sqrt(mx.mean(error * error))) / size:5.1%} of the values' RMS"
+            f"scales and biases, RMS error {share:5.1%} of the values' RMS"
         )
     yield "with the layers as they are stored, in 4 bits:"
     yield from likeliest(CAPITAL)
