@@ -1,10 +1,10 @@
 """2.4: The roofline of this machine: what limits a pass, for weights in 8 and in 4 bits.
 
 Measures two limits: the bytes per second that all threads together read from memory, and the operations per
-second of the matrix kernel on a layer that stays in the cache. From these it predicts how long the matrix
-products of a pass over 1, 2, 4, ... tokens take: reading all weights once, or the arithmetic, whichever is
-longer. Then it times them, for matrices of the embedded model's shapes. Attention and all other operators are
-left out.
+second of the matrix kernel at its best, on a layer that stays in the cache. From these it predicts the time
+of the matrix products of a pass over 1, 2, 4, ... tokens: that of reading all weights once, or that of the
+arithmetic, whichever is longer. Then it measures them, for matrices of the embedded model's shapes. Attention
+and all other operators are left out.
 
 \b
 pdm run lab roofline
@@ -13,9 +13,7 @@ pdm run lab roofline --plot roofline.svg
 
 import os
 
-os.environ.setdefault(
-    "OPENBLAS_NUM_THREADS", "1"
-)  # `bandwidth` starts the threads; set before NumPy is loaded
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # `bandwidth` has threads; set before NumPy is loaded
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +93,7 @@ def fastest(prepare: Callable[[], T], work: Callable[[T], object]) -> float:
 
 
 class Speeds(NamedTuple):
-    """Operations per second in the cache, and the seconds of a pass over each number of tokens."""
+    """Operations per second in the cache, at best, and the seconds of a pass over each number of tokens."""
 
     peak: float
     seconds: list[float]
@@ -128,11 +126,14 @@ class Weights(NamedTuple):
         return 2 * tokens * len(self.layers) * sum(inputs * outputs for inputs, outputs in SHAPES)
 
     def measured(self, counts: Sequence[int]) -> Speeds:
-        """Time the largest pass through one layer, which stays in the cache, and passes of all sizes."""
+        """Time passes of all sizes through one layer, which stays in the cache, and through all layers."""
         one = self._replace(layers=self.layers[:1])
-        seconds = fastest(partial(one.products, counts[-1]), mx.eval)
-        times = [fastest(partial(self.products, tokens), mx.eval) for tokens in counts]
-        return Speeds(one.operations(counts[-1]) / seconds, times)
+        peak = max(one.operations(tokens) / one.seconds(tokens) for tokens in counts)
+        return Speeds(peak, [self.seconds(tokens) for tokens in counts])
+
+    def seconds(self, tokens: int) -> float:
+        """Seconds of the fastest pass."""
+        return fastest(partial(self.products, tokens), mx.eval)
 
     def products(self, tokens: int) -> mx.array:
         """All products of a pass; the input of each is an output of the one before."""

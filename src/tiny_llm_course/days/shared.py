@@ -20,8 +20,8 @@ def random_array(*shape: int) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(sum(shape)))
 
 
-def likeliest(text: str, change: Callable[["Model"], "Model"] | None = None) -> Lines:
-    """The five likeliest next tokens of a text, without a cache; change: what is done to the model before."""
+def likeliest(text: str, change: Callable[["Model"], "Model"] | None = None, count: int = 5) -> Lines:
+    """The likeliest next tokens of a text, without a cache; change: what is done to the model before."""
     from tiny_llm.grouped_attention import NoCacheContext
     from tiny_llm.loader import load_model
 
@@ -32,7 +32,7 @@ def likeliest(text: str, change: Callable[["Model"], "Model"] | None = None) -> 
     start = time.perf_counter()
     row = model(mx.array([tokens], mx.int32), context)[0, -1]
     probabilities = mx.softmax(row)
-    best = mx.argsort(-probabilities)[:5]
+    best = mx.argsort(-probabilities)[:count]
     mx.eval(best)
     seconds = time.perf_counter() - start
     words = ", ".join(

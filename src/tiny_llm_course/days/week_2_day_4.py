@@ -22,20 +22,20 @@ def show() -> Lines:
 
     rows = load_model(None).model.embed_tokens.rows(mx.arange(4096))
     size = float(mx.sqrt(mx.mean(rows * rows)))
-    yield f"4,096 rows of the embedding, {rows.nbytes / 2**20:.1f} MiB in float32:"
+    yield f"4,096 rows of the embedding ({rows.nbytes / 2**20:.1f} MiB in float32), with scales and biases:"
     for bits, group_size in CHOICES:
         stored = quantize(rows.astype(mx.float16), group_size, bits)
         nbytes = sum(array.nbytes for array in stored[:3])
         error = dequantize(*stored) - rows
         share = float(mx.sqrt(mx.mean(error * error))) / size
         yield (
-            f"  {bits} bits, groups of {group_size:3}: {8 * nbytes / rows.size:4.2f} bits per value with "
-            f"scales and biases, RMS error {share:5.1%} of the values' RMS"
+            f"  {bits} bits, groups of {group_size:3}: {8 * nbytes / rows.size:4.2f} bits per value, "
+            f"RMS error {share:5.1%} of the values' RMS"
         )
     yield "with the layers as they are stored, in 4 bits:"
-    yield from likeliest(CAPITAL)
+    yield from likeliest(CAPITAL, count=3)
     yield f"with the layers rounded to {FEWER} bits:"
-    yield from likeliest(CAPITAL, _with_fewer_bits)
+    yield from likeliest(CAPITAL, _with_fewer_bits, count=3)
 
 
 def _with_fewer_bits(model: "Model") -> "Model":
