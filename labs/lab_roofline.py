@@ -24,8 +24,8 @@ from typing import Annotated, NamedTuple, TypeVar
 import mlx.core as mx
 import numpy as np
 import typer
+from tiny_llm.kernels import compiled_kernel, kernel_info
 
-import tiny_llm_kernels
 from result import Cell, Column, Line, Pair, Picture, Point, Progress, Result, Table, as_bytes
 from tiny_llm_course.errors import CourseError
 
@@ -50,14 +50,15 @@ def measure(
     repetitions: Annotated[int, typer.Option(min=1, max=100, help="Rounds; the best values count.")] = 5,
 ) -> Result:
     """Measure the limits and all passes, several times, and take the best values."""
-    if not tiny_llm_kernels.available():
-        raise CourseError(f"this lab needs the compiled kernels: {tiny_llm_kernels.why_unavailable()}")
+    info = kernel_info()
+    if info.num_threads is None:
+        raise CourseError(f"this lab needs the compiled kernels: {info.why_unavailable}")
     counts = [1 << doublings for doublings in range(longest.bit_length())]
     kinds = [Weights.of(bits, layers) for bits in (8, 4)]
     runs = []
     for done in range(repetitions):
         progress("roofline: rounds measured:", done, repetitions)
-        runs.append(Run(bandwidth(), [kind.measured(counts) for kind in kinds]))
+        runs.append(Run(bandwidth(info.num_threads), [kind.measured(counts) for kind in kinds]))
     progress("roofline", repetitions, repetitions)
     found = [Roofline.of(kind, counts, runs, place) for place, kind in enumerate(kinds)]
     return Result(
@@ -69,9 +70,8 @@ def measure(
     )
 
 
-def bandwidth() -> float:
+def bandwidth(threads: int) -> float:
     """Bytes per second that all threads together read from memory, by dot products of long arrays."""
-    threads = tiny_llm_kernels.num_threads()
     arrays = [np.ones(READ_BYTES // threads // 4, np.float32) for _ in range(threads)]
     with ThreadPoolExecutor(threads) as pool:
         read = partial(pool.map, lambda array: np.dot(array, array))
@@ -147,13 +147,13 @@ def _packed(bits: int, inputs: int, outputs: int) -> mx.array:
     """A matrix [outputs, inputs] that hardly changes the size of the numbers it is multiplied with."""
     matrix = mx.random.normal((outputs, inputs), scale=inputs**-0.5, key=mx.random.key(outputs))
     weight, scales, biases = mx.quantize(matrix.astype(mx.float16), GROUP_SIZE, bits)
-    return tiny_llm_kernels.pack(weight, scales, biases, group_size=GROUP_SIZE, bits=bits)
+    packed: mx.array = compiled_kernel("pack")(weight, scales, biases, group_size=GROUP_SIZE, bits=bits)
+    return packed
 
 
 def _product(bits: int, packed: mx.array, outputs: int) -> Multiply:
-    return lambda x: tiny_llm_kernels.quantized_matmul(
-        x, packed, outputs, bits=bits, activation_bits=ACTIVATION_BITS
-    )
+    options = {"bits": bits, "activation_bits": ACTIVATION_BITS}
+    return lambda x: compiled_kernel("quantized_matmul")(x, packed, outputs, **options)
 
 
 class Roofline(NamedTuple):
