@@ -27,6 +27,7 @@ SMALL = {
     "trap": ["--longest", "16", "--repetitions", "1"],
     "naive": ["--users", "3", "--num-heads", "2", "--head-dim", "8"],
     "dynamic": ["--pool", "160", "--requests", "400", "--seeds", "1"],
+    "roofline": ["--layers", "2", "--longest", "8", "--repetitions", "1"],
     "budget": ["--prompt-len", "150", "--others", "2"],
     "batching": ["--requests", "5", "--slots", "2", "--output-len", "16"],
     "paged": ["--users", "2", "--seeds", "20"],
@@ -45,6 +46,7 @@ RUN_THE_MODEL = (
     "weights",
     "sampling",
     "trap",
+    "roofline",
     "budget",
     "batching",
     "beams",
@@ -287,6 +289,24 @@ def test_the_dynamic_lab_rounds_the_memory_of_every_user_up_to_whole_blocks(lab:
     lengths = [draw.randint(100, 500) for _ in range(100)]
     assert row["allocated"]["measured"] == sum(length + -length % 16 for length in lengths)
     assert row["waste"]["predicted"] == pytest.approx(7.5 / 307.5)
+
+
+def test_the_roofline_lab_predicts_the_longer_of_reading_and_arithmetic(lab: Labs) -> None:
+    """Oracle: two layers of SmolLM2's four matrices; a group of 32 has 32 bits of scale and bias."""
+    weights = 2 * (576 * 960 + 576 * 576 + 576 * 3072 + 1536 * 576)
+    limits, passes = lab("roofline").rows(0), lab("roofline").rows(1)
+    assert [(row["weights"], row["bits"]) for row in limits] == [("8 bits", 9), ("4 bits", 5)]
+    assert [row["tokens"] for row in passes] == [1, 2, 4, 8]
+    for limit, key in zip(limits, ("eight_ms", "four_ms"), strict=True):
+        assert limit["bytes"] == limit["bits"] * weights / 8
+        reading = limit["bytes"] / limit["bandwidth"] / 1e6
+        arithmetic = 2 * weights / limit["peak"] / 1e6
+        assert limit["tokens"]["predicted"] == pytest.approx(reading / arithmetic)
+        for row in passes:
+            assert row[key]["predicted"] == pytest.approx(max(reading, row["tokens"] * arithmetic))
+    for row in passes:
+        ratio = row["eight_ms"]["measured"] / row["four_ms"]["measured"]
+        assert row["ratio"]["measured"] == pytest.approx(ratio)
 
 
 def test_the_budget_lab_computes_a_long_prompt_in_as_few_steps_as_the_budget_allows(lab: Labs) -> None:

@@ -273,6 +273,13 @@ def test_task_2_the_output_has_the_dtype_of_the_queries(dtype: mx.Dtype, rtol: f
     np.testing.assert_allclose(np.array(out.astype(mx.float32)), want, rtol=rtol, atol=rtol)
 
 
+def test_task_2_sums_of_float16_values_are_carried_in_float32() -> None:
+    """Oracle: by hand: the mean of three values of 40,000 is 40,000; their sum is inf in float16."""
+    q, k = mx.zeros((1, 1, 1, 2), mx.float16), mx.zeros((1, 1, 3, 2), mx.float16)
+    out = flash_attention(q, k, mx.full((1, 1, 3, 2), 40_000, mx.float16), 1.0, False, tile=1)
+    np.testing.assert_allclose(np.array(out.astype(mx.float32)), np.full((1, 1, 1, 2), 40_000), rtol=5e-3)
+
+
 @pytest.mark.parametrize("tile", [1, 2, 64])
 @pytest.mark.parametrize("base", [1e4, -1e4])
 def test_task_2_large_scores_do_not_overflow(base: float, tile: int) -> None:

@@ -70,12 +70,12 @@ def flash_attention(
 
     Query head h reads head h // (H / Hkv) of k and v, and scores are multiplied by `scale`. causal: True if
     the queries are the last L of the S positions and each sees the positions up to its own; False if each
-    sees all. The last tile may be shorter than `tile`, and a tile may be hidden from some or all queries. At
-    most [..., L, tile] scores exist at a time.
+    sees all. The last tile may be shorter than `tile`, and a tile may be hidden from some queries. No array
+    of scores is larger than [..., L, tile].
 
     The result has q's type and equals `grouped_query_attention` (with `causal_mask`) up to rounding, for
-    every tile size from 1 up. For 16-bit inputs, the `Running` carried from tile to tile is float32; the
-    scores may be in either type.
+    every tile size from 1 up. For 16-bit inputs, the `Running` carried from tile to tile is float32, because
+    sums of weighted values may be larger than the largest float16; the scores may be in either type.
 
     >>> q, values = mx.ones((1, 1, 2, 1)), mx.array([[[[2.0], [4.0], [9.0]]]])
     >>> keys = mx.zeros((1, 1, 3, 1))  # all scores are 0, so the results are means: of 2, 4, and of 2, 4, 9
