@@ -10,6 +10,8 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
+from tiny_llm_course.source import is_stand_in
+
 from .errors import BookError
 
 SOURCES = Path(__file__).parents[2] / "src"
@@ -62,6 +64,17 @@ def source_of(name: str) -> str:
     node, lines = definition(name)
     first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
     return inspect.cleandoc("\n".join(["", *lines[first - 1 : node.end_lineno]]))
+
+
+def solution_of(name: str) -> str:
+    """The source of an exercise as it fits into the starter: no docstring, no decorator for faster code."""
+    node, lines = definition(name)
+    left_out: list[ast.stmt | ast.expr] = [one for one in node.decorator_list if is_stand_in(one)]
+    left_out += [] if ast.get_docstring(node) is None else node.body[:1]
+    hidden = {number for one in left_out for number in range(one.lineno, (one.end_lineno or one.lineno) + 1)}
+    first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+    shown = [number for number in range(first, (node.end_lineno or first) + 1) if number not in hidden]
+    return inspect.cleandoc("\n".join(["", *(lines[number - 1] for number in shown)]))
 
 
 def signature_of(name: str) -> str:
