@@ -71,7 +71,7 @@ def check_no_search(watched: list[Watched], num_calls: int, what: str) -> None:
     """Assert that a call has looked at a few ids and counts on average, however large the pool is."""
     mean = sum(one.num_looked_at for one in watched) / num_calls
     assert mean <= 10, (
-        f"a call of {what} looks at {mean:.0f} free ids and counts on average in a pool of {num_calls} blocks: "
+        f"with {num_calls} blocks, a call of {what} looks at {mean:.0f} free ids and counts on average: "
         "it must not search, because a search takes longer in a larger pool"
     )
 
