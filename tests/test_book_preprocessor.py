@@ -212,6 +212,10 @@ def test_the_signature_of_a_class_lists_its_public_methods() -> None:
     assert not any("_check_known" in line for line in lines)
 
 
+def test_a_long_signature_has_the_lines_of_the_source() -> None:
+    assert signature_of("engine.Engine.generate").splitlines()[1].startswith("    self, prompt: PromptType")
+
+
 def test_other_packages_are_named_with_their_package() -> None:
     assert signature_of("tiny_llm_checkpoints.model_config.ModelConfig").startswith("class ModelConfig:")
 
