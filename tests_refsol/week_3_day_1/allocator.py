@@ -30,21 +30,22 @@ class Watched:
             self.num_looked_at += 1
             yield item
 
-    def _all(self, item: object, name: str) -> Any:
+    def search(self, item: object, name: str) -> Any:
+        """Call the method of that name, which looks at every item."""
         self.num_looked_at += len(self)  # type: ignore[arg-type]
         return getattr(super(), name)(item)
 
     def __contains__(self, item: object) -> bool:
-        return bool(self._all(item, "__contains__"))
+        return bool(self.search(item, "__contains__"))
 
     def index(self, item: object) -> Any:
-        return self._all(item, "index")
+        return self.search(item, "index")
 
     def count(self, item: object) -> Any:
-        return self._all(item, "count")
+        return self.search(item, "count")
 
     def remove(self, item: object) -> None:
-        self._all(item, "remove")
+        self.search(item, "remove")
 
 
 class WatchedDeque(Watched, deque[int]):
