@@ -239,16 +239,16 @@ def _table_of_costs() -> Table:
     """Predicted: a free list does not depend on the pool; a search from the start is proportional to it."""
     pages = {pool: _seconds_per_page(pool) for pool in POOLS}
     runs = {pool: _seconds_per_run(pool) for pool in POOLS}
-    us, times = "{:,.2f}".format, "{:,.1f}".format
+    us, factor = "{:,.2f}".format, "{:,.1f}".format
     return Table(
         f"Time to allocate a block when all except the last {TIMED} are in use: from the free list of the "
-        "pages, and by a search for a free run. Times: relative to the smallest pool",
+        "pages, and by a search for a free run. Factors: relative to the smallest pool",
         [
             Column("pool", "pool\n(blocks)"),
             Column("page_us", "free list\n(us)", us),
-            Column("page_times", "times", times),
+            Column("page_times", "factor", factor),
             Column("search_us", "search\n(us)", us),
-            Column("search_times", "times", times),
+            Column("search_times", "factor", factor),
         ],
         [
             (

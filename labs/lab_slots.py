@@ -190,12 +190,12 @@ def _table_of_gathers(found: list[Gathered], sequences: int, block_size: int) ->
     first, ms = found[0], "{:,.3f}".format
     return Table(
         f"Time to gather a batch: {sequences} sequences, blocks of {block_size} tokens, {HEADS} KV heads of "
-        f"dimension {HEAD_DIM}. Times: relative to the smallest batch",
+        f"dimension {HEAD_DIM}. Factors: relative to the smallest batch",
         [
             Column("tokens", "tokens"),
             Column("equal", "equal\ntokens"),
             Column("token_by_token_ms", "token by\ntoken (ms)", ms),
-            Column("times", "times", "{:,.1f}".format),
+            Column("times", "factor", "{:,.1f}".format),
             Column("looked_up_ms", "slots, looked\nup (ms)", ms),
             Column("by_blocks_ms", "slots, whole\nblocks (ms)", ms),
             Column("reused_ms", "slots,\nreused (ms)", ms),

@@ -2,8 +2,10 @@
 
 import json
 import re
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
@@ -21,6 +23,11 @@ from preprocessor.errors import BookError
 from preprocessor.mathml import with_mathml
 from preprocessor.measure import measure_all
 from preprocessor.results import Results
+from tiny_llm_course.repo import Repo
+from tiny_llm_course.source import functions, names_in, with_body_of, with_function
+from tiny_llm_course.starter import starter
+from tiny_llm_course.syllabus import read_syllabus
+from tiny_llm_course.units import Day
 
 MACHINE = {
     **{"version": "0.1.0", "python": "3.11", "mlx": "0.32.4", "processor": "2 x ACME"},
@@ -205,6 +212,10 @@ def test_the_signature_of_a_class_lists_its_public_methods() -> None:
     assert lines[0] == "class BlockAllocator:"
     assert "    def free(self, block: int) -> None: ..." in lines
     assert not any("_check_known" in line for line in lines)
+
+
+def test_a_long_signature_has_the_lines_of_the_source() -> None:
+    assert signature_of("engine.Engine.generate").splitlines()[1].startswith("    self, prompt: PromptType")
 
 
 def test_other_packages_are_named_with_their_package() -> None:
@@ -441,6 +452,58 @@ def test_a_task_shows_the_contract_and_never_the_body() -> None:
     assert "add_ref" not in task
     assert '<details class="contract" open>\n<summary>The docstring</summary>\n' in task
     assert "add_ref" in chapters.expanded("{{solutions 3.1}}", "c.md")
+
+
+def test_a_solution_has_neither_the_docstring_nor_a_decorator_of_the_reference() -> None:
+    shown = Chapters.of_the_project().expanded("{{solutions 1.4}}", "c.md")
+    assert "def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:\n    wide" in shown
+    assert "@accelerated" not in shown
+
+
+def test_a_helper_is_shown_once_with_the_first_solution_that_calls_it() -> None:
+    shown = Chapters.of_the_project().expanded("{{solutions 3.1}}", "c.md")
+    assert shown.count("def _last_block_is_shared(") == shown.count("def _copy_on_write(") == 1
+    third, fourth = (
+        shown.partition(f"<summary>3.1.{task} ")[2].partition("</details>")[0] for task in (3, 4)
+    )
+    assert "def _last_block_is_shared(" in third
+    assert "`BlockTable._last_block_is_shared` is shown in 3.1.3." in fourth
+    assert "The starter does not have `BlockTable._copy_on_write`:\n\n```python\ndef _copy" in fourth
+
+
+def with_solutions(day: Day, module: str, text: str) -> tuple[str, list[str]]:
+    """A day's starter with all that its solutions show for a module, and the names of those functions."""
+    repo, names = Repo.here(), []
+    source = starter(repo, module, day)
+    for exercise in day.of_module(module):
+        fold = text.partition(f"<summary>{exercise.id} ")[2].partition("</details>")[0]
+        blocks = re.findall(r"([^\n]*)\n\n```python\n(.*?)\n```", fold, re.DOTALL)
+        for before, code in blocks:
+            name = before.split("`")[1] if "`" in before else exercise.name
+            owner = name.rpartition(".")[0]
+            shown = f"class {owner}:\n{indent(code, '    ')}\n" if owner else f"{code}\n"
+            source = (with_body_of if name == exercise.name else with_function)(source, shown, name)
+            names.append(name)
+        for line in re.findall(r"`((?:from|import) [^`\n]+)`", fold):
+            source += f"{line}\n"
+    return source, names
+
+
+@pytest.mark.parametrize("day", [day.id for day in read_syllabus(Repo.here().syllabus).days if day.modules])
+def test_what_the_solutions_show_defines_every_name_that_it_uses(day: str) -> None:
+    """Oracles: ruff's undefined names, and the functions of the reference that the starter lacks."""
+    unit = read_syllabus(Repo.here().syllabus).day(day)
+    text = Chapters.of_the_project().expanded(f"{{{{solutions {day}}}}}", "c.md")
+    for module in unit.modules:
+        source, shown = with_solutions(unit, module, text)
+        assert {one.name for one in unit.of_module(module)} <= set(shown)
+        ruff = ["ruff", "check", "--isolated", "--no-cache", "--select", "F821", "--quiet", "-"]
+        checked = subprocess.run(ruff, input=source, capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
+        reference = (Repo.here().reference / f"{module}.py").read_text(encoding="utf-8")
+        lacking = {name.rpartition(".")[2] for name in functions(reference).keys() - functions(source).keys()}
+        called = {name: sorted(lacking & names_in(source, name)) for name in shown}
+        assert not any(called.values()), f"{module}.py lacks {called}"
 
 
 def test_the_docstring_of_a_task_is_folded_on_a_day_with_parts() -> None:

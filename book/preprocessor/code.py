@@ -10,10 +10,13 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
+from tiny_llm_course.source import is_stand_in
+
 from .errors import BookError
 
 SOURCES = Path(__file__).parents[2] / "src"
 REFERENCE = "tiny_llm_ref"
+LONG = 120  # characters: a longer header keeps its lines
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
@@ -64,22 +67,39 @@ def source_of(name: str) -> str:
     return inspect.cleandoc("\n".join(["", *lines[first - 1 : node.end_lineno]]))
 
 
+def solution_of(name: str) -> str:
+    """The source of an exercise as it fits into the starter: no docstring, no decorator for faster code."""
+    node, lines = definition(name)
+    left_out: list[ast.stmt | ast.expr] = [one for one in node.decorator_list if is_stand_in(one)]
+    left_out += [] if ast.get_docstring(node) is None else node.body[:1]
+    hidden = {number for one in left_out for number in range(one.lineno, (one.end_lineno or one.lineno) + 1)}
+    first = min([node.lineno, *(one.lineno for one in node.decorator_list)])
+    shown = [number for number in range(first, (node.end_lineno or first) + 1) if number not in hidden]
+    return inspect.cleandoc("\n".join(["", *(lines[number - 1] for number in shown)]))
+
+
 def signature_of(name: str) -> str:
-    """The header of a function; of a class, its header and those of its public methods."""
+    """The header of a function, in one line unless that is long; of a class, with its public methods'."""
     node, lines = definition(name)
     if not isinstance(node, ast.ClassDef):
-        return _header(node, lines)
+        header = _header(node, lines)
+        return header if len(header) <= LONG else _written(node, lines)
     methods = [part for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
     shown = [one for one in methods if not one.name.startswith("_") or one.name == "__init__"]
     return "\n".join([_header(node, lines), *(f"    {_header(one, lines)} ..." for one in shown)])
 
 
-def _header(node: Definition, lines: list[str]) -> str:
-    """The lines from `def` or `class` to the colon, as one line without the indentation."""
+def _written(node: Definition, lines: list[str]) -> str:
+    """The lines from `def` or `class` to the colon, without the indentation of the class."""
     first = node.body[0]
     last = first.lineno - (1 if first.lineno > node.lineno else 0)
-    text = " ".join(line.strip() for line in lines[node.lineno - 1 : last])
-    return text.replace("( ", "(").replace(", )", ")").replace(",)", ")")
+    return inspect.cleandoc("\n".join(["", *lines[node.lineno - 1 : last]]))
+
+
+def _header(node: Definition, lines: list[str]) -> str:
+    """The same as one line."""
+    text = " ".join(line.strip() for line in _written(node, lines).splitlines())
+    return text.replace("( ", "(").replace(", )", ")").replace(" )", ")").replace(",)", ")")
 
 
 def definition(name: str) -> tuple[Definition, list[str]]:

@@ -7,10 +7,11 @@ from tiny_llm_course.errors import CourseError
 from tiny_llm_course.interfaces import Interface
 from tiny_llm_course.may_use import unit_may_use
 from tiny_llm_course.repo import Repo
+from tiny_llm_course.starter import helpers_of, imports_of
 from tiny_llm_course.syllabus import Syllabus
-from tiny_llm_course.units import Exercise, Unit
+from tiny_llm_course.units import Day, Exercise, Unit
 
-from .code import block, docstring_of, signature_of, source_of
+from .code import block, docstring_of, signature_of, solution_of, source_of
 from .errors import BookError
 
 
@@ -61,8 +62,28 @@ class Exercises:
         return "\n".join(["| from | you may use | what it does |", "|---|---|---|", *map(_interface, found)])
 
     def solutions(self, unit_id: str) -> str:
-        """The reference's code of every exercise, each folded."""
-        return "\n\n".join(_folded(one) for one in self._unit(unit_id).exercises)
+        """The reference's code of every exercise, each folded, with what the starter lacks for it.
+
+        A helper is shown with the first exercise that calls it.
+        """
+        unit = self._unit(unit_id)
+        shown: dict[str, str] = {}
+        return "\n\n".join(self._folded(unit.day, one, shown) for one in unit.exercises)
+
+    def _folded(self, day: Day, exercise: Exercise, shown: dict[str, str]) -> str:
+        """One exercise's fold. shown: by helper, the exercise with its code; this adds to it."""
+        parts = [block(solution_of(f"{exercise.module}.{exercise.name}"))]
+        if imports := imports_of(self._repo, day, exercise).splitlines():
+            parts.append(f"It needs {' and '.join(f'`{line}`' for line in imports)}.")
+        reference = (self._repo.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
+        for helper in helpers_of(reference, day.removed_from(exercise.module), exercise.name):
+            name = f"{exercise.module}.{helper}"
+            if shown.setdefault(name, exercise.id) == exercise.id:
+                parts += [f"The starter does not have `{helper}`:", block(source_of(name))]
+            else:
+                parts.append(f"`{helper}` is shown in {shown[name]}.")
+        summary = f"<summary>{exercise.id} <code>{escape(exercise.name)}</code></summary>"
+        return "\n\n".join([f'<details class="solution">\n{summary}', *parts, "</details>"])
 
     def _unit(self, unit_id: str) -> Unit:
         try:
@@ -84,9 +105,3 @@ def _interface(one: Interface) -> str:
     """A row of the table of interfaces."""
     signature, summary = (text.replace("|", "\\|") for text in (one.signature, one.summary))
     return f"| `{one.module}` | `{signature}` | {summary} |"
-
-
-def _folded(exercise: Exercise) -> str:
-    name = f"{exercise.module}.{exercise.name}"
-    summary = f"<summary>{exercise.id} <code>{escape(exercise.name)}</code></summary>"
-    return f'<details class="solution">\n{summary}\n\n{block(source_of(name))}\n\n</details>'

@@ -47,7 +47,8 @@ def _show(terminal: pytest.TerminalReporter, failed: list[pytest.TestReport]) ->
     first = min(failed, key=lambda report: task_of(report.nodeid))  # the lowest task's first failure
     others = Counter(_name(report) for report in failed if report is not first)
     if others:
-        terminal.write_line(f"{others.total()} other failures (-v --tb=short shows everything):")
+        failures = "1 other failure" if others.total() == 1 else f"{others.total()} other failures"
+        terminal.write_line(f"{failures} (-v --tb=short shows everything):")
     for name, count in list(others.items())[:MAX_NAMES]:
         terminal.write_line(f"  {name}{f' ({count})' if count > 1 else ''}")
     if len(others) > MAX_NAMES:

@@ -36,6 +36,18 @@ def with_imports(source: str, other: str) -> str:
     return source
 
 
+def missing_imports(source: str, other: str) -> str:
+    """The imports of the standard library that `with_imports` would add."""
+    tree = ast.parse(source)
+    lacking = _used(tree) - set(_defined(tree))
+    found = [
+        (node, [alias for alias in node.names if _bound(alias) in lacking])
+        for node in _imports(ast.parse(other))
+        if _is_standard(node)
+    ]
+    return "".join(_text(node, missing) for node, missing in found if missing)
+
+
 def _with_import(source: str, other: str, node: Import, missing: list[ast.alias]) -> str:
     """The source with additional names of one import, in an existing import or in a new line."""
     lines, own = source.splitlines(keepends=True), _imports(ast.parse(source))

@@ -58,7 +58,7 @@ def blanked(source: str, messages: Mapping[str, str], removed: Iterable[str] = (
         node = find(source, name)
         edits.append((_first(node), _last(node), ""))
     for node in functions(source).values():
-        edits += [(d.lineno, d.end_lineno or d.lineno, "") for d in node.decorator_list if _is_stand_in(d)]
+        edits += [(d.lineno, d.end_lineno or d.lineno, "") for d in node.decorator_list if is_stand_in(d)]
     for first, last, text in sorted(edits, reverse=True):
         lines[first - 1 : last] = [text] if text else []
     blank = _without_unused_stand_ins("".join(lines))
@@ -247,11 +247,12 @@ def _raise(node: Function, message: str) -> str:
 def stand_ins(source: str, name: str) -> set[str]:
     """The kinds of faster code that may replace a function: `compiled`, `fused`, both or none."""
     calls = [one for one in find(source, name).decorator_list if isinstance(one, ast.Call)]
-    given = {keyword.arg for one in calls if _is_stand_in(one) for keyword in one.keywords}
+    given = {keyword.arg for one in calls if is_stand_in(one) for keyword in one.keywords}
     return {kind for kind in ("compiled", "fused") if kind in given}
 
 
-def _is_stand_in(decorator: ast.expr) -> bool:
+def is_stand_in(decorator: ast.expr) -> bool:
+    """Whether a decorator replaces a function of the reference with faster code; starters have none."""
     function = decorator.func if isinstance(decorator, ast.Call) else decorator
     return isinstance(function, ast.Name) and function.id in STAND_INS
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from .backups import back_up, backups
 from .cpp import libraries
 from .errors import CourseError
-from .imports import with_imports, without_unused_imports
+from .imports import missing_imports, with_imports, without_unused_imports
 from .progress import State, missing_modules, own_modules, refuse_missing, state
 from .repo import Repo
 from .source import (
@@ -236,7 +236,24 @@ def _has_another(own: str, reference: str, helper: str) -> bool:
 
 def _with_helpers(own: str, reference: str, removed: tuple[str, ...], name: str) -> str:
     """The learner's source with the removed helpers that a function of the reference calls."""
-    for helper in removed:
-        if helper.rpartition(".")[2] in names_in(reference, name) and helper not in functions(own):
-            own = _with_helpers(with_function(own, reference, helper), reference, removed, helper)
+    for helper in helpers_of(reference, removed, name):
+        if helper not in functions(own):
+            own = with_function(own, reference, helper)
     return own
+
+
+def helpers_of(reference: str, removed: tuple[str, ...], name: str) -> list[str]:
+    """The removed helpers that a function of the reference calls, directly or in other helpers."""
+    found: list[str] = []
+    for helper in removed:
+        if helper.rpartition(".")[2] in names_in(reference, name) and helper != name:
+            found += [helper, *helpers_of(reference, removed, helper)]
+    return list(dict.fromkeys(found))
+
+
+def imports_of(repo: Repo, day: Day, exercise: Exercise) -> str:
+    """The imports of the standard library that the reference's code of an exercise adds to the starter."""
+    reference = (repo.reference / f"{exercise.module}.py").read_text(encoding="utf-8")
+    own = with_body_of(starter(repo, exercise.module, day), reference, exercise.name)
+    helpers = day.removed_from(exercise.module)
+    return missing_imports(_with_helpers(own, reference, helpers, exercise.name), reference)

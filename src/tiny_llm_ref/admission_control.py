@@ -40,11 +40,11 @@ class AdmissionControl:
     def num_waiting(self) -> int:
         """The number of waiting requests, less the free slots; -2 means that two more could start at once.
 
-        The waiting requests are those that wait in the engine (`num_waiting`), and those that were admitted
-        here but that the engine has not seen yet (`_num_admitted` less `num_seen`). Free slots are
-        `max_num_seqs` less the running sequences, at least 0. While `is_crowded` there are no free slots: the
-        pool has no blocks for more sequences, or waiting requests will take the slots. Read `self.occupancy`
-        only once, because the engine's thread may replace it between two reads.
+        The waiting requests are those that wait in the engine (`occupancy.num_waiting`), and those that were
+        admitted here but that the engine has not seen yet (`_num_admitted` less `occupancy.num_seen`). Free
+        slots are `max_num_seqs` less the running sequences, at least 0. While `is_crowded` there are no free
+        slots: the pool has no blocks for more sequences, or waiting requests will take the slots. Read
+        `self.occupancy` only once, because the engine's thread may replace it between two reads.
 
         >>> control = AdmissionControl(limit=4, max_num_seqs=2)
         >>> control.num_waiting()

@@ -204,10 +204,10 @@ class EngineLoop:
         """Run one step of the core, and handle its results.
 
         1. `core.step()` returns a list of outputs, one token each; pass each to `take_output`.
-        2. Call `_take_failures` and `_end_searches`: requests that failed in the step have no output, and
-           beam searches that have ended have none either. The order of these two and of 1 is free.
-        3. Call `_note_step` with a `StepTime`: the seconds in `core.step`, and the seconds from its end until
-           now, by `time.perf_counter()`.
+        2. Call `_take_failures` and `_end_searches`, in any order, before or after the outputs: requests that
+           failed in the step have no output, and beam searches that have ended have none either.
+        3. After all of these, call `_note_step` with a `StepTime`: the seconds in `core.step`, and those from
+           its end until now, by `time.perf_counter()`.
 
         Do not catch errors of `core.step`: they are a fault of the engine, not of a request.
 

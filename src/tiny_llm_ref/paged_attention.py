@@ -250,8 +250,7 @@ class BlockTable:
         """Return a second table with the same blocks and tokens; it is one more holder of each block.
 
         No block is allocated or copied. Afterwards the two tables are independent: tokens appended to one do
-        not appear in the other (`append_tokens` copies the block to which both would write). The second table
-        is a plain `BlockTable`; a subclass with more fields overrides `fork`.
+        not appear in the other (`append_tokens` copies the block to which both would write).
 
         >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
         >>> _ = table.append_tokens(6)

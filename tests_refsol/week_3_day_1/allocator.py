@@ -1,6 +1,8 @@
 """Day 3.1, tasks 1 and 2: blocks are allocated, shared and freed."""
 
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,67 @@ from common.blocks import counts
 from common.examples import quick
 
 # Task 1: BlockAllocator.allocate
+
+
+class Watched:
+    """A container that counts how many of its items are looked at; a search counts as a look at each."""
+
+    num_looked_at = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        self.num_looked_at += 1 if isinstance(place, int) else len(self)  # type: ignore[arg-type]
+        return super().__getitem__(place)  # type: ignore[misc]
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in super().__iter__():  # type: ignore[misc]
+            self.num_looked_at += 1
+            yield item
+
+    def search(self, item: object, name: str) -> Any:
+        """Call the method of that name, which looks at every item."""
+        self.num_looked_at += len(self)  # type: ignore[arg-type]
+        return getattr(super(), name)(item)
+
+    def __contains__(self, item: object) -> bool:
+        return bool(self.search(item, "__contains__"))
+
+    def index(self, item: object) -> Any:
+        return self.search(item, "index")
+
+    def count(self, item: object) -> Any:
+        return self.search(item, "count")
+
+    def remove(self, item: object) -> None:
+        self.search(item, "remove")
+
+
+class WatchedDeque(Watched, deque[int]):
+    """A watched queue of ids."""
+
+
+class WatchedList(Watched, list[int]):
+    """A watched list, of counts or of ids."""
+
+
+def watch(allocator: BlockAllocator) -> list[Watched]:
+    """Replace the allocator's queues and lists by watched ones, and return those."""
+    watched: dict[str, Watched] = {}
+    for name, value in vars(allocator).items():
+        if isinstance(value, deque):
+            watched[name] = WatchedDeque(value)
+        elif isinstance(value, list):
+            watched[name] = WatchedList(value)
+    vars(allocator).update(watched)
+    return list(watched.values())
+
+
+def check_no_search(watched: list[Watched], num_calls: int, what: str) -> None:
+    """Assert that a call has looked at a few ids and counts on average, however large the pool is."""
+    mean = sum(one.num_looked_at for one in watched) / num_calls
+    assert mean <= 10, (
+        f"with {num_calls} blocks, a call of {what} looks at {mean:.0f} free ids and counts on average: "
+        "it must not search, because a search takes longer in a larger pool"
+    )
 
 
 def test_task_1_every_block_is_allocated_once() -> None:
@@ -59,6 +122,18 @@ def test_task_1_a_shared_block_is_not_allocated_again() -> None:
         allocator.allocate()
 
 
+def test_task_1_allocate_does_not_search_the_pool() -> None:
+    """Oracle: counting: the free ids and the counts that all 400 calls look at, at most 10 each.
+
+    Common mistake: looking for the smallest free id, or for a count of 0.
+    """
+    allocator = BlockAllocator(400)
+    watched = watch(allocator)
+    taken = [allocator.allocate() for _ in range(400)]
+    check_no_search(watched, 400, "`allocate`")
+    assert len(set(taken)) == 400
+
+
 # Task 2: BlockAllocator.free
 
 
@@ -99,6 +174,17 @@ def test_task_2_a_free_block_cannot_be_freed() -> None:
     assert sorted(allocator.allocate() for _ in range(3)) == [0, 1, 2]
     with pytest.raises(OutOfBlocksError):
         allocator.allocate()
+
+
+def test_task_2_free_does_not_search_the_pool() -> None:
+    """Oracle: counting, as for `allocate`. Common mistake: looking for the id among the free ones."""
+    allocator = BlockAllocator(400)
+    taken = [allocator.allocate() for _ in range(400)]
+    watched = watch(allocator)
+    for block in taken:
+        allocator.free(block)
+    check_no_search(watched, 400, "`free`")
+    assert allocator.num_free == 400
 
 
 @pytest.mark.parametrize("block", [-1, -3, 3, 100])

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import NamedTuple
 
 import pytest
 from hypothesis import example, given, settings
@@ -46,11 +47,26 @@ def sharing(table: BlockTable) -> BlockTable:
     return other
 
 
-def state(*tables: BlockTable) -> tuple[object, ...]:
-    """The complete state: reference counts, the number of free blocks, and each table's blocks and tokens."""
-    allocator = tables[0].allocator
-    held = [(list(table.blocks), table.num_tokens) for table in tables]
-    return counts(allocator), allocator.num_free, held
+class State(NamedTuple):
+    """The complete state of tables on one pool."""
+
+    reference_counts: list[int]
+    num_free: int
+    blocks: list[list[int]]
+    num_tokens: list[int]
+
+
+def state(*tables: BlockTable) -> State:
+    """The state of tables and of their pool."""
+    blocks, num_tokens = [list(table.blocks) for table in tables], [table.num_tokens for table in tables]
+    return State(counts(tables[0].allocator), tables[0].allocator.num_free, blocks, num_tokens)
+
+
+def check_unchanged(before: State, *tables: BlockTable) -> None:
+    """Assert that tables and pool are as they were; the message says what differs."""
+    pairs = zip(State._fields, before, state(*tables), strict=True)
+    changed = [f"{name} was {old} and is {new}" for name, old, new in pairs if old != new]
+    assert not changed, f"this call must change nothing: {', '.join(changed)}"
 
 
 def missing_blocks(table: BlockTable, num_new_tokens: int) -> int:
@@ -109,7 +125,7 @@ def test_task_3_counting_the_blocks_to_append_changes_nothing() -> None:
     other = sharing(table)
     before = state(table, other)
     assert table.blocks_to_append(100) == 26
-    assert state(table, other) == before
+    check_unchanged(before, table, other)
 
 
 @quick
@@ -213,7 +229,7 @@ def test_task_4_tokens_that_do_not_fit_are_rejected_and_change_nothing(num_token
     before = state(table)
     with pytest.raises(OutOfBlocksError):
         table.append_tokens(new)
-    assert state(table) == before
+    check_unchanged(before, table)
     table.append_tokens(12 - num_tokens)
     assert sorted(table.blocks) == [0, 1, 2], "a smaller append must still succeed"
 
@@ -224,7 +240,7 @@ def test_task_4_appending_zero_tokens_changes_nothing() -> None:
     other, empty = sharing(table), BlockTable(table.allocator, 4)
     before = state(table, other, empty)
     assert [one.append_tokens(0) for one in (table, other, empty)] == [[], [], []]
-    assert state(table, other, empty) == before
+    check_unchanged(before, table, other, empty)
 
 
 def test_task_4_only_a_shared_partial_block_is_copied() -> None:
@@ -299,7 +315,7 @@ def test_task_4_a_copy_that_does_not_fit_is_rejected_and_changes_nothing(free: i
     before = state(table, other)
     with pytest.raises(OutOfBlocksError):
         other.append_tokens(new)
-    assert state(table, other) == before
+    check_unchanged(before, table, other)
 
 
 def test_task_4_after_a_copy_each_table_reads_its_own_tokens() -> None:
@@ -337,7 +353,7 @@ def test_task_4_an_append_takes_the_missing_blocks_or_changes_nothing(
     if missing > free:
         with pytest.raises(OutOfBlocksError):
             table.append_tokens(new)
-        assert state(table) == before
+        check_unchanged(before, table)
         return
     copies = table.append_tokens(new)
     assert allocator.num_free == free - missing
@@ -611,12 +627,13 @@ class Tables(RuleBasedStateMachine):
         before = state(*(one for one, _ in self.texts))
         with pytest.raises(OutOfBlocksError):
             table.append_tokens(num_new_tokens)
-        assert state(*(one for one, _ in self.texts)) == before, "a rejected append must change nothing"
+        check_unchanged(before, *(one for one, _ in self.texts))
 
     @invariant()
     def check(self) -> None:
         held = Counter(block for table, _ in self.texts for block in table.physical_indices())
-        assert counts(self.allocator) == [held[block] for block in range(self.allocator.num_blocks)]
+        listed = [held[block] for block in range(self.allocator.num_blocks)]
+        assert counts(self.allocator) == listed, "a count is not the number of tables that list the block"
         assert self.allocator.num_free + len(held) == self.allocator.num_blocks
         for table, text in self.texts:
             assert self.pool.read(table) == text, "a table reads the tokens of another"

@@ -111,12 +111,18 @@ def test_task_16_the_pool_is_resized_before_blocks_are_copied() -> None:
     """
     manager = with_model(blocks=12)
     pool = filled_pool(manager)
-    tenth = held(pool, 10)
     queued(manager, {"a": prompt(3, 10)})
     manager.allocator.resize(16)
-    copied = chunk(manager, "a", 0, 3)._replace(copies=[BlockCopy(10, 15, 4)])
-    manager.run_plan(Plan([copied]))
-    np.testing.assert_array_equal(held(pool, 15), tenth, err_msg="resize the pool before the plan's copies")
+    first = chunk(manager, "a", 0, 3)
+    src, dst = (
+        next(block for block in blocks if not manager.allocator.ref_count(block))
+        for blocks in ((10, 11), (15, 14))  # the filled ones, and two of the new ones
+    )
+    content = held(pool, src)
+    manager.run_plan(Plan([first._replace(copies=[BlockCopy(src, dst, 4)])]))
+    np.testing.assert_array_equal(
+        held(pool, dst), content, err_msg="resize the pool before the plan's copies"
+    )
 
 
 def test_task_16_with_prompt_logprobs_every_prompt_token_gets_a_row_of_logits() -> None:

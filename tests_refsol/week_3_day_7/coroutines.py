@@ -173,8 +173,14 @@ def test_task_11_generate_in_the_engine_thread_raises_wrong_thread_error() -> No
     with serving(core) as engine:
 
         async def waiting() -> list[RequestEvent]:
-            async with asyncio.timeout(1):
-                return await collect_events(engine, "a", THREE_TOKENS)
+            try:
+                async with asyncio.timeout(1):
+                    return await collect_events(engine, "a", THREE_TOKENS)
+            except TimeoutError:
+                raise AssertionError(
+                    "`generate` waits in the engine's own thread, for itself: it must raise WrongThreadError "
+                    "(`refuse_to_wait`)"
+                ) from None
 
         with pytest.raises(WrongThreadError):
             with_timeout(engine.call, lambda: asyncio.run(waiting()))
@@ -253,7 +259,7 @@ def test_task_11_a_client_that_leaves_is_cancelled_before_the_next_step(leave: C
 
         run(
             main(),
-            "the end of the second step without a third (is the request of a client that left cancelled?)",
+            "a client that leaves (does a `finally` clause await? is `forget` posted?)",
         )
         steps = core.log.count("step")
         assert steps == 2, (

@@ -102,6 +102,33 @@ def test_task_5_without_active_requests_the_loop_waits_for_a_task() -> None:
     assert driver.core.log == []
 
 
+def test_task_5_the_loop_waits_for_a_task_even_if_the_core_has_work() -> None:
+    """Oracle: by hand: a caller added a request to the core directly, and must step it itself.
+
+    Common mistake: waiting only if the core has no work: the loop would iterate and make no step.
+    """
+    driver = LoopDriver()
+    driver.core.add_request("by hand", [5], THREE_TOKENS)
+    iteration = background(driver.loop.run_once)
+    with suppress(TimeoutError):
+        iteration.exception(0.05)
+    assert not iteration.done() or iteration.result(), (
+        "`run_once` did not wait, although no request is active: the thread would use a whole CPU core"
+    )
+    driver.inbox.post(lambda: 7)
+    value(iteration, "`run_once` does not return, although a task was posted")
+
+
+def test_task_5_the_first_iteration_makes_the_core() -> None:
+    """Oracle: by hand: `begin` is the first task; until it has run, the loop has no attribute `core`."""
+    inbox = Inbox()
+    loop = EngineLoop(inbox, AdmissionControl(None, 8))
+    started = inbox.post(partial(loop.begin, AlphabetCore))  # type: ignore[arg-type]
+    with_timeout(loop.run_once)
+    assert started.result(0) is None
+    assert isinstance(loop.core, AlphabetCore)
+
+
 def test_task_5_without_active_requests_there_is_no_step() -> None:
     """Oracle: by hand: the core has work, but no listener waits for it."""
     driver = LoopDriver()
@@ -150,6 +177,20 @@ def test_task_5_a_listener_gets_all_events_of_a_step_in_one_call() -> None:
     assert [len(call) for call in listener.calls] == [4, 4]
     assert (text(listener.events, "one"), text(listener.events, "two")) == ("bbcc", "nnoo")
     assert [len(call) for call in other.calls] == [1, 1]
+
+
+def test_task_5_a_listener_gets_the_events_of_tasks_and_step_in_one_call() -> None:
+    """Oracle: the docstring of `Engine.submit`: at most one call per iteration.
+
+    Common mistake: delivering the "abort" event before the step, and the step's events after it.
+    """
+    driver = LoopDriver()
+    listener = activate(driver.loop, request("one"), request("two"))
+    driver.run_once(partial(driver.loop.cancel, ["one"]))
+    calls = [[(event.request_id, event.finish_reason) for event in events(call)] for call in listener.calls]
+    assert calls == [[("one", "abort"), ("two", None)]], (
+        "deliver once, at the end of the iteration: the events of its tasks and of its step in one call"
+    )
 
 
 def test_task_5_an_error_of_a_task_is_set_on_its_future() -> None:
@@ -250,7 +291,7 @@ def test_task_5_watchers_see_a_step_before_the_listeners_get_its_events() -> Non
     calls.clear()
     activate(driver.loop, request("one", "abc"), listener=lambda _: calls.append("listener"))
     driver.run_once()
-    assert calls == ["watcher", "listener"]
+    assert calls == ["watcher", "listener"], "call `_tell_watchers` before `_deliver`"
 
 
 def test_task_5_the_last_iteration_has_no_step() -> None:
@@ -308,7 +349,7 @@ def test_task_6_a_drain_does_not_replace_an_existing_refusal() -> None:
     driver, existing = LoopDriver(), partial(EngineStoppingError, "stopped before")
     driver.loop.refusal = existing
     driver.loop.drain(None, Future())
-    assert driver.loop.refusal is existing
+    assert driver.loop.refusal is existing, "`drain` has replaced a refusal that was set already"
 
 
 def test_task_6_a_drain_is_done_when_all_requests_have_finished() -> None:
@@ -331,6 +372,20 @@ def test_task_6_a_drain_without_active_requests_is_done_at_once() -> None:
         drained: Future[None] = Future()
         driver.run_once(partial(driver.loop.drain, None, drained))
         assert is_over(drained)
+
+
+def test_task_6_a_drain_is_done_after_the_event_of_a_request_cancelled_before_it() -> None:
+    """Oracle: by hand: both tasks run in one iteration, and no request is active when `drain` is called.
+
+    Common mistake: completing the future in `drain`, before the "abort" event has been delivered.
+    """
+    driver, drained, was_done = LoopDriver(), Future[None](), list[bool]()
+    activate(driver.loop, request("one"), listener=lambda _: was_done.append(drained.done()))
+    driver.run_once(partial(driver.loop.cancel, ["one"]), partial(driver.loop.drain, None, drained))
+    assert was_done == [False], (
+        "the drain was done before the last event was delivered: `drain` must leave the future to `run_once`"
+    )
+    assert is_over(drained)
 
 
 def test_task_6_a_timeout_of_zero_cancels_requests_before_the_next_step() -> None:
@@ -368,5 +423,8 @@ def test_task_6_the_shorter_of_two_timeouts_counts(timeouts: tuple[float | None,
     driver, drains = LoopDriver(), (Future[None](), Future[None]())
     activate(driver.loop, request("one", params=MANY_TOKENS))
     driver.run_once(*[partial(driver.loop.drain, *each) for each in zip(timeouts, drains, strict=True)])
-    assert not driver.loop.active
+    assert not driver.loop.active, (
+        f"the timeouts {timeouts} were given in this order, and the shorter one has passed: the earliest "
+        "deadline counts, so all requests must be cancelled"
+    )
     assert all(map(is_over, drains))

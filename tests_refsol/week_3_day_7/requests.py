@@ -20,6 +20,7 @@ from tiny_llm.search_state import SearchState
 
 from week_3_day_7.alphabet import (
     MAX_PROMPT,
+    THREE_TOKENS,
     TOKENIZER,
     AlphabetCore,
     Panic,
@@ -106,9 +107,13 @@ def test_task_1_a_rejected_duplicate_id_does_not_cancel_its_owner() -> None:
     activate(loop, owner)
     with pytest.raises(DuplicateRequestError):
         loop.add([request("new"), request("mine"), request("other")], RecordingListener())
+    assert list(loop.active) == ["mine"], "only the active request must stay active"
     assert loop.active["mine"].request is owner
-    assert [one.request_id for one in loop.core.waiting] == ["mine"]
-    assert list(loop.active) == ["mine"]
+    waiting = [one.request_id for one in loop.core.waiting]
+    assert waiting == ["mine"], (
+        f"{waiting} wait in the core: cancel the requests that this call has queued, and not the request "
+        "that had its id before"
+    )
 
 
 def test_task_1_a_full_core_raises_queue_full_error() -> None:
@@ -191,6 +196,18 @@ def test_task_2_unknown_ids_are_ignored() -> None:
     loop.cancel(["one"])
     loop.cancel([])
     assert loop.core.log == ["add one", "add two", "cancel one", "cancel two"]
+
+
+def test_task_2_a_request_that_was_added_to_the_core_directly_is_not_cancelled() -> None:
+    """Oracle: the docstring: its id is not in `active`, so it is unknown and ignored."""
+    loop = make_loop()
+    activate(loop, request("one"))
+    loop.core.add_request("by hand", [5], THREE_TOKENS)
+    loop.cancel(["by hand", "one"])
+    assert loop.core.has("by hand"), (
+        "an id that is not in `active` must be ignored: a caller added this request to the core directly"
+    )
+    assert not loop.core.has("one")
 
 
 def test_task_2_the_listener_gets_the_last_event() -> None:

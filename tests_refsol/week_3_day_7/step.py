@@ -1,6 +1,8 @@
 """Day 3.7, tasks 3 and 4: turning a step of the core into events, errors and finished requests."""
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from tiny_llm.admission_control import AdmissionControl
 from tiny_llm.beam_search import BeamSearchParams
@@ -137,10 +139,60 @@ def test_task_3_a_stop_string_in_the_very_last_token_is_not_an_error() -> None:
     assert listener.events[-1].usage is not None
 
 
+class TokenizerWithoutX:
+    """A tokenizer that cannot decode the letter "x"; also its detokenizer."""
+
+    def __init__(self, detokenizer: Any = None) -> None:
+        self.detokenizer = detokenizer
+
+    def stream(self, prompt: Sequence[int], **options: Any) -> "TokenizerWithoutX":
+        """A detokenizer that has read the prompt."""
+        return TokenizerWithoutX(TOKENIZER.stream(prompt, **options))
+
+    def fork(self) -> "TokenizerWithoutX":
+        """A second one in the same state."""
+        return TokenizerWithoutX(self.detokenizer.fork())
+
+    def push(self, token: int) -> Any:
+        """The text of a token; raises for "x"."""
+        if token == ALPHABET.index("x"):
+            raise ArithmeticError("no text")
+        return self.detokenizer.push(token)
+
+    def flush(self) -> Any:
+        """The text that was held back."""
+        return self.detokenizer.flush()
+
+
+def test_task_3_a_completion_without_text_is_finished_in_the_core_and_the_others_continue() -> None:
+    """Oracle: by hand: the event says "error", the output nothing.
+
+    Common mistake: finishing only for the reason "stop", so that the core computes tokens without a reader.
+    """
+    params, tokenizer = SamplingParams(n=2, max_tokens=4), TokenizerWithoutX()
+    loop, one = make_loop(), RequestState("one", "a", [0], tokenizer, params)  # type: ignore[arg-type]
+    listener = activate(loop, one)
+    loop.core.waiting[1].token = ALPHABET.index("w")
+    take_all(loop)
+    broken = completion_ids("one", 2)[1]
+    assert f"finish {broken}" in loop.core.log, (
+        'the event has the finish_reason "error" and the output has none: the core must finish the sequence'
+    )
+    assert list(loop.active) == ["one"], "the other completion must continue"
+    while loop.core.has_work:
+        take_all(loop)
+    assert not loop.active
+    finish_loop(loop)
+    assert listener.errors == [], "one of two completions has failed, so the request must not fail"
+    reasons = {event.index: event.finish_reason for event in listener.events if event.finish_reason}
+    assert reasons == {0: "length", 1: "error"}
+    assert text([event for event in listener.events if event.index == 0]) == "bcde"
+
+
 class FailingRequest(RequestState):
     """A request whose `push` raises."""
 
-    error: BaseException = ArithmeticError("no text")
+    error: BaseException = ArithmeticError("`push` has raised: only its request must fail")
 
     def push(self, output: TokenOutput) -> RequestEvent:
         """Raise `error`."""
@@ -172,7 +224,7 @@ def test_task_3_an_error_while_making_text_fails_only_its_request() -> None:
 def test_task_3_a_panic_of_the_tokenizer_fails_only_its_request() -> None:
     """Oracle: by hand. Common mistake: catching only `Exception`, so that the engine dies."""
     loop, bad = make_loop(), FailingRequest("bad", "a", [0], TOKENIZER, THREE_TOKENS)
-    bad.error = Panic("no text")
+    bad.error = Panic("`push` has raised a BaseException: only its request must fail")
     failing, listener = activate(loop, bad), activate(loop, request("good"))
     take_all(loop)
     assert list(loop.active) == ["good"], "a failed request must be removed, and the other must stay active"
@@ -184,7 +236,7 @@ def test_task_3_a_panic_of_the_tokenizer_fails_only_its_request() -> None:
 
 def test_task_3_an_error_of_finish_fails_only_its_request() -> None:
     """Oracle: by hand: the core's `finish` raises; the listener gets the error instead of the event."""
-    loop, error = make_loop(), ArithmeticError("not finished")
+    loop, error = make_loop(), ArithmeticError("`finish` has raised: only its request must fail")
     bad, good = (
         activate(loop, request("bad", params=SamplingParams(stop="b"))),
         activate(loop, request("good")),
@@ -264,6 +316,26 @@ def test_task_4_a_failure_reaches_only_the_listener_of_its_request() -> None:
     assert failed.__cause__ is error
     assert text(bad.events) == "b"
     assert (text(good.events), good.errors) == ("bc", [])
+
+
+def test_task_4_the_only_request_may_fail() -> None:
+    """Oracle: by hand: the core has no work left, the listener gets the error, and the engine lives on.
+
+    Common mistake: taking the failures after `_note_step`, which asserts that no active request is lost.
+    """
+    loop, error = make_loop(), ArithmeticError("broken")
+    bad = activate(loop, request("bad"))
+    loop.core.failing["bad"] = error
+    try:
+        loop.step()
+    except AssertionError as found:
+        raise AssertionError(
+            "call `_take_failures` and `_end_searches` before `_note_step`: the only request has failed in "
+            f"this step, and `_note_step` says: {found}"
+        ) from None
+    assert not loop.active, "a failed request must be removed"
+    finish_loop(loop)
+    assert only_failure(bad).__cause__ is error
 
 
 def test_task_4_two_failures_give_two_errors() -> None:

@@ -50,6 +50,8 @@ def value(outcome: "Future[Any]", missing: str) -> Any:
     except EngineDeadError as error:
         raise unwrap_blank(error) from error.__cause__
     except TimeoutError:
+        if outcome.done():  # a timeout of the function itself
+            raise
         WAIT_LIMIT.shorten()
         raise AssertionError(missing) from None
 
@@ -75,7 +77,11 @@ def with_timeout(function: Callable[..., Any], *args: Any) -> Any:
     return value(background(function, *args), f"`{name}` does not return: it waits forever")
 
 
-def run(main: Coroutine[Any, Any, Any], missing: str = "an event of `generate`") -> Any:
+NO_EVENT = "an event of `generate` (was the request rejected? then the future of `submit` has the error)"
+TOO_LONG = object()  # the value of a coroutine that was ended by the time limit
+
+
+def run(main: Coroutine[Any, Any, Any], missing: str = NO_EVENT) -> Any:
     """Run a coroutine in a new event loop and return its value.
 
     Fails with the text `missing` on a timeout.
@@ -88,11 +94,14 @@ def run(main: Coroutine[Any, Any, Any], missing: str = "an event of `generate`")
         except TimeoutError:
             if not limit.expired():
                 raise
-            WAIT_LIMIT.shorten()
-            raise AssertionError(f"a coroutine waits forever for {missing}") from None
+            return TOO_LONG
 
     blocked = "the event loop is blocked: a coroutine waits without `await`"
-    return value(background(asyncio.run, guarded()), blocked)
+    found = value(background(asyncio.run, guarded()), blocked)
+    if found is TOO_LONG:
+        WAIT_LIMIT.shorten()
+        raise AssertionError(f"a coroutine waits forever for {missing}")
+    return found
 
 
 def in_thread(function: Callable[..., Any], *args: Any) -> "asyncio.Future[Any]":

@@ -13,7 +13,7 @@ class BlockAllocator:
     def allocate(self) -> int:
         if not self._free:
             raise OutOfBlocksError(f"none of the {self.num_blocks} blocks is free")
-        block = self._free.popleft()
+        block = self._free.pop()
         self._ref_counts[block] = 1
         return block
 

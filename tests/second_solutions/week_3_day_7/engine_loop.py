@@ -69,10 +69,10 @@ class EngineLoop:
         started = perf_counter()
         outputs = self.core.step()
         stepped = perf_counter()
+        self._end_searches()
+        self._take_failures()
         for output in outputs:
             self.take_output(output)
-        self._take_failures()
-        self._end_searches()
         self._note_step(StepTime(stepped - started, perf_counter() - stepped))
 
     def run_once(self) -> None:
