@@ -1,5 +1,6 @@
 """A starter imports what its given code uses, and the project's own names."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -105,6 +106,27 @@ def test_a_part_that_starts_again_has_no_unused_imports(repo: Repo) -> None:
     assert "from array import array\n" not in file.read_text("utf-8")
     skip(repo, first.day, first.exercises)
     assert "from array import array\n" in file.read_text("utf-8")
+
+
+def test_what_hints_and_chapters_call_imported_is_imported_by_the_starter(repo: Repo) -> None:
+    found = 0
+    for day in syllabus_of(repo).days:
+        if day.is_planned:
+            continue
+        starters = [starter(repo, module, day) for module in day.modules]
+        names = {alias.asname or alias.name for one in starters for alias in aliases(one)}
+        chapter = (repo.root / "book" / "src" / day.chapter).read_text("utf-8") if day.chapter else ""
+        text = "\n".join([chapter, *(hint for exercise in day.exercises for hint in exercise.hints)])
+        said = set(re.findall(r"`(\w+)`(?:, which)?\s+is\s+imported", text))
+        assert said <= names, f"day {day.id}"
+        found += len(said)
+    assert found
+
+
+def aliases(source: str) -> list[ast.alias]:
+    """Every name that a module's imports bind."""
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [alias for node in nodes for alias in node.names]
 
 
 def test_unused_imports_in_starters_are_only_of_the_projects_names(repo: Repo) -> None:

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.grouped_attention import Attention, NoCacheContext, grouped_query_attention
-from tiny_llm.linear import BiasedLinear
+from tiny_llm.linear import BiasedLinear, LinearLike
 
 from common.matrices import matrix
 from common.numpy_oracles import numpy_attention, numpy_rope
@@ -73,6 +73,23 @@ def test_task_1_the_mask_broadcasts(mask_shape: tuple[int, ...]) -> None:
     mask[..., 2] = -np.inf
     out = grouped_query_attention(mx.array(q), mx.array(k), mx.array(v), 0.4, mx.array(mask))
     np.testing.assert_allclose(np.array(out), numpy_attention(q, k, v, 0.4, mask), rtol=1e-4, atol=1e-5)
+
+
+def test_task_1_the_mask_of_a_single_query_is_used() -> None:
+    """Oracle: by hand: the mean of 4 and 8, without the hidden 90.
+
+    A single new token may not see everything either: with a window, or in a padded batch.
+    """
+    mask = mx.array([[0.0, 0.0, -np.inf]])
+    out = grouped_query_attention(mx.ones((1, 2, 1, 1)), column(0, 0, 0), column(4, 8, 90), 1.0, mask)
+    np.testing.assert_allclose(np.array(out).ravel(), [6, 6], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+def test_task_1_without_a_mask_the_output_has_the_dtype_of_the_input(dtype: mx.Dtype) -> None:
+    """Oracle: the docstring, as in `scaled_dot_product_attention`."""
+    q, k, v = (mx.array(x).astype(dtype) for x in random_qkv(7, (1, 4, 2, 8), (1, 2, 3, 8)))
+    assert grouped_query_attention(q, k, v, 0.4).dtype == dtype
 
 
 @pytest.mark.parametrize(("length", "total"), [(6, 6), (2, 6), (1, 6)])
@@ -258,6 +275,37 @@ def test_task_2_the_projection_may_have_a_bias() -> None:
         np.testing.assert_allclose(np.array(out).ravel(), expected, rtol=1e-6)
 
 
+@dataclass
+class CountedLinear:
+    """A matrix that counts its products."""
+
+    matrix: LinearLike
+    products: int = 0
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.products += 1
+        return self.matrix(x)
+
+    def rows(self, ids: mx.array) -> mx.array:
+        return self.matrix.rows(ids)
+
+
+def test_task_2_the_projection_is_computed_once() -> None:
+    """Oracle: the docstring: one product gives queries, keys and values."""
+    layer = plain_layer(heads=2, kv_heads=1, size=2)
+    counted = CountedLinear(layer.qkv_proj)
+    replace(layer, qkv_proj=counted).project(mx.ones((1, 3, 8)), mx.arange(3, dtype=mx.int32))
+    assert counted.products == 1, f"qkv_proj was called {counted.products} times"
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+def test_task_2_the_heads_have_the_dtype_of_the_projections_output(dtype: mx.Dtype) -> None:
+    """Oracle: the docstring. In float32, keys and values take twice the memory of float16."""
+    x = mx.ones((1, 3, 8), dtype)
+    heads = plain_layer(heads=2, kv_heads=1, size=2).project(x, mx.arange(3, dtype=mx.int32))
+    assert {part.dtype for part in heads} == {dtype}
+
+
 # Task 3: Attention.__call__
 
 
@@ -309,6 +357,7 @@ def test_task_3_heads_are_rotated_by_the_positions_of_the_context() -> None:
     """
     context = FakeContext(mx.array([2, 5], mx.int32))
     quarter_turns()(mx.array([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]] * 2]), context)
+    assert context.layers == [0], "the layer must call `attend` of the context that it is given, once"
     q, k, v = (x.reshape(2, 2) for x in context.given)
     np.testing.assert_allclose(q, [[-1, -2], [-2, 1]], rtol=1e-5)
     np.testing.assert_allclose(k, [[-3, -4], [-4, 3]], rtol=1e-5)

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.sampler import (
+    change_logits,
     draw,
     keep_min_p,
     keep_top_k,
@@ -209,7 +210,18 @@ def test_task_3_the_kept_set_of_many_tokens_matches_numpy(min_p: float, shift: f
 
 def drawn(function: Callable[[int], mx.array], count: int) -> np.ndarray:
     """[count]: the tokens that the function returns for 0, 1, 2, ..."""
-    return np.array(mx.stack([function(index) for index in range(count)]))
+    tokens = [function(index) for index in range(count)]
+    kind = type(tokens[0])
+    assert kind is mx.array, f"the token must be an mx.array without axes, not {kind.__name__}"
+    return np.array(mx.stack(tokens))
+
+
+def check_evaluates_nothing(function: Callable[[mx.array], mx.array], logits: mx.array) -> None:
+    """Assert that the function only builds MLX's graph.
+
+    `mx.compile` calls it with an array without values, and raises if something evaluates one.
+    """
+    mx.compile(function)(logits)
 
 
 def check_distribution(tokens: np.ndarray, probabilities: Iterable[float]) -> None:
@@ -297,7 +309,15 @@ def test_task_4_the_first_token_whose_cumulative_probability_reaches_the_thresho
     """
     logits, sums = logits_of(0.25, 0.5, 0.0, 0.25), np.array([0.25, 0.75, 0.75, 1.0])
     expected = [int((sums >= 1 - uniform(7, index)).argmax()) for index in range(60)]
-    assert drawn(lambda index: draw(logits, 7, index), 60).tolist() == expected
+    found = drawn(lambda index: draw(logits, 7, index), 60).tolist()
+    mirrored = [int((sums >= uniform(7, index)).argmax()) for index in range(60)]
+    assert found != mirrored, "these are the tokens of u; compare with 1 - u"
+    assert found == expected
+
+
+def test_task_4_the_draw_evaluates_nothing() -> None:
+    """Oracle: MLX. The engine evaluates the tokens of a whole batch together."""
+    check_evaluates_nothing(lambda logits: draw(logits, 7, 3), mx.array(random_logits(4, 100)))
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2.0**-24])
@@ -313,7 +333,8 @@ def test_task_4_the_smallest_and_the_largest_random_number_draw_a_possible_token
     for size in range(3, 60):
         logits = np.zeros(size, np.float32)
         logits[0] = logits[-1] = -INF
-        assert 0 < draw(mx.array(logits), 1, 1).item() < size - 1
+        token = draw(mx.array(logits), 1, 1).item()
+        assert token not in (0, size - 1), f"token {token} of {size} has the probability 0"
 
 
 # Task 5: sample_token
@@ -324,12 +345,27 @@ def sampled(logits: mx.array, params: SamplingParams, count: int = 60) -> np.nda
     return drawn(lambda index: sample_token(logits, params, 13, index), count)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-6])
+@pytest.mark.parametrize("temperature", [0.0, 1e-39, 1e-6])
 def test_task_5_a_temperature_of_zero_picks_the_most_likely_token(temperature: float) -> None:
     """Oracle: by hand: no draw and no filter. Common mistake: a division by 0."""
     params = SamplingParams(temperature=temperature)
     assert set(sampled(mx.array([1.0, 1.1, 1.05]), params).tolist()) == {1}
     assert sample_token(mx.array([1.0, 1.1, 1.05]), params, 1, 1).shape == ()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6])
+def test_task_5_a_greedy_request_draws_nothing(temperature: float) -> None:
+    """Oracle: the docstring: every index gives the same token, though two logits are the largest."""
+    tokens = sampled(mx.array([4.0, 4.0, 3.0]), SamplingParams(temperature=temperature))
+    assert len(set(tokens.tolist())) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_task_5_choosing_a_token_evaluates_nothing(temperature: float) -> None:
+    """Oracle: MLX. The engine evaluates the tokens of a whole batch together."""
+    params = SamplingParams(temperature=temperature, top_k=50, top_p=0.9, min_p=0.001)
+    logits = mx.array(random_logits(14, 100))
+    check_evaluates_nothing(lambda row: sample_token(row, params, 13, 0), logits)
 
 
 def test_task_5_a_temperature_of_one_keeps_the_probabilities() -> None:
@@ -444,6 +480,20 @@ def test_task_6_a_repeated_token_is_penalized_once() -> None:
     """Oracle: by hand."""
     out = penalize_repetition(mx.array([8.0, -8.0, 1.0]), [1, 0, 0, 1, 0], 2.0)
     np.testing.assert_allclose(np.array(out), [4, -16, 1], rtol=1e-6)
+
+
+def test_task_6_change_logits_gets_each_id_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: the docstring of `change_logits`: its ids are different."""
+    given: list[list[int]] = []
+
+    def recorded(logits: mx.array, token_ids: list[int], change: Callable[[mx.array], mx.array]) -> mx.array:
+        given.append(token_ids)
+        return change_logits(logits, token_ids, change)
+
+    monkeypatch.setattr("tiny_llm.sampler.change_logits", recorded)
+    penalize_repetition(mx.array([8.0, -8.0, 1.0]), [1, 0, 0, 1, 0], 2.0)
+    repeated = [ids for ids in given if len(ids) > len(set(ids))]
+    assert not repeated, "each id may be in the list only once"
 
 
 def test_task_6_logits_of_zero_and_minus_infinity_do_not_change() -> None:

@@ -32,8 +32,9 @@ def on_start(
     reference's code. You can start with any day, because the reference's modules run until you write your
     own. Your work is never overwritten.
 
-    A long day has parts, each about an evening's work. If you start one part, the exercises of the other
-    parts keep your code, or contain the reference's code if you have not written them.
+    A long day has parts, each about an evening's work. If you start one part in a new file, the exercises of
+    earlier parts contain the reference's code, and those of later parts are blank. Exercises that you have
+    written keep your code.
 
     \b
     pdm run start 3.2             # all parts
@@ -41,6 +42,7 @@ def on_start(
     pdm run start 3.2b --again    # blank only this part; your old files are kept in .backups
 
     If the part has already been started, the command changes nothing and lists which exercises are written.
+    A whole day that has already been started is an error.
 
     The command also creates links NAME.pyi for your editor. They point to the reference's files, so
     go-to-definition shows the reference's code, including solutions of later days.

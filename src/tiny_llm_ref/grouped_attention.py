@@ -26,6 +26,7 @@ def grouped_query_attention(
     reads key and value head h // (H / Hkv): of 4 query heads on 2 key heads, 0 and 1 read the first, 2 and 3
     the second. Do not copy keys and values for every query head: with a separate axis for the group,
     q [B, Hkv, H / Hkv, L, D] and k [B, Hkv, 1, S, D] broadcast in a matrix product.
+    Do not convert the result: without a mask, q, k and v in float16 give float16.
     Raises ValueError if H is not a multiple of Hkv.
 
     >>> q, k, v = mx.zeros((1, 4, 1, 1)), mx.zeros((1, 2, 1, 1)), mx.array([10.0, 20.0]).reshape(1, 2, 1, 1)
@@ -100,7 +101,8 @@ class Attention:
         then values. Bring them into the shape [B, heads, L, D]: reshape [B, L, heads * D] to
         [B, L, heads, D], then exchange two axes; a reshape without the exchange mixes tokens and heads. The
         given `_normed` takes queries and keys in one array [B, H + Hkv, L, D] and normalizes both; then
-        rotate both with `rope`. Values are neither normalized nor rotated. H * D may differ from E.
+        rotate both with `rope`. Values are neither normalized nor rotated. H * D may differ from E. Queries,
+        keys and values keep the type of `qkv_proj`'s output.
 
         >>> from tiny_llm.linear import Linear
         >>> same, no_angle = Linear(mx.eye(6)), mx.zeros(1)  # a projection and a rotation that change nothing
