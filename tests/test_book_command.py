@@ -50,7 +50,7 @@ def test_serving_a_chapter_that_is_not_written_is_an_error() -> None:
 def test_an_unknown_result_is_an_error_that_lists_the_known_ones() -> None:
     ended = book("results", "cheese")
     assert ended.returncode == 1
-    assert ended.stderr.startswith("error: results/runs.toml has no cheese (has: info, trap, ")
+    assert ended.stderr.startswith("error: results/runs.toml has no cheese (has: info, ")
 
 
 def test_serving_a_part_prints_the_address_of_its_section() -> None:
