@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import tiny_llm_kernels
+
 BENCHES = Path(__file__).parents[1] / "benches"
 NAMES = sorted(path.stem for path in BENCHES.glob("*.py"))
 NO_QUESTION = {"front", "harness", "numpy_llama", "servers"}
@@ -115,3 +117,51 @@ def test_the_share_of_repeated_sequences_distinguishes_a_loop_from_a_text(
     assert defaults.repeated_share([1, 2, 3] * 40) > 0.9
     assert defaults.repeated_share([*range(60), *range(60)]) == pytest.approx(53 / 113)
     assert defaults.repeated_share([1, 2, 3]) == 0, "shorter than a sequence that could repeat"
+
+
+def test_every_other_prompt_of_the_load_for_options_begins_with_the_shared_prefix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHES))
+    import knobs
+
+    load = knobs.Load.drawn(8, seed=1)
+    shared, others = load.prompts[::2], load.prompts[1::2]
+    assert len({tuple(prompt[: knobs.PREFIX]) for prompt in shared}) == 1
+    assert len({tuple(prompt[: knobs.SHORTEST]) for prompt in others}) == 4
+    assert all(len(prompt) in range(32, 161) for prompt in others)
+    assert all(len(prompt) in range(232, 361) for prompt in shared)
+    assert all(length in range(32, 97) for length in load.answers)
+
+
+@pytest.mark.skipif(not tiny_llm_kernels.available(), reason="the embedded model is too slow")
+def test_a_changed_option_changes_counts_but_not_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHES))
+    import knobs
+
+    rows = knobs.measure(["default", "no_prefix_cache"], requests=3, clients=1, repetitions=1)
+    assert {name: row["equal"] for name, row in rows.items()} == {"default": 3, "no_prefix_cache": 3}
+    assert rows["no_prefix_cache"]["computed"] - rows["default"]["computed"] == knobs.PREFIX
+    assert rows["no_prefix_cache"]["hits"] == 0
+    assert [line.split()[0] for line in knobs.as_text(rows).splitlines()[1:]] == [*rows]
+
+
+METRICS = """
+# HELP vllm:num_requests_running Sequences that are running.
+vllm:num_requests_running{model_name="m"} 3.0
+vllm:inter_token_latency_seconds_bucket{le="0.001",model_name="m"} 0.0
+vllm:inter_token_latency_seconds_count{model_name="m"} 5.0
+vllm:inter_token_latency_seconds_created{model_name="m"} 1.79e+09
+vllm:request_success_total{finished_reason="length",model_name="m"} 2.0
+python_info{version="3.11"} 1.0
+"""
+
+
+def test_a_reading_of_the_metrics_has_the_engines_lines_without_buckets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHES))
+    import metrics
+
+    assert len([*metrics.samples(METRICS)]) == 3
+    assert metrics.values(METRICS) == {"num_requests_running": 3.0, "inter_token_latency_seconds_count": 5.0}
