@@ -18,19 +18,20 @@ import harness
 import tiny_llm_kernels
 from tiny_llm import LLM
 
+BITS = (8, 16)
 ROWS = (1, 4, 8, 16, 32, 64, 128, 256, 512)
 MATRICES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 PEAK_ROUNDS = 400_000  # some milliseconds
 
 
-def matrices(llm: LLM) -> list[PackedLinear]:
-    """The packed matrices of all blocks."""
-    found = []
+def matrices(llm: LLM) -> list[list[PackedLinear]]:
+    """The packed matrices of each block."""
+    blocks = []
     for layer in llm.model.layers:
-        for part in (layer.self_attn, layer.mlp):
-            found += [getattr(part, name) for name in MATRICES if hasattr(part, name)]
-    assert all(isinstance(matrix, PackedLinear) for matrix in found)
-    return found
+        parts = (layer.self_attn, layer.mlp)
+        blocks.append([getattr(part, name) for part in parts for name in MATRICES if hasattr(part, name)])
+        assert all(isinstance(matrix, PackedLinear) for matrix in blocks[-1])
+    return blocks
 
 
 def inputs_of(matrix: PackedLinear) -> int:
@@ -38,15 +39,16 @@ def inputs_of(matrix: PackedLinear) -> int:
     return int(matrix.packed.shape[1]) * 32
 
 
-def multiply(layers: Sequence[PackedLinear], rows: int) -> tuple[float, int]:
+def multiply(blocks: Sequence[Sequence[PackedLinear]], rows: int) -> tuple[float, int]:
     """Seconds to multiply `rows` rows with every matrix, and the operations that it takes."""
-    xs = {k: mx.random.normal((rows, k)) for k in {inputs_of(matrix) for matrix in layers}}
+    every = [matrix for block in blocks for matrix in block]
+    xs = {k: mx.random.normal((rows, k)) for k in {inputs_of(matrix) for matrix in every}}
     mx.eval(*xs.values())
     start = time.perf_counter()
-    for matrix in layers:
-        mx.eval(matrix(xs[inputs_of(matrix)]))
+    for block in blocks:
+        mx.eval([matrix(xs[inputs_of(matrix)]) for matrix in block])
     seconds = time.perf_counter() - start
-    return seconds, 2 * rows * sum(inputs_of(matrix) * matrix.out_features for matrix in layers)
+    return seconds, 2 * rows * sum(inputs_of(matrix) * matrix.out_features for matrix in every)
 
 
 def peak(bits: int) -> float:
@@ -56,35 +58,42 @@ def peak(bits: int) -> float:
     return 2 * products / (time.perf_counter() - start)
 
 
-def measure(bits: int, repetitions: int) -> list[dict[str, Any]]:
-    """For each number of rows: medians of the operations per second, the limit, and the share."""
-    layers = matrices(LLM(activation_bits=bits, max_num_seqs=1))
-    found = []
-    for rows in ROWS:
-        multiply(layers, rows), peak(bits)
-        runs = []
-        for _ in range(repetitions):
-            before = peak(bits)
-            seconds, operations = multiply(layers, rows)
-            limit = (before + peak(bits)) / 2
-            runs.append((operations / seconds, limit, operations / seconds / limit))
-        ops, limit, share = map(median, zip(*runs, strict=True))
-        found.append({"activation_bits": bits, "rows": rows, "ops_s": ops, "limit": limit, "share": share})
-        harness.print_progress(f"{bits} bits, {rows} rows: {share:.0%} of the limit")
-    return found
+def measure(
+    blocks: Sequence[Sequence[PackedLinear]], bits: int, rows: int, repetitions: int
+) -> dict[str, float]:
+    """Medians of the operations per second, of the limit, and of the share of the limit."""
+    multiply(blocks, rows), peak(bits)
+    runs = []
+    for _ in range(repetitions):
+        before = peak(bits)
+        seconds, operations = multiply(blocks, rows)
+        limit = (before + peak(bits)) / 2
+        runs.append((operations / seconds, limit, operations / seconds / limit))
+    ops, limit, share = map(median, zip(*runs, strict=True))
+    return {"ops_s": ops, "limit": limit, "share": share}
 
 
 def main() -> None:
     """Print operations per second and the share of the limit, for 8 and 16 bits and 1 to 512 rows."""
     args = harness.parser(__doc__ or "").parse_args()
-    found = [row for bits in (8, 16) for row in measure(bits, args.repetitions)]
-    lines = ["activations   rows   Gop/s   limit   share"]
-    lines += [
-        f"{row['activation_bits']:>4} bits  {row['rows']:>7}  {row['ops_s'] / 1e9:>6.0f}  "
-        f"{row['limit'] / 1e9:>6.0f}  {row['share']:>6.0%}"
-        for row in found
+    models = {bits: LLM(activation_bits=bits, max_num_seqs=1) for bits in BITS}
+    blocks = {bits: matrices(model) for bits, model in models.items()}
+    found: list[dict[str, Any]] = []
+    for rows in ROWS:
+        harness.print_progress(f"{rows} rows")
+        by_bits = {f"bits_{bits}": measure(blocks[bits], bits, rows, args.repetitions) for bits in BITS}
+        found.append({"rows": rows, **by_bits})
+    lines = [
+        "         8-bit activations         16-bit activations",
+        "rows   Gop/s   limit   share     Gop/s   limit   share",
     ]
+    lines += [f"{row['rows']:>4}" + "  ".join(shown(row[f"bits_{bits}"]) for bits in BITS) for row in found]
     harness.show({"benchmark": "linear", "rows": found}, as_json=args.json, text="\n".join(lines))
+
+
+def shown(found: dict[str, float]) -> str:
+    """One measurement as three columns."""
+    return f"{found['ops_s'] / 1e9:>8.0f}{found['limit'] / 1e9:>8.0f}{found['share']:>8.0%}"
 
 
 if __name__ == "__main__":
