@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from tiny_llm.flash_attention import Running, absorb, flash_attention
-from tiny_llm.kernels import compiled_kernel
+from tiny_llm.kernels import compiled_kernel, twins
 
 
 def nothing_seen(*shape: int) -> Running:
@@ -90,7 +90,7 @@ def test_task_1_after_every_tile_the_sums_cover_all_keys_so_far(
         start = stop
 
 
-def test_task_1_a_masked_key_has_no_weight() -> None:
+def test_task_1_a_hidden_key_has_no_weight() -> None:
     """Oracle: the definition, over the visible keys."""
     rng = np.random.default_rng(2)
     scores, values = rng.normal(size=(1, 6)).astype(np.float32), rng.normal(size=(6, 3)).astype(np.float32)
@@ -102,7 +102,7 @@ def test_task_1_a_masked_key_has_no_weight() -> None:
     check(running, running_sums(scores[:, seen], values[seen]))
 
 
-def test_task_1_a_completely_masked_tile_changes_nothing_and_gives_no_nan() -> None:
+def test_task_1_a_completely_hidden_tile_changes_nothing_and_gives_no_nan() -> None:
     """Oracle: the docstring: largest = -inf and total = 0 stay. Common mistake: -inf - -inf, which is NaN."""
     running, hidden = nothing_seen(2, 3), mx.full((2, 4), -mx.inf)
     for _ in range(2):
@@ -112,7 +112,7 @@ def test_task_1_a_completely_masked_tile_changes_nothing_and_gives_no_nan() -> N
         assert running.weighted.tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
-def test_task_1_a_visible_tile_after_masked_tiles_is_exact() -> None:
+def test_task_1_a_visible_tile_after_hidden_tiles_is_exact() -> None:
     """Oracle: the definition, over the visible tile only."""
     rng = np.random.default_rng(3)
     scores, values = rng.normal(size=(2, 4)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
@@ -121,7 +121,7 @@ def test_task_1_a_visible_tile_after_masked_tiles_is_exact() -> None:
     check(running, running_sums(scores, values))
 
 
-def test_task_1_a_masked_tile_after_a_visible_one_changes_nothing() -> None:
+def test_task_1_a_hidden_tile_after_a_visible_one_changes_nothing() -> None:
     """Oracle: the definition, over the visible tile only."""
     rng = np.random.default_rng(4)
     scores, values = rng.normal(size=(2, 4)).astype(np.float32), rng.normal(size=(4, 3)).astype(np.float32)
@@ -147,6 +147,16 @@ def test_task_1_scores_of_ten_thousand_do_not_overflow(scores: list[float]) -> N
     for score, value in zip(scores, values, strict=True):
         running = absorb(running, one(score), mx.array(value[None]))
     check(running, running_sums(np.array([scores], np.float32), values))
+
+
+def test_task_1_the_sums_of_float16_values_are_float32_within_a_tile() -> None:
+    """Oracle: by hand: two keys of weight 1, so 40,000 + 40,000; the largest float16 is 65,504.
+
+    Common mistake: casting the weights to the type of the values.
+    """
+    running = absorb(nothing_seen(1, 1), mx.zeros((1, 2)), mx.full((2, 1), 40_000, mx.float16))
+    assert running.weighted.dtype == mx.float32
+    check(running, (np.array([[0.0]]), np.array([[2.0]]), np.array([[80_000.0]])))
 
 
 # Task 2: flash_attention
@@ -207,6 +217,54 @@ def test_task_2_scores_are_multiplied_by_the_scale(tile: int) -> None:
     """Oracle: by hand: the scores 0 and 2 ln 3 * 0.5 have weights 1/4 and 3/4; values 0 and 8 give 6."""
     qkv = heads_of_size_2(2), heads_of_size_2(0, np.log(3)), heads_of_size_2(0, 8)
     np.testing.assert_allclose(run(qkv, 0.5, False, tile)[0, 0, :, 0], [6], rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tile", [1, 3, 16, 100])
+def test_task_2_absorb_gets_no_more_keys_than_a_tile_has(
+    tile: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the docstring: no array of scores is larger than [..., L, tile]."""
+    shapes = []
+
+    def recorded(running: Running, scores: mx.array, values: mx.array) -> Running:
+        shapes.append(scores.shape)
+        return absorb(running, scores, values)
+
+    monkeypatch.setattr("tiny_llm.flash_attention.absorb", recorded)
+    qkv = random_qkv(seed=12, batch=1, heads=2, kv_heads=1, queries=150, keys=150)
+    with twins():  # of the reference the readable function, which calls `absorb`, too
+        run(qkv, 0.35, causal, tile)
+    too_large = [shape for shape in shapes if shape[-1] > tile]
+    assert not too_large, f"with tile={tile}, absorb got scores of the shape {too_large[0]}"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_task_2_the_scores_of_all_keys_never_exist_together(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the docstring; 128 tiles, so the peak is far below the size of all scores.
+
+    Common mistake: computing all scores before the loop.
+    """
+    heads, queries, keys, tile = 4, 64, 4096, 32
+    all_scores = 4 * heads * queries * keys
+    q, k, v = (mx.array(x) for x in random_qkv(13, 1, heads, 1, queries, keys, size=4))
+    mx.eval(q, k, v)
+    mx.clear_cache()
+    before, peaks = mx.get_active_memory(), [0]
+
+    def measured(running: Running, scores: mx.array, values: mx.array) -> Running:
+        running = absorb(running, scores, values)
+        mx.eval(running)  # or MLX computes the scores of many tiles before it uses them
+        peaks.append(mx.get_peak_memory() - before)
+        return running
+
+    monkeypatch.setattr("tiny_llm.flash_attention.absorb", measured)
+    mx.reset_peak_memory()
+    with twins():
+        mx.eval(flash_attention(q, k, v, 0.5, causal, tile))
+    assert max(peaks) < all_scores, f"the peak is {max(peaks):,} bytes; all scores have {all_scores:,} bytes"
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -273,10 +331,11 @@ def test_task_2_the_output_has_the_dtype_of_the_queries(dtype: mx.Dtype, rtol: f
     np.testing.assert_allclose(np.array(out.astype(mx.float32)), want, rtol=rtol, atol=rtol)
 
 
-def test_task_2_sums_of_float16_values_are_carried_in_float32() -> None:
+@pytest.mark.parametrize("tile", [1, 2, 64])
+def test_task_2_sums_of_float16_values_are_float32_within_and_between_tiles(tile: int) -> None:
     """Oracle: by hand: the mean of three values of 40,000 is 40,000; their sum is inf in float16."""
     q, k = mx.zeros((1, 1, 1, 2), mx.float16), mx.zeros((1, 1, 3, 2), mx.float16)
-    out = flash_attention(q, k, mx.full((1, 1, 3, 2), 40_000, mx.float16), 1.0, False, tile=1)
+    out = flash_attention(q, k, mx.full((1, 1, 3, 2), 40_000, mx.float16), 1.0, False, tile)
     np.testing.assert_allclose(np.array(out.astype(mx.float32)), np.full((1, 1, 1, 2), 40_000), rtol=5e-3)
 
 
@@ -289,6 +348,17 @@ def test_task_2_large_scores_do_not_overflow(base: float, tile: int) -> None:
     weights = np.exp(np.float64([0, 1, 0]))
     out = run((q, k, heads_of_size_2(3, 6, 9)), 1.0, False, tile)
     np.testing.assert_allclose(out[0, 0, :, 0], [6, weights @ [3, 6, 9] / weights.sum()], rtol=1e-4)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 64])
+@pytest.mark.parametrize("number", [150.0, 1e15])
+def test_task_2_a_hidden_key_has_no_weight_next_to_very_small_scores(number: float, tile: int) -> None:
+    """Oracle: by hand: all scores are -22,500, or all are -1e30; the running means are 1, 1.5 and 4.
+
+    Common mistake: a finite number instead of -inf, for hidden keys or for the largest score at the start.
+    """
+    qkv = heads_of_size_2(*[-number] * 3), heads_of_size_2(*[number] * 3), heads_of_size_2(1, 2, 9)
+    np.testing.assert_allclose(run(qkv, 1.0, True, tile)[0, 0, :, 0], [1, 1.5, 4], rtol=1e-5)
 
 
 @pytest.mark.parametrize("tile", [1, 2, 3, 64])

@@ -101,8 +101,10 @@ def _what_runs(repo: Repo, unit: Unit) -> list[str]:
     """Which modules differ, and for which exercises the reference runs faster code."""
     modules = [f"{module}.py" for module in unit.day.modules if (repo.overlay / f"{module}.py").exists()]
     kernels = [kernel.file for kernel in unit.kernels if (repo.overlay / kernel.file).exists()]
+    own = modules + kernels
     lines = [
-        f"only {', '.join(modules + kernels)} differ; all other modules are the reference's on both sides"
+        f"only {', '.join(own)} {'differs' if len(own) == 1 else 'differ'}; "
+        "all other modules are the reference's on both sides"
     ]
     for exercise in unit.exercises:
         kinds = stand_ins((repo.reference / f"{exercise.module}.py").read_text("utf-8"), exercise.name)

@@ -33,7 +33,8 @@ def absorb(running: Running, scores: mx.array, values: mx.array) -> Running:
     multiply them by exp(old - new) before you add the new terms, which are relative to the new one. So no
     exponent is above 0, and scores of thousands do not overflow. If all keys so far are hidden from a query,
     its largest stays -inf, its total and weighted stay 0, and nothing becomes NaN. To avoid -inf - -inf,
-    which is NaN, subtract another number in that case.
+    which is NaN, subtract another number in that case. `running` is float32, and so is the result, also if
+    the scores and values are float16: two values of 40,000 in one tile have a sum that float16 cannot hold.
 
     >>> empty = Running(mx.array([[-mx.inf]]), mx.zeros((1, 1)), mx.zeros((1, 1)))
     >>> first = absorb(empty, mx.array([[1000.0, -mx.inf]]), mx.array([[2.0], [9.0]]))
@@ -74,8 +75,9 @@ def flash_attention(
     of scores is larger than [..., L, tile].
 
     The result has q's type and equals `grouped_query_attention` (with `causal_mask`) up to rounding, for
-    every tile size from 1 up. For 16-bit inputs, the `Running` carried from tile to tile is float32, because
-    sums of weighted values may be larger than the largest float16; the scores may be in either type.
+    every tile size from 1 up. For 16-bit inputs, all sums of weights and of weighted values are float32,
+    within a tile and in `Running`, because they may be larger than the largest float16, 65,504. The scores
+    may be in q's type or in float32; if they are float16, q @ k must not be larger than that either.
 
     >>> q, values = mx.ones((1, 1, 2, 1)), mx.array([[[[2.0], [4.0], [9.0]]]])
     >>> keys = mx.zeros((1, 1, 3, 1))  # all scores are 0, so the results are means: of 2, 4, and of 2, 4, 9
