@@ -100,19 +100,6 @@ def test_task_2_a_request_that_could_never_run_is_rejected(length: int, params: 
     assert ids(manager.waiting) == ["a/0"]
 
 
-def test_task_2_a_request_that_needs_slots_in_use_waits() -> None:
-    """Oracle: by hand: it needs both slots, and one is free; it can run when the other request has ended.
-
-    Common mistake: comparing the number of its completions with the free slots instead of all slots.
-    """
-    manager = DenseBatchManager(2, 16)
-    manager.add_request([5], "a", limits())
-    manager._take_slot(manager._queues.start_next())  # as `admit` starts it
-    assert manager.capacity.num_free == 1
-    assert manager.add_request([6, 7], "b", limits(n=2))
-    assert ids(manager.waiting) == ["b/0"]
-
-
 @pytest.mark.parametrize(
     ("name", "n"), [("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b/0", 1), ("b/1", 1), ("c", 2)]
 )
@@ -212,34 +199,13 @@ def test_task_3_requests_are_admitted_until_the_slots_are_used() -> None:
         assert ids(manager.running) == running, slots
 
 
-def forked(slots: int) -> DenseBatchManager:
-    """A manager in which both completions of a request "a" run, as after the step that ends its prompt."""
-    manager = queued(slots, ("a", 2))
-    manager.admit()
-    manager._fork(manager.sequence("a/0"))
-    assert ids(manager.running) == ["a/0", "a/1"]
-    assert manager.capacity.num_free == slots - 2
-    return manager
+def test_task_3_a_request_is_accepted_while_the_slots_that_it_needs_are_in_use() -> None:
+    """Oracle: by hand: "b" needs both slots, and one is free; it can run when "a" has ended.
 
-
-def test_task_3_after_the_fork_no_slot_is_reserved() -> None:
-    """Oracle: by hand: two of three slots are in use, and "b" starts in the third.
-
-    Common mistake: reserving slots for `params.n` completions, also after they got theirs.
+    Common mistake: comparing the number of completions with the free slots, in `add_request` (task 2).
     """
-    manager = forked(slots=3)
-    manager.add_request([3], "b", limits())
+    manager = queued(2, ("a", 1))
     manager.admit()
-    assert (ids(manager.running), ids(manager.waiting)) == (["a/0", "a/1", "b"], [])
-
-
-def test_task_3_a_completion_that_was_forked_before_needs_one_slot() -> None:
-    """Oracle: by hand: after a step that raised, both completions wait, each as a sequence with no forks.
-
-    Common mistake: counting `params.n` slots for each of them. `recover` is given.
-    """
-    manager = forked(slots=2)
-    manager.recover()
-    assert (ids(manager.waiting), manager.capacity.num_free) == (["a/0", "a/1"], 2)
+    assert manager.add_request([6, 7], "b", limits(n=2))
     manager.admit()
-    assert (ids(manager.running), ids(manager.waiting)) == (["a/0", "a/1"], [])
+    assert (ids(manager.running), ids(manager.waiting)) == (["a"], ["b/0"])

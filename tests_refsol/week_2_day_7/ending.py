@@ -76,7 +76,7 @@ def test_task_6_the_id_of_a_pending_fork_ends_its_leader(name: str) -> None:
     assert manager.capacity.num_free == 2
     manager.finish(name)
     assert ids(manager.running) == []
-    assert manager.capacity.num_free == 3
+    assert manager.capacity.num_free == 3, f"finish({name!r}) ended a/0, but did not free its slot"
 
 
 def test_task_6_a_sequence_can_finish_during_its_prefill() -> None:

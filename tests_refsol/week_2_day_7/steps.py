@@ -11,6 +11,7 @@ from tiny_llm.batch_manager import MAX_PROMPT_ROWS
 from tiny_llm.chunked_prefill import plan_chunks
 from tiny_llm.dense_batch import DenseBatchManager
 from tiny_llm.grouped_attention import NoCacheContext
+from tiny_llm.naive_cache import NaiveKVCache
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.step import Plan
 
@@ -160,13 +161,23 @@ def test_task_4_logits_that_are_not_requested_are_never_evaluated() -> None:
     assert waiting > 0, "no row is needed: do not call mx.eval on the model's result"
 
 
-def test_task_4_keys_and_values_are_evaluated_before_compute_returns() -> None:
+def test_task_4_keys_and_values_are_evaluated_before_compute_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Oracle: MLX's own graph of each cache, after each chunk of a prompt.
 
     If caches are not evaluated, all chunks of a prompt are computed only when its last row is read.
     """
+    caches: list[NaiveKVCache] = []
+
+    class RecordedCache(NaiveKVCache):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            caches.append(self)
+
+    monkeypatch.setattr("tiny_llm.dense_batch.NaiveKVCache", RecordedCache)
     manager = started(with_model(1), a=prompt(12, 15))
-    caches = manager._slot(manager.sequence("a"))
+    assert len(caches) == 2, "one for each layer of the model"
     for start in (0, 4, 8):
         manager.sequence("a").num_computed = start
         manager.compute(planned(manager, budget=4))
@@ -365,6 +376,38 @@ def test_task_5_slots_are_reserved_for_the_forks_of_all_requests_that_start_in_o
     assert ready == [set(), {"a/0", "a/1"}, {"b/0", "b/1"}]
     assert ids(manager.waiting) == ["c"]
     assert manager.capacity.num_free == 0
+
+
+def forked(slots: int) -> DenseBatchManager:
+    """A manager in which both completions of a request "a" run, after the step that ends its prompt."""
+    manager = DenseBatchManager(slots, 16)
+    manager.add_request([1, 2], "a", limits(n=2))
+    assert set(manager.process_batch()) == {"a/0", "a/1"}
+    assert manager.capacity.num_free == slots - 2
+    return manager
+
+
+def test_task_5_after_the_fork_no_slot_is_reserved() -> None:
+    """Oracle: by hand: two of three slots are in use, and "b" starts in the third.
+
+    Common mistake: `admit` reserves `params.n - 1` slots for a leader, also after its forks got theirs.
+    """
+    manager = forked(slots=3)
+    manager.add_request([3], "b", limits())
+    manager.admit()
+    assert (ids(manager.running), ids(manager.waiting)) == (["a/0", "a/1", "b"], [])
+
+
+def test_task_5_a_completion_that_was_forked_before_needs_one_slot() -> None:
+    """Oracle: by hand: after a step that raised, both completions wait, each as a sequence without forks.
+
+    Common mistake: `admit` counts `params.n` slots for each of them. `recover` is given.
+    """
+    manager = forked(slots=2)
+    manager.recover()
+    assert (ids(manager.waiting), manager.capacity.num_free) == (["a/0", "a/1"], 2)
+    manager.admit()
+    assert (ids(manager.running), ids(manager.waiting)) == (["a/0", "a/1"], [])
 
 
 def test_task_5_a_prompt_with_prompt_logprobs_is_split_into_smaller_chunks() -> None:
