@@ -230,7 +230,7 @@ def _conclusion(load: Load, served: Sequence[Served]) -> str:
 
 
 def _missed(speeds: Sequence[Pair]) -> str:
-    """A sentence, after a space, if speeds are lower than predicted by the factor `MISSED`; otherwise empty."""
+    """A sentence, after a space, if a speed is lower than predicted by a factor of `MISSED`; or nothing."""
     factor = max(speed.predicted / speed.measured for speed in speeds)
     if factor < MISSED:
         return ""
