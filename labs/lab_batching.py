@@ -29,6 +29,7 @@ from step_cost import Cost, Step
 from tiny_llm import LLM, EngineCore, SamplingParams
 
 SHORTEST, LONGEST = 8, 32  # tokens of a prompt
+MISSED = 1.5  # from this factor on, the conclusion says that speeds are lower than predicted
 SMALLEST_SHARE = 1 / 16  # the shortest answer, as a share of the longest; the logarithm is evenly distributed
 
 
@@ -214,11 +215,23 @@ def _changes(running: Sequence[int]) -> Iterator[Point]:
 
 
 def _conclusion(load: Load, served: Sequence[Served]) -> str:
-    alone, static, continuous = ((len(one.steps), one.speed(load, Cost(1, 1)).measured) for one in served)
+    cost = Cost.of(served[0].steps)
+    speeds = [one.speed(load, cost) for one in served]
+    alone, static, continuous = (
+        (len(one.steps), speed.measured) for one, speed in zip(served, speeds, strict=True)
+    )
     slots = served[-1].way.slots
     return (
         f"With {slots} slots, static batches need {static[0]:,} steps and continuous batching "
         f"{continuous[0]:,}. One request at a time needs {alone[0]:,}. Continuous batching gives "
         f"{continuous[1] / static[1]:.1f} times as many tokens per second as static batches, and "
-        f"{continuous[1] / alone[1]:.1f} times as many as one request at a time."
+        f"{continuous[1] / alone[1]:.1f} times as many as one request at a time.{_missed(speeds)}"
     )
+
+
+def _missed(speeds: Sequence[Pair]) -> str:
+    """A sentence, after a space, if a speed is lower than predicted by a factor of `MISSED`; or nothing."""
+    factor = max(speed.predicted / speed.measured for speed in speeds)
+    if factor < MISSED:
+        return ""
+    return f" Speeds are up to {factor:.1f} times lower than predicted: the machine may have been busy."

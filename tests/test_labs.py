@@ -1,6 +1,7 @@
 """The labs: each runs, reports predictions and measurements, and counts what plain arithmetic predicts."""
 
 import contextlib
+import importlib
 import io
 import json
 import math
@@ -338,6 +339,14 @@ def test_the_batching_lab_predicts_the_steps_of_each_way_from_the_lengths_of_the
     assert all(
         row["used"]["predicted"] == pytest.approx(row["used"]["measured"]) for row in lab("batching").rows(0)
     )
+
+
+def test_the_batching_lab_says_that_a_speed_is_far_lower_than_predicted(run: Run) -> None:
+    """Oracle: by hand: 120 tokens/s instead of 240 is a factor of 2; 200 is 1.2, less than 1.5."""
+    lab_batching = importlib.import_module("lab_batching")
+    pair = lab_batching.Pair
+    assert "2.0 times lower than predicted" in lab_batching._missed([pair(60, 60), pair(240, 120)])
+    assert not lab_batching._missed([pair(60, 60), pair(240, 200)])
 
 
 def test_the_paged_lab_wastes_about_half_a_block_per_request(lab: Labs) -> None:

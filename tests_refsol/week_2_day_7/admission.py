@@ -197,3 +197,15 @@ def test_task_3_requests_are_admitted_until_the_slots_are_used() -> None:
         manager = queued(slots, *requests)
         manager.admit()
         assert ids(manager.running) == running, slots
+
+
+def test_task_3_a_request_is_accepted_while_the_slots_that_it_needs_are_in_use() -> None:
+    """Oracle: by hand: "b" needs both slots, and one is free; it can run when "a" has ended.
+
+    Common mistake: comparing the number of completions with the free slots, in `add_request` (task 2).
+    """
+    manager = queued(2, ("a", 1))
+    manager.admit()
+    assert manager.add_request([6, 7], "b", limits(n=2))
+    manager.admit()
+    assert (ids(manager.running), ids(manager.waiting)) == (["a"], ["b/0"])

@@ -74,6 +74,29 @@ def test_task_1_a_token_attends_to_its_own_key_and_value_as_stored(dtype: mx.Dty
     assert out[0, 0, 0, 0].item() == pytest.approx(mx.array([0.1]).astype(dtype).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("stored", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_task_1_the_output_has_the_type_of_the_query(dtype: mx.Dtype, stored: mx.Dtype) -> None:
+    """Oracle: the docstring, for each type of the cache."""
+    context = DenseContext([DenseSpan(empty_slot(dtype=stored), 0, 2)], 1.0, None)
+    tokens = packed(1, 2).astype(dtype)
+    assert context.attend(0, tokens, tokens, tokens).dtype == dtype
+
+
+@pytest.mark.parametrize("stored", [mx.float16, mx.bfloat16])
+def test_task_1_the_query_is_not_rounded_to_the_type_of_the_cache(stored: mx.Dtype) -> None:
+    """Oracle: NumPy in float64, on the keys and values as stored.
+
+    Common mistake: converting the query to the type of the keys, and not the keys to that of the query.
+    """
+    rng = np.random.default_rng(32)
+    q, k, v = (mx.array(rng.normal(size=(1, 2, 6, 8)), mx.float32) for _ in range(3))
+    context = DenseContext([DenseSpan(empty_slot(kv_heads=2, size=8, dtype=stored), 0, 6)], 1.0, None)
+    out = np.array(context.attend(0, q, k, v))
+    keys, values = (np.array(x.astype(stored).astype(mx.float32)) for x in (k, v))
+    np.testing.assert_allclose(out, causal_attention(np.array(q), keys, values, 1.0), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (6, 3)])
 def test_task_1_prompts_chunks_and_decodes_in_one_step_match_numpy(heads: int, kv_heads: int) -> None:
     """Oracle: NumPy in float64 for each sequence separately; each of two layers has its own keys."""

@@ -64,6 +64,21 @@ def test_task_6_finishing_a_waiting_sequence_frees_no_slot() -> None:
     assert manager.capacity.num_free == 0
 
 
+@pytest.mark.parametrize("name", ["a/0", "a/1", "a/2"])
+def test_task_6_the_id_of_a_pending_fork_ends_its_leader(name: str) -> None:
+    """Oracle: by hand: the prompt is incomplete, so all three ids stand for the leader, which has a slot.
+
+    Common mistake: looking for the argument in `_slot_of`, so that the leader's slot is never free again.
+    """
+    manager = DenseBatchManager(3, 16, max_batched_tokens=4)
+    manager.add_request([1] * 10, "a", limits(n=3))
+    manager.process_batch()
+    assert manager.capacity.num_free == 2
+    manager.finish(name)
+    assert ids(manager.running) == []
+    assert manager.capacity.num_free == 3, f"finish({name!r}) ended a/0, but did not free its slot"
+
+
 def test_task_6_a_sequence_can_finish_during_its_prefill() -> None:
     """Oracle: by hand."""
     manager = DenseBatchManager(1, 16, max_batched_tokens=4)

@@ -1,5 +1,6 @@
 """Day 2.7, tasks 4 and 5: one packed forward pass, and one step of all running sequences."""
 
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from tiny_llm.batch_manager import MAX_PROMPT_ROWS
 from tiny_llm.chunked_prefill import plan_chunks
 from tiny_llm.dense_batch import DenseBatchManager
+from tiny_llm.grouped_attention import NoCacheContext
+from tiny_llm.naive_cache import NaiveKVCache
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.step import Plan
 
@@ -124,16 +127,14 @@ def test_task_4_without_a_model_nothing_is_computed() -> None:
 
 
 class RecordingModel:
-    """A model that records the logits it returned and counts the operators that MLX has to run for them."""
+    """A model that records the logits it returned. query_pre_attn_scalar: of its config."""
 
-    def __init__(self) -> None:
-        self.config = tiny_model().config
+    def __init__(self, query_pre_attn_scalar: float | None = None) -> None:
+        self.config = replace(tiny_model().config, query_pre_attn_scalar=query_pre_attn_scalar)
         self.logits: list[mx.array] = []
-        self.operators: list[int] = []
 
     def __call__(self, tokens: mx.array, context: Any) -> mx.array:
         self.logits.append(tiny_model()(tokens, context))
-        self.operators.append(num_operators(self.logits[-1]))
         return self.logits[-1]
 
 
@@ -156,21 +157,65 @@ def test_task_4_logits_that_are_not_requested_are_never_evaluated() -> None:
     started(manager, a=prompt(9, 14))
     assert manager.compute(planned(manager, budget=4)) is None
     assert len(model.logits) == 1
-    assert num_operators(model.logits[0]) > 0
+    waiting = num_operators(model.logits[0])
+    assert waiting > 0, "no row is needed: do not call mx.eval on the model's result"
 
 
-def test_task_4_keys_and_values_are_evaluated_before_compute_returns() -> None:
-    """Oracle: MLX's own graph: a chunk needs as many operators as the one before, not twice as many.
+def test_task_4_keys_and_values_are_evaluated_before_compute_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: MLX's own graph of each cache, after each chunk of a prompt.
 
     If caches are not evaluated, all chunks of a prompt are computed only when its last row is read.
     """
-    model, tokens = RecordingModel(), prompt(12, 15)
-    manager = started(DenseBatchManager(1, 64, model=model, kv_dtype=mx.float32), a=tokens)
+    caches: list[NaiveKVCache] = []
+
+    class RecordedCache(NaiveKVCache):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            caches.append(self)
+
+    monkeypatch.setattr("tiny_llm.dense_batch.NaiveKVCache", RecordedCache)
+    manager = started(with_model(1), a=prompt(12, 15))
+    assert len(caches) == 2, "one for each layer of the model"
     for start in (0, 4, 8):
         manager.sequence("a").num_computed = start
         manager.compute(planned(manager, budget=4))
-    first, second, _ = model.operators
-    assert second < 1.5 * first
+        for name in ("k_cache", "v_cache"):
+            waiting = max(num_operators(getattr(cache, name)) for cache in caches)
+            assert waiting < 5, (  # a view of a computed array has fewer
+                f"call mx.eval on the {name} of all caches: after the chunk of positions {start} to "
+                f"{start + 3}, MLX still has {waiting} operators to run for one of them"
+            )
+
+
+def test_task_4_only_the_rows_that_are_needed_get_logits() -> None:
+    """Oracle: by hand: 5 and 3 tokens are complete prompts, so the model returns 2 rows of logits.
+
+    Common mistake: selecting rows after the last matrix, which is computed for all 8 tokens.
+    """
+    model = RecordingModel()
+    manager = DenseBatchManager(2, 64, model=model, kv_dtype=mx.float32)
+    started(manager, a=prompt(5, 16), b=prompt(3, 17))
+    manager.compute(planned(manager))
+    assert len(model.logits) == 1
+    rows = model.logits[0].shape[1]
+    assert rows == 2, f"give the context the rows that need logits: 2 of 8, but the model computed {rows}"
+
+
+def test_task_4_the_scale_is_that_of_the_models_config() -> None:
+    """Oracle: the model without cache and batch, with the same scale.
+
+    Common mistake: computing it from the head size. Some models have another one (`query_pre_attn_scalar`).
+    """
+    model = RecordingModel(query_pre_attn_scalar=2.0)
+    assert model.config.attention_scale != model.config.head_dim**-0.5
+    manager, tokens = DenseBatchManager(1, 64, model=model, kv_dtype=mx.float32), prompt(7, 18)
+    logits = started(manager, a=tokens).compute(planned(manager))
+    assert logits is not None
+    context = NoCacheContext(len(tokens), model.config.attention_scale)
+    want = tiny_model()(mx.array([tokens], mx.int32), context)[0, -1:]
+    np.testing.assert_allclose(np.array(logits), np.array(want), rtol=1e-3, atol=1e-3)
 
 
 # Task 5: DenseBatchManager.process_batch
@@ -195,6 +240,27 @@ def test_task_5_no_sequence_is_ready_without_tokens_to_compute() -> None:
     manager.process_batch()
     assert len(manager.process_batch()) == 0
     assert manager.sequence("a").num_computed == 3
+
+
+class NoEmptyPass(CountingModel):
+    """A model that fails a test if it is called without tokens."""
+
+    def __call__(self, tokens: mx.array, context: Any) -> mx.array:
+        """Return the wrapped model's logits."""
+        if tokens.size == 0:
+            pytest.fail("the plan has no chunks: return StepLogits(None, {}) without a call of compute")
+        return super().__call__(tokens, context)
+
+
+def test_task_5_a_plan_without_chunks_is_not_computed() -> None:
+    """Oracle: by hand: no request; then one that runs, but whose next token is not sampled yet."""
+    model = NoEmptyPass(tiny_model())
+    manager = DenseBatchManager(2, 64, model=model)
+    assert len(manager.process_batch()) == 0
+    manager.add_request([5, 6, 7], "a", limits())
+    assert list(manager.process_batch()) == ["a"]
+    assert len(manager.process_batch()) == 0
+    assert model.fed == [3]
 
 
 def test_task_5_a_long_prompt_is_computed_in_chunks() -> None:
@@ -310,6 +376,38 @@ def test_task_5_slots_are_reserved_for_the_forks_of_all_requests_that_start_in_o
     assert ready == [set(), {"a/0", "a/1"}, {"b/0", "b/1"}]
     assert ids(manager.waiting) == ["c"]
     assert manager.capacity.num_free == 0
+
+
+def forked(slots: int) -> DenseBatchManager:
+    """A manager in which both completions of a request "a" run, after the step that ends its prompt."""
+    manager = DenseBatchManager(slots, 16)
+    manager.add_request([1, 2], "a", limits(n=2))
+    assert set(manager.process_batch()) == {"a/0", "a/1"}
+    assert manager.capacity.num_free == slots - 2
+    return manager
+
+
+def test_task_5_after_the_fork_no_slot_is_reserved() -> None:
+    """Oracle: by hand: two of three slots are in use, and "b" starts in the third.
+
+    Common mistake: `admit` reserves `params.n - 1` slots for a leader, also after its forks got theirs.
+    """
+    manager = forked(slots=3)
+    manager.add_request([3], "b", limits())
+    manager.admit()
+    assert (ids(manager.running), ids(manager.waiting)) == (["a/0", "a/1", "b"], [])
+
+
+def test_task_5_a_completion_that_was_forked_before_needs_one_slot() -> None:
+    """Oracle: by hand: after a step that raised, both completions wait, each as a sequence without forks.
+
+    Common mistake: `admit` counts `params.n` slots for each of them. `recover` is given.
+    """
+    manager = forked(slots=2)
+    manager.recover()
+    assert (ids(manager.waiting), manager.capacity.num_free) == (["a/0", "a/1"], 2)
+    manager.admit()
+    assert (ids(manager.running), ids(manager.waiting)) == (["a/0", "a/1"], [])
 
 
 def test_task_5_a_prompt_with_prompt_logprobs_is_split_into_smaller_chunks() -> None:
