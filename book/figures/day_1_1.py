@@ -118,7 +118,7 @@ def _mask() -> Drawing:
                     left + 70 + column * 46, y, 44, 30, hue if seen else "free", "0" if seen else MASKED
                 )
     legend(drawing, 86, 166, {"teal": "seen", "free": "not seen"})
-    drawing.label(434, 166, "two new tokens would lose their past", "small")
+    drawing.label(434, 166, "earlier tokens are hidden", "small")
     drawing.label(
         16,
         194,

@@ -6,12 +6,12 @@ from .drawing import Drawing
 
 
 def _path() -> Drawing:
-    """Ids, vectors, 30 blocks with attention and MLP, logits, a token, text."""
+    """Ids, vectors, 30 layers with attention and MLP, logits, a token, text."""
     drawing = Drawing(
         680,
         352,
         "From token ids to text",
-        "Ids become vectors by the embedding. Each of 30 blocks adds the outputs of attention and of an MLP "
+        "Ids become vectors by the embedding. Each of 30 layers adds the outputs of attention and of an MLP "
         "to each token's vector; both read a normalized copy. The last vector gives logits, the "
         "sampler chooses a token, which becomes text and joins the ids.",
     )
@@ -20,7 +20,7 @@ def _path() -> Drawing:
     drawing.cell(160, 20, 110, 44, "teal", "embedding", "1.5")
     drawing.arrow([(215, 64), (215, 94)])
     drawing.box(150, 96, 514, 152, "zone")
-    drawing.label(652, 116, "a block, 30 times", "small", "end")
+    drawing.label(652, 116, "a layer, 30 times", "small", "end")
     drawing.line((215, 96), (215, 236))
     drawing.arrow([(215, 236), (215, 276)])
     drawing.label(158, 118, "vectors", "small")
