@@ -88,7 +88,7 @@ def _states() -> Drawing:
         720,
         268,
         "Three states of a server",
-        "Enough memory: all 16 clients run, and a seventh of the pool is in use. A full pool: seven clients "
+        "Enough memory: all 16 clients run, and an eighth of the pool is in use. A full pool: seven clients "
         "run, nine wait, and all blocks are in use. A queue for slots: four clients run, twelve wait, and "
         "one block of the pool is in use.",
     )
