@@ -136,7 +136,11 @@ SHOW_AS = """(isHidden) => {
 
 
 def expect_no_new_round(page: Any, llm: LLM, bodies: list[dict[str, Any]]) -> None:
-    until(lambda: len(bodies) % NUM_REQUESTS == 0 and is_idle(llm))
+    def is_between_rounds() -> bool:
+        page.wait_for_timeout(50)  # `bodies` grows only while the browser is waited for
+        return len(bodies) % NUM_REQUESTS == 0 and is_idle(llm)
+
+    until(is_between_rounds)
     count = len(bodies)
     page.wait_for_timeout(1000 * ROUND_PAUSE)
     assert len(bodies) == count
