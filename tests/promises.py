@@ -534,6 +534,27 @@ SWAPPED = Scenario(
 SWAPPED_OFTEN = replace(SWAPPED, block_size=2, spare_blocks=0)
 
 
+# Prompts that are computed together: steps with enough rows for each thread to compute some on its own.
+MANY_ROWS = Scenario(
+    arrivals=(
+        Arrival(0, tuple(random_prompt(30, 1)), SamplingParams(max_tokens=8, temperature=0.0, logprobs=2)),
+        Arrival(0, tuple(random_prompt(30, 2)), SamplingParams(max_tokens=6, n=2, seed=5, ignore_eos=True)),
+        Arrival(0, tuple(random_prompt(28, 3)), SamplingParams(max_tokens=8, seed=6, prompt_logprobs=1)),
+        Arrival(3, tuple(random_prompt(30, 1)), SamplingParams(max_tokens=4, temperature=0.0)),
+        Arrival(3, tuple(random_prompt(29, 4)), SamplingParams(max_tokens=6, seed=7, ignore_eos=True)),
+        Arrival(3, tuple(random_prompt(27, 5)), SamplingParams(max_tokens=6, temperature=0.0)),
+    ),
+    block_size=4,
+    spare_blocks=2,
+    max_seqs=8,
+    max_tokens=200,
+    threads=2,
+    instruction_set="",
+    preempts=True,
+    prefix=True,
+)
+
+
 # Contexts of three partitions, whose attention is split among threads: chunks that end within a partition,
 # decodes together with a prompt, and prefix hits.
 LONG = Scenario(

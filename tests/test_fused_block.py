@@ -242,6 +242,27 @@ def test_a_step_that_does_not_fit_the_block_is_rejected(change: dict[str, object
         whole(**{**step, **change})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("tokens", [3, 64])
+def test_a_block_writes_into_its_input_only_if_nothing_else_holds_it(tokens: int) -> None:
+    whole = tiny_llm_kernels.TransformerBlock(**arguments(tiny_model()))  # type: ignore[arg-type]
+    numbers = np.random.default_rng(1).normal(size=(1, tokens, 64)).astype(np.float32)
+
+    def output(x: mx.array) -> mx.array:
+        pools = [mx.zeros((tokens, 2, 1, 32)) for _ in range(2)]
+        places = mx.arange(tokens, dtype=mx.int32)
+        row = mx.zeros(tokens, mx.int32)
+        return whole(x, *pools, places, places[None], row, places, 1.0)[0]
+
+    with kernels_on(2, ""):
+        held = mx.array(numbers) * 1
+        out, reader = output(held), held + 1
+        mx.eval(out, reader)
+        free = output(mx.array(numbers) * 1)
+    assert np.array_equal(np.array(held), numbers)
+    assert np.array_equal(np.array(reader), numbers + 1)
+    assert np.array_equal(np.array(free), np.array(out))
+
+
 def test_the_blocks_of_a_step_share_their_temporary_memory() -> None:
     """All blocks of a step are in the graph before the first is computed; many need little more than one."""
 

@@ -34,6 +34,7 @@ import tiny_llm_kernels
 from promises import (
     ALIKE,
     LONG,
+    MANY_ROWS,
     MIXED_REQUESTS,
     SQUEEZED,
     SWAPPED,
@@ -87,6 +88,7 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
     @example(SQUEEZED)
     @example(SWAPPED)
     @example(SWAPPED_OFTEN)
+    @example(MANY_ROWS)
     def every_completion_equals_the_one_alone(scenario: Scenario) -> None:
         seen = check_scenario(make(), scenario)
         for name in sorted(seen):

@@ -147,9 +147,9 @@ struct BlockJob {
   AttentionJob attention;
 
   /// `reading` says where the block reads and writes keys and values; `x` and `out` are [T, E].
-  BlockJob(const BlockWeights& weights, const AttentionJob& reading, const float* x, float* out,
-           Workspace& space)
-      : w(&weights), division(reading.T, num_threads()), x(x), attention(reading) {
+  BlockJob(const BlockWeights& weights, const Division& division, const AttentionJob& reading, const float* x,
+           float* out, Workspace& space)
+      : w(&weights), division(division), x(x), attention(reading) {
     const int64_t T = reading.T, E = w->attention_norm.shape(0);
     const int64_t queries = w->H * w->D, keys = w->Hkv * w->D;
     const auto buffer = [&](int64_t width) { return Buffer{space.take<float>(T * width), T, width}; };
@@ -285,7 +285,8 @@ class Block : public Node {
 
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     auto& queue = encoder();
-    const bool in_place = inputs[0].is_donatable() && inputs[0].flags().row_contiguous;  // before x shares it
+    // Ask before `x` becomes one more holder of the input.
+    const bool in_place = inputs[0].is_donatable() && inputs[0].flags().row_contiguous;
     const auto x = dense(inputs[0], queue), slots = dense(inputs[3], queue), tables = dense(inputs[4], queue);
     const auto row_of_token = dense(inputs[5], queue), positions = dense(inputs[6], queue);
     if (!inputs[1].flags().row_contiguous || !inputs[2].flags().row_contiguous) {
@@ -302,8 +303,9 @@ class Block : public Node {
 
     auto reading = reading_job(outputs[1], outputs[2], tables, row_of_token, positions, scale_, window_);
     reading.slots = slots.data<int32_t>();
+    const Division division(reading.T, num_threads());  // once: the number of threads may change meanwhile
     const auto job_in = [&](Workspace space) {
-      BlockJob job(*w_, reading, x.data<float>(), outputs[0].data<float>(), space);
+      BlockJob job(*w_, division, reading, x.data<float>(), outputs[0].data<float>(), space);
       return std::pair(std::move(job), space.taken());
     };
     const auto memory = shared_memory(stream(), job_in(Workspace(nullptr)).second);
