@@ -545,7 +545,7 @@ MANY_ROWS = Scenario(
         Arrival(3, tuple(random_prompt(27, 5)), SamplingParams(max_tokens=6, temperature=0.0)),
     ),
     block_size=4,
-    spare_blocks=2,
+    spare_blocks=60,
     max_seqs=8,
     max_tokens=200,
     threads=2,
