@@ -248,10 +248,10 @@ def test_a_block_writes_into_its_input_only_if_nothing_else_holds_it(tokens: int
     numbers = np.random.default_rng(1).normal(size=(1, tokens, 64)).astype(np.float32)
 
     def output(x: mx.array) -> mx.array:
-        pools = [mx.zeros((tokens, 2, 1, 32)) for _ in range(2)]
+        keys, values = (mx.zeros((tokens, 2, 1, 32)) for _ in range(2))
         places = mx.arange(tokens, dtype=mx.int32)
         row = mx.zeros(tokens, mx.int32)
-        return whole(x, *pools, places, places[None], row, places, 1.0)[0]
+        return whole(x, keys, values, places, places[None], row, places, 1.0)[0]
 
     with kernels_on(2, ""):
         held = mx.array(numbers) * 1
