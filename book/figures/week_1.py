@@ -26,7 +26,7 @@ def _path() -> Drawing:
     drawing.label(158, 118, "vectors", "small")
     for y, norm, what, note in (
         (126, "RMSNorm", "attention: rotate, heads, attend", "1.3 with 1.2 and 1.1"),
-        (190, "RMSNorm", "MLP: a token by itself", "1.4"),
+        (190, "RMSNorm", "MLP: each token separately", "1.4"),
     ):
         drawing.arrow([(215, y + 12), (246, y + 12)])
         drawing.cell(248, y, 84, 42, "panel", norm, "1.4")
