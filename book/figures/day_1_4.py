@@ -51,7 +51,7 @@ def _mlp() -> Drawing:
     drawing.label(36, middle + HIDDEN / 2 + 18, "576", "small", "middle")
     drawing.arrow([(60, middle), (94, middle)])
     drawing.cell(96, middle - 24, 108, 48, "orange", "gate_up_proj", "3072 x 576")
-    for place, (name, hue) in enumerate((("gates", "violet"), ("up", "teal"))):
+    for place, (name, hue) in enumerate((("gates", "violet"), ("values", "teal"))):
         top = 16 + place * 112
         drawing.arrow([(206, middle), (222, middle), (222, top + 48), (238, top + 48)])
         drawing.cell(240, top, 62, 96, hue, name, "1536")
