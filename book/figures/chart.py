@@ -88,7 +88,7 @@ def _axis(picture: Mapping[str, Any], name: str, place: int, start: float, stop:
 def _legend(drawing: Drawing, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     """Write each line's name in a row below the chart; a predicted line has a dashed sample."""
     x = float(LEFT)
-    y = HEIGHT - 18.0
+    y = HEIGHT - 24.0
     for line in lines:
         text = f"{line['name']}, predicted" if line["is_predicted"] else line["name"]
         if x + 30 + 7 * len(text) > WIDTH and x > LEFT:

@@ -70,7 +70,10 @@ def _bits() -> Drawing:
     drawing.label(16, 202, "word 0, its last eight bits", "small")
     drawing.label(16 + 8 * 38 + 24, 202, "word 1, its first eight bits", "small")
     drawing.label(
-        16, 240, "each cell is a bit, and shows its number; the lowest bit of a word is at the left", "small"
+        16,
+        240,
+        "each cell is a bit, and shows the number it belongs to; the lowest bit of a word is at the left",
+        "small",
     )
     return drawing
 
