@@ -64,6 +64,15 @@ class RunningServer:
         ]
         return 1024 * int(line.split()[1])
 
+    @property
+    def main_thread_seconds(self) -> float | None:
+        """Processor time of the main thread, where tiny-llm's event loop runs; None if Linux does not say."""
+        pid = self.process.pid
+        try:
+            return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
+        except OSError:
+            return None
+
 
 def tiny_llm_server(*options: str) -> Server:
     """`tiny-llm serve` with these options."""

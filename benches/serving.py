@@ -7,7 +7,8 @@ The same jobs (random prompts of 48 to 144 tokens, 32 to 96 tokens out), in inte
     others      the servers of vLLM and llama.cpp, the same model in their own processes, same client
 
 Client and server share the processor. The cost of HTTP is 1 minus the ratio of tiny-llm's throughput to the
-engine's, round by round.
+engine's, round by round. "HTTP ms" is the processor time of the server's event loop for each token; the
+engine, which has its own threads, is not in it. On Linux only.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from typing import Any
 
 import harness
 import tiny_llm_kernels
-from servers import ServerError, other_servers, random_load, run_server, tiny_llm_server
+from servers import RunningServer, ServerError, other_servers, random_load, run_server, tiny_llm_server
 from tiny_llm import LLM, SamplingParams
 from tiny_llm_checkpoints.embedded import embedded_model_path
 from tiny_llm_cli.bench_serve import measure_server
@@ -29,6 +30,7 @@ REQUESTS = {1: 8, 16: 48, 64: 96}  # by number of clients
 SLOTS = 64
 Figures = dict[str, Any]
 SHOWN = ("output_throughput", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "mean_itl_ms", "p99_itl_ms")
+HTTP = "http_ms_per_token"
 
 
 def engine_client(llm: LLM) -> Ask:
@@ -45,6 +47,20 @@ def engine_client(llm: LLM) -> Ask:
         return answer
 
     return ask
+
+
+def server_client(running: RunningServer) -> Callable[[ServeRun], Figures]:
+    """A client of a server over HTTP."""
+
+    def measure(run: ServeRun) -> Figures:
+        before = running.main_thread_seconds
+        figures = measure_server(run._replace(base_url=running.url), ignore_progress)
+        after = running.main_thread_seconds
+        if running.name != "tiny-llm" or before is None or after is None:
+            return figures
+        return {**figures, HTTP: 1e3 * (after - before) / figures["total_output_tokens"]}
+
+    return measure
 
 
 def one_round(engines: dict[str, Callable[[ServeRun], Figures]], seed: int) -> dict[int, dict[str, Figures]]:
@@ -73,6 +89,9 @@ def compare(engines: dict[str, Callable[[ServeRun], Figures]], repetitions: int)
             name: {
                 **{figure: harness.summary([one[name][figure] for one in of_clients]) for figure in SHOWN},
                 "failed": sum(one[name]["failed"] for one in of_clients),
+                HTTP: harness.summary([one[name][HTTP] for one in of_clients])
+                if HTTP in of_clients[0][name]
+                else None,
                 "ours_over_it": harness.summary(
                     [one["tiny-llm"][SHOWN[0]] / one[name][SHOWN[0]] for one in of_clients]
                 ),
@@ -92,8 +111,9 @@ def as_text(rows: dict[str, Any], left_out: dict[str, str]) -> str:
             figures = "".join(f"{row[figure]['median']:>10.1f}" for figure in SHOWN)
             over = row["ours_over_it"]
             ratio = f"{over['median']:.2f} ({over['min']:.2f} to {over['max']:.2f})"
+            http = f"; HTTP ms {row[HTTP]['median']:.3f}" if row[HTTP] else ""
             failed = f", {row['failed']} requests failed" if row["failed"] else ""
-            lines.append(f"{clients:8}{name:14}{figures}   {ratio}{failed}")
+            lines.append(f"{clients:8}{name:14}{figures}   {ratio}{http}{failed}")
     return "\n".join(lines + [f"left out: {name}: {why}" for name, why in left_out.items()])
 
 
@@ -112,10 +132,7 @@ def main() -> None:
             try:
                 if (why := server.why_missing()) is not None:
                     raise ServerError(why)
-                url = stack.enter_context(run_server(server, model, threads)).url
-                engines[server.name] = lambda run, url=url: measure_server(
-                    run._replace(base_url=url), ignore_progress
-                )  # type: ignore[misc]
+                engines[server.name] = server_client(stack.enter_context(run_server(server, model, threads)))
             except ServerError as error:
                 left_out[server.name] = str(error)
         rows = compare(engines, args.repetitions)

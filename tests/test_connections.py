@@ -16,8 +16,11 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
+import h11
 import httpx2 as httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from served import SECONDS, Served, serving, until
 from tiny_llm import LLM
@@ -437,3 +440,19 @@ def test_a_forwarded_address_is_ignored(served: Served, caplog: pytest.LogCaptur
         logger.removeHandler(caplog.handler)
     assert "127.0.0.1 GET /v1/models 200" in caplog.text
     assert "203.0.113.9" not in caplog.text
+
+
+@given(
+    version=st.sampled_from([b"1.0", b"1.1"]), parts=st.lists(st.binary(max_size=300)), known=st.booleans()
+)
+def test_the_parts_of_an_answer_are_framed_as_h11_frames_them(
+    version: bytes, parts: list[bytes], known: bool
+) -> None:
+    length = [(b"content-length", str(sum(map(len, parts))).encode())] if known else []
+    sent = []
+    for parser in (connections._Parser(), h11.Connection(h11.SERVER)):
+        parser.receive_data(b"GET / HTTP/%b\r\nhost: a\r\n\r\n" % version)
+        assert [type(parser.next_event()) for _ in range(2)] == [h11.Request, h11.EndOfMessage]
+        events = [h11.Response(status_code=200, headers=length), *(h11.Data(data=part) for part in parts)]
+        sent.append(([parser.send(event) for event in (*events, h11.EndOfMessage())], parser.our_state))
+    assert sent[0] == sent[1]

@@ -5,6 +5,7 @@ Oracle: `EngineCore`, stepped by hand in this thread. `HeldCore` lets a test dec
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import Future
@@ -20,6 +21,7 @@ from promises import check_all_returned
 from tiny_llm import (
     DuplicateRequestError,
     Engine,
+    EngineDeadError,
     QueueFullError,
     RequestEvent,
     RequestTooLargeError,
@@ -300,6 +302,38 @@ def test_the_requests_of_a_closed_event_loop_are_cancelled(engine: Engine) -> No
     while not request.finished:
         time.sleep(0.001)
     assert request.output.outputs[0].finish_reason == "abort"
+
+
+def test_an_event_loop_is_woken_once_for_the_lists_of_all_its_listeners() -> None:
+    async def wakes_for(num_listeners: int) -> int:
+        loop, wakes = asyncio.get_running_loop(), []
+        wake = loop.call_soon_threadsafe
+        listeners = [AsyncListener() for _ in range(num_listeners)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "call_soon_threadsafe", lambda *args: wakes.append(args) or wake(*args))
+            for _ in range(2):
+                errors: list[Item] = [EngineDeadError(str(index)) for index in range(num_listeners)]
+                for listener, error in zip(listeners, errors, strict=True):
+                    listener([error])
+                assert [item for one in listeners for item in await one.next_items()] == errors
+        return len(wakes)
+
+    assert run(wakes_for(1)) == 2
+    assert run(wakes_for(5)) == 2
+
+
+def test_a_listener_gets_the_lists_of_another_thread_in_their_order() -> None:
+    errors: list[Item] = [EngineDeadError(str(index)) for index in range(500)]
+
+    async def read() -> list[Item]:
+        listener = AsyncListener()
+        sending = threading.Thread(target=lambda: [listener([error]) for error in errors])
+        sending.start()
+        found = [item for _ in errors for item in await listener.next_items()]
+        sending.join()
+        return found
+
+    assert run(read()) == errors
 
 
 # ---- admission ----

@@ -6,8 +6,10 @@ requests.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import ClassVar, Protocol
+from weakref import WeakKeyDictionary, ref
 
 from tiny_llm_checkpoints.errors import TinyLLMError
 
@@ -36,23 +38,71 @@ class Outbox:
 
 
 class AsyncListener:
-    """A listener for coroutines: passes items on to the event loop in which it was created."""
+    """A listener for one coroutine: passes items on to the event loop in which it was created."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._items: asyncio.Queue[list[Item]] = asyncio.Queue()
+        self._mail = _LoopMail.of(asyncio.get_running_loop())
+        self._lists: deque[list[Item]] = deque()
+        self._reading: asyncio.Future[None] | None = None
 
     def __call__(self, items: list[Item]) -> None:
         """Take a list in the engine's thread and wake the event loop; RuntimeError if the loop is closed."""
-        self._loop.call_soon_threadsafe(self._items.put_nowait, items)
+        self._mail.post(self, items)
+
+    def put(self, items: list[Item]) -> None:
+        """Add a list, in the event loop. It may be empty."""
+        self._lists.append(items)
+        if self._reading is not None and not self._reading.done():
+            self._reading.set_result(None)
 
     async def next(self) -> list[RequestEvent]:
         """Wait for the next list of events; raises the error if the list has one."""
-        return events_of(await self._items.get())
+        return events_of(await self.next_items())
 
     async def next_items(self) -> list[Item]:
         """Wait for the next list, errors included."""
-        return await self._items.get()
+        if not self._lists:
+            self._reading = asyncio.get_running_loop().create_future()
+            await self._reading
+        return self._lists.popleft()
+
+
+class _LoopMail:
+    """Lists on their way to the listeners of one event loop.
+
+    Waking an event loop costs a system call, and in one step all clients of a server get a list. So the loop
+    is woken for the first list only, and then takes all that have arrived.
+    """
+
+    _of_loops: ClassVar["WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopMail]"] = WeakKeyDictionary()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)
+        self._arrived: deque[tuple[AsyncListener, list[Item]]] = deque()
+        self._is_woken = False
+
+    @classmethod
+    def of(cls, loop: asyncio.AbstractEventLoop) -> "_LoopMail":
+        """The mail of a loop. Call it in the loop's thread."""
+        if loop not in cls._of_loops:
+            cls._of_loops[loop] = cls(loop)
+        return cls._of_loops[loop]
+
+    def post(self, listener: AsyncListener, items: list[Item]) -> None:
+        """Have the loop give `items` to a listener; called in any thread. RuntimeError if it is closed."""
+        loop = self._loop()
+        if loop is None or loop.is_closed():
+            raise RuntimeError("the event loop is closed")
+        self._arrived.append((listener, items))
+        if not self._is_woken:
+            self._is_woken = True
+            loop.call_soon_threadsafe(self._hand_over)
+
+    def _hand_over(self) -> None:
+        self._is_woken = False  # first: a list that arrives from now on wakes the loop again
+        while self._arrived:
+            listener, items = self._arrived.popleft()
+            listener.put(items)
 
 
 class Served(Protocol):

@@ -5,6 +5,7 @@ The engine's own counters are read at each scrape; the times of a request are re
 
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import accumulate
 from time import monotonic
 
@@ -54,6 +55,7 @@ class Metrics:
         self._itl = self._histogram(
             "inter_token_latency_seconds", "Seconds between consecutive tokens of a completion.", FAST
         )
+        self._itl_of = cache(self._itl.labels)  # called for each token
         self._queue = self._histogram(
             "request_queue_time_seconds", "Seconds from arrival until the request first runs.", SLOW
         )
@@ -64,12 +66,7 @@ class Metrics:
         self._output = self._histogram(
             "request_generation_tokens", "Tokens in all completions of a prompt.", TOKENS
         )
-        self._prompt_total = Counter(
-            "vllm:prompt_tokens", "Prompt tokens processed.", ["model_name"], registry=self._registry
-        )
-        self._generation_total = Counter(
-            "vllm:generation_tokens", "Tokens generated.", ["model_name"], registry=self._registry
-        )
+        self._registry.register(_TokenTotals(self, model_name))
         self._finished_total = Counter(
             "vllm:request_success",
             "Finished completions by reason: stop, length, abort (the client disconnected), timeout, error.",
@@ -91,15 +88,13 @@ class Metrics:
     def record_first_token(self, prompt_tokens: int, seconds: float) -> None:
         """Record a prompt's first token, `seconds` after the request arrived."""
         self.num_prompt_tokens += prompt_tokens
-        self._prompt_total.labels(self._model_name()).inc(prompt_tokens)
         self._ttft.labels(self._model_name()).observe(seconds)
 
     def record_tokens(self, count: int, seconds: float | None) -> None:
         """Record new tokens, `seconds` after the previous ones of the completion; None: its first tokens."""
         self.num_generation_tokens += count
-        self._generation_total.labels(self._model_name()).inc(count)
         if seconds is not None:
-            self._itl.labels(self._model_name()).observe(seconds)
+            self._itl_of(self._model_name()).observe(seconds)
 
     def record_finish(self, reason: str, count: int = 1) -> None:
         """Record finished completions."""
@@ -186,6 +181,25 @@ class RequestStats:
         if count:
             self.finish_reasons[reason] += count
         self._num_unfinished -= count
+
+
+class _TokenTotals(Collector):
+    """The server's tokens in total, read at each scrape; no samples before the first token."""
+
+    def __init__(self, metrics: Metrics, model_name: Callable[[], str]) -> None:
+        self._metrics = metrics
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family for each metric."""
+        for name, text, count in (
+            ("prompt_tokens", "Prompt tokens processed.", self._metrics.num_prompt_tokens),
+            ("generation_tokens", "Tokens generated.", self._metrics.num_generation_tokens),
+        ):
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            if count:
+                counter.add_metric([self._model_name()], count)
+            yield counter
 
 
 class _EngineFigures(Collector):

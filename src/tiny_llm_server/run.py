@@ -6,12 +6,11 @@ only if every choice has failed.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import NamedTuple, Self
 
-from tiny_llm.delivery import AsyncListener, Gathering
+from tiny_llm.delivery import AsyncListener, Gathering, Item
 from tiny_llm.output_processor import RequestState
 
 from tiny_llm import Engine, RequestEvent
@@ -20,8 +19,7 @@ from .errors import ApiError
 from .metrics import RequestStats
 
 
-@dataclass(frozen=True)
-class PromptEvent:
+class PromptEvent(NamedTuple):
     """An event of one of a run's prompts. prompt: the prompt's index."""
 
     prompt: int
@@ -82,11 +80,14 @@ class Run:
         requests have failed, and `ApiError` if they time out. Unfinished requests are cancelled when the
         generator raises or is closed.
         """
-        try:
-            while self._gathering.unfinished:
-                yield await self._next(patience)
-        finally:
-            self.cancel()
+        with _calling_when_silent(lambda: self._listener.put([]), patience, self._deadline) as end_silence:
+            try:
+                while self._gathering.unfinished:
+                    items = await self._listener.next_items()
+                    end_silence()
+                    yield self._events_of(items)
+            finally:
+                self.cancel()
 
     async def events(self) -> AsyncGenerator[PromptEvent, None]:
         """Yield the same events one at a time, without the empty lists."""
@@ -110,20 +111,14 @@ class Run:
             self._engine.cancel(request_id)
         self._gathering.unfinished.clear()
 
-    async def _next(self, patience: float) -> list[PromptEvent]:
-        left = patience if self._deadline is None else self._deadline - asyncio.get_running_loop().time()
-        try:
-            async with asyncio.timeout(max(0.0, min(left, patience))):
-                items = await self._listener.next_items()
-        except TimeoutError:
-            if left <= patience:
-                self._abort("timeout")
-                raise ApiError(
-                    503,
-                    f"the request did not finish within {self._timeout:g} seconds (--request-timeout)",
-                    code="timeout",
-                ) from None
-            return []
+    def _events_of(self, items: list[Item]) -> list[PromptEvent]:
+        if not items and self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
+            self._abort("timeout")
+            raise ApiError(
+                503,
+                f"the request did not finish within {self._timeout:g} seconds (--request-timeout)",
+                code="timeout",
+            )
         events = self._gathering.take(items)
         for event in events:
             self.stats.add(event)
@@ -133,3 +128,37 @@ class Run:
             self._abort("error")
             raise
         return [PromptEvent(self._indices[event.request_id], event) for event in events]
+
+
+@contextmanager
+def _calling_when_silent(
+    tell: Callable[[], None], patience: float, deadline: float | None
+) -> Iterator[Callable[[], None]]:
+    """Call `tell` after every `patience` seconds of silence, and at the deadline if there is one.
+
+    Gives a function that ends a silence. It is called for each token, so it only notes the time; setting a
+    timer each time would take longer.
+    """
+    loop = asyncio.get_running_loop()
+    since = loop.time()
+    timer: asyncio.TimerHandle
+
+    def end_silence() -> None:
+        nonlocal since
+        since = loop.time()
+
+    def ring() -> None:
+        nonlocal timer
+        if loop.time() >= since + patience:
+            tell()
+            end_silence()
+        timer = loop.call_at(since + patience, ring)
+
+    timer = loop.call_at(since + patience, ring)
+    last = None if deadline is None else loop.call_at(deadline, tell)
+    try:
+        yield end_silence
+    finally:
+        timer.cancel()
+        if last is not None:
+            last.cancel()
