@@ -58,7 +58,7 @@ def server_client(running: RunningServer) -> Callable[[ServeRun], Figures]:
         after = running.main_thread_seconds
         if running.name != "tiny-llm" or before is None or after is None:
             return figures
-        return {**figures, HTTP: 1e3 * (after - before) / figures["total_output_tokens"]}
+        return {**figures, HTTP: 1e3 * (after - before) / int(str(figures["total_output_tokens"]))}
 
     return measure
 
