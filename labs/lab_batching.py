@@ -235,6 +235,6 @@ def _missed(speeds: Sequence[Pair]) -> str:
     if factor < MISSED:
         return ""
     return (
-        f" Speeds are up to {factor:.1f} times lower than predicted, because the line does not include what "
+        f" Speeds are up to {factor:.1f} times lower than predicted: the line does not include what "
         "the attention of each further sequence costs. A busy machine can change the factor."
     )

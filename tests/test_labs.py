@@ -349,7 +349,7 @@ def test_the_batching_lab_says_why_a_speed_is_far_lower_than_predicted(run: Run)
     lab_batching = importlib.import_module("lab_batching")
     pair, cause = lab_batching.Pair, "does not include what the attention of each further sequence costs"
     missed = lab_batching._missed([pair(60, 60), pair(240, 120)])
-    assert f"2.0 times lower than predicted, because the line {cause}" in missed
+    assert f"2.0 times lower than predicted: the line {cause}" in missed
     assert missed.index(cause) < missed.index("busy machine")
     assert cause in " ".join(lab_batching.__doc__.replace("\nfurther", " further").split())
     assert not lab_batching._missed([pair(60, 60), pair(240, 200)])
