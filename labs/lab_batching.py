@@ -230,8 +230,11 @@ def _conclusion(load: Load, served: Sequence[Served]) -> str:
 
 
 def _missed(speeds: Sequence[Pair]) -> str:
-    """A sentence, after a space, if a speed is lower than predicted by a factor of `MISSED`; or nothing."""
+    """The cause, after a space, if a speed is lower than predicted by a factor of `MISSED`; or nothing."""
     factor = max(speed.predicted / speed.measured for speed in speeds)
     if factor < MISSED:
         return ""
-    return f" Speeds are up to {factor:.1f} times lower than predicted: the machine may have been busy."
+    return (
+        f" Speeds are up to {factor:.1f} times lower than predicted: the line does not include what "
+        "the attention of each further sequence costs. A busy machine can change the factor."
+    )

@@ -6,7 +6,7 @@ from tiny_llm_course.doctor import examine
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.outcome import Outcome, first_to_fix
 from tiny_llm_course.overview import map_text, progress, progress_text
-from tiny_llm_course.progress import Result, State, remember, result, state
+from tiny_llm_course.progress import Result, State, noted_first_to_fix, remember, result, state
 from tiny_llm_course.repo import Repo
 from tiny_llm_course.runs import overlay_of, own_sources
 from tiny_llm_course.source import SKIPPED, blanked, is_blank, signature, with_body_of
@@ -244,8 +244,46 @@ def test_a_renamed_function_is_reported(repo: Repo) -> None:
 def test_a_syntax_error_is_reported_with_its_line(repo: Repo) -> None:
     syllabus = syllabus_of(repo)
     write(repo, "adding", "x = 1\ndef add(:\n")
-    with pytest.raises(CourseError, match=r"adding\.py, line 2: "):
+    with pytest.raises(CourseError, match=r"adding\.py, line 2, in 1\.1\.1 add: invalid syntax$"):
         run_day(repo, syllabus, syllabus.day("1.1"), [])
+
+
+SUM = "        self.value = self._next()\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (f"{SUM}        break\n", "line 21, in 1.2.1 Counter.count: 'break' outside loop"),
+        ("        self.value = (self._next()\n", "line 20, in 1.2.1 Counter.count: '(' was never closed"),
+        ("        try:\n            pass\n", "line 22, in 1.2.1 Counter.count: expected 'except' or"),
+        (f"{SUM}\nx = )\n", "line 22: unmatched ')'"),
+    ],
+)
+def test_a_syntax_error_is_blamed_on_its_exercise_before_any_test_runs(
+    repo: Repo, capfd: pytest.CaptureFixture[str], body: str, says: str
+) -> None:
+    """`ast.parse` accepts the first one. The last one is at the top level, in no exercise."""
+    syllabus = syllabus_of(repo)
+    write(repo, "counting", COUNTING.replace(SUM, body))
+    write(repo, "doubling", DOUBLING)
+    with pytest.raises(CourseError) as refused:
+        run_day(repo, syllabus, syllabus.day("1.2"), [])
+    assert f"counting.py, {says}" in str(refused.value)
+    assert capfd.readouterr() == ("", "")
+    noted = "1.2.1" if "1.2.1" in says else None
+    assert noted_first_to_fix(repo) == noted
+
+
+def test_a_syntax_error_in_another_days_module_is_named_with_its_exercise(repo: Repo) -> None:
+    """The day's own code is correct; isolated, it does not need the other module."""
+    syllabus = syllabus_of(repo)
+    write(repo, "adding", ADDING.replace("    return sum((one, other))", "    break"))
+    write(repo, "counting", COUNTING)
+    write(repo, "doubling", DOUBLING)
+    with pytest.raises(CourseError, match=r"adding\.py, line 10, in 1\.1\.1 add: 'break' outside loop$"):
+        run_day(repo, syllabus, syllabus.day("1.2"), [])
+    assert run_day(repo, syllabus, syllabus.day("1.2"), [], isolated=True) == 0
 
 
 def test_a_fault_in_a_module_of_an_earlier_day_is_found(

@@ -13,11 +13,13 @@ from .outcome import Outcome, first_to_fix, signal_report, task_of
 from .progress import (
     Result,
     State,
+    helper_files,
     is_started,
     is_untouched,
     missing_modules,
     note_first_to_fix,
     own_modules,
+    reached,
     refuse_missing,
     remember,
     result,
@@ -27,6 +29,7 @@ from .progress import (
 from .repo import Repo
 from .runs import TIME_LIMIT, overlay_of, own_sources, run_suite_of, run_suites
 from .syllabus import Syllabus
+from .syntax import function_at, syntax_error
 from .units import Day, Exercise, Part, Unit
 
 ONLY_SHOWN = re.compile(
@@ -63,8 +66,9 @@ def run_day(
     own = own_modules(repo)
     _refuse_not_started(repo, unit)
     refuse_stale(repo, syllabus)
-    _print_blanks(repo, unit)
     note_first_to_fix(repo, None)
+    _refuse_syntax_errors(repo, syllabus, unit, set(unit.modules) if isolated else set(own))
+    _print_blanks(repo, unit)
     about = f"{unit.named}, {unit.title}"
     if isolated:
         today = own_sources(repo, [module for module in own if module in unit.modules])
@@ -109,6 +113,26 @@ def _refuse_not_started(repo: Repo, unit: Unit) -> None:
             f"only a part of {unit.named} is started: {parts}, or `pdm run start {unit.id}` (writes {files})"
         )
     raise CourseError(f"{unit.named} is not started: pdm run start {unit.id} (writes {files})")
+
+
+def _refuse_syntax_errors(repo: Repo, syllabus: Syllabus, unit: Unit, modules: set[str]) -> None:
+    """Raise `CourseError` if a file that the suite needs does not compile; it names the exercise.
+
+    modules: the learner's modules that the run uses; helper files are checked too.
+    """
+    helpers = {file.stem for file in helper_files(repo)}
+    for module in sorted((modules | helpers) & reached(repo, unit)):
+        file = repo.overlay / f"{module}.py"
+        if not file.exists() or (error := syntax_error(file)) is None:
+            continue
+        name = function_at(file.read_text(encoding="utf-8"), error)
+        of_module = [one for day in syllabus.days for one in day.of_module(module)]
+        exercise = next((one for one in of_module if one.name == name), None)
+        if exercise is not None and exercise in unit.exercises:
+            note_first_to_fix(repo, exercise.id)
+        named = f"{exercise.id} {name}" if exercise is not None else name
+        where = f"line {error.lineno}{f', in {named}' if named else ''}"
+        raise CourseError(f"{repo.shown(file)}, {where}: {error.msg}")
 
 
 def _print_blanks(repo: Repo, unit: Unit) -> None:

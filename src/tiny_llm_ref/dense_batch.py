@@ -182,8 +182,8 @@ class DenseBatchManager(QueueViews[Sequence]):
         2. Make a `DenseContext`: a span for each chunk, with its sequence's slot (`_slot`); the model
            config's `attention_scale`; the R indices as an int32 array, or None if R is 0.
         3. The model takes the tokens as [1, T] int32 and the context, and returns [1, R, vocab_size].
-        4. Call `mx.eval` once, on the `k_cache` and `v_cache` of all caches in these slots, and on the logits
-           if R > 0. MLX is lazy: without this, the work of all prompts would pile up in one growing graph.
+        4. Evaluate (`mx.eval`) the `k_cache` and `v_cache` of all caches in these slots, and the logits if
+           R > 0. MLX is lazy: without this, the work of all prompts would pile up in one growing graph.
            With R = 0 do not evaluate the model's result, so that no logits are computed.
         5. Return the logits without the batch axis, or None if R is 0.
 

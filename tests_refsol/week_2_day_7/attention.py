@@ -61,17 +61,46 @@ def test_task_1_keys_and_values_are_stored_in_the_slot_of_the_layer() -> None:
     assert second[1].v_cache[:, :2].tolist() == [[[7, 0], [8, 0]]]
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_task_1_a_token_attends_to_its_own_key_and_value_as_stored(dtype: mx.Dtype) -> None:
-    """Oracle: by hand: the only value, rounded to the cache's dtype; the output has the query's dtype.
+CHUNKS = pytest.mark.parametrize("chunks", [[(0, 2)], [(0, 1), (1, 2)]], ids=["prompt", "decode"])
+ROUNDING = pytest.mark.parametrize("stored", [mx.float16, mx.bfloat16])
 
-    Common mistake: attending to the unrounded keys and values, which the next step no longer sees.
+
+def second_token(stored: mx.Dtype, chunks: list[tuple[int, int]], k: mx.array, v: mx.array) -> float:
+    """The output of the second of two tokens, computed in these chunks, with keys and values `stored`."""
+    slot, q = empty_slot(dtype=stored), packed(1, 1)
+    for start, stop in chunks:
+        context = DenseContext([DenseSpan(slot, start, stop)], 1.0, None)
+        out = context.attend(0, *(x[:, :, start:stop] for x in (q, k, v)))
+    return float(out[0, 0, -1, 0].item())
+
+
+@CHUNKS
+@ROUNDING
+def test_task_1_a_token_attends_to_its_own_key_as_stored(
+    stored: mx.Dtype, chunks: list[tuple[int, int]]
+) -> None:
+    """Oracle: by hand: 2049 is stored as 2048, so both keys are equal: the mean of the values 0 and 1.
+
+    Common mistake: attending to the unrounded key of a new token, which the next step no longer sees.
     """
-    context = DenseContext([DenseSpan(empty_slot(dtype=dtype), 0, 1)], 1.0, None)
-    out = context.attend(0, packed(1), packed(1), packed(0.1))
-    assert out.dtype == mx.float32
-    assert mx.array([0.1]).astype(dtype).item() != pytest.approx(0.1, rel=1e-4)
-    assert out[0, 0, 0, 0].item() == pytest.approx(mx.array([0.1]).astype(dtype).item(), rel=1e-5)
+    out = second_token(stored, chunks, k=packed(2048, 2049), v=packed(0, 1))
+    assert out == pytest.approx(0.5, rel=1e-3), (
+        f"the keys 2048 and 2049 are both stored as 2048 in {stored}, so both tokens count equally; "
+        "use the keys that `update` returns, also for the tokens of this step"
+    )
+
+
+@CHUNKS
+@ROUNDING
+def test_task_1_a_token_attends_to_its_own_value_as_stored(
+    stored: mx.Dtype, chunks: list[tuple[int, int]]
+) -> None:
+    """Oracle: by hand: 2049 is stored as 2048, and with equal keys the mean of 0 and 2048 is 1024."""
+    out = second_token(stored, chunks, k=packed(0, 0), v=packed(0, 2049))
+    assert out == pytest.approx(1024, abs=0.1), (
+        f"the value 2049 is stored as 2048 in {stored}; "
+        "use the values that `update` returns, also for the tokens of this step"
+    )
 
 
 @pytest.mark.parametrize("stored", [mx.float32, mx.float16, mx.bfloat16])
@@ -94,7 +123,13 @@ def test_task_1_the_query_is_not_rounded_to_the_type_of_the_cache(stored: mx.Dty
     context = DenseContext([DenseSpan(empty_slot(kv_heads=2, size=8, dtype=stored), 0, 6)], 1.0, None)
     out = np.array(context.attend(0, q, k, v))
     keys, values = (np.array(x.astype(stored).astype(mx.float32)) for x in (k, v))
-    np.testing.assert_allclose(out, causal_attention(np.array(q), keys, values, 1.0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        out,
+        causal_attention(np.array(q), keys, values, 1.0),
+        rtol=1e-4,
+        atol=1e-5,
+        err_msg=f"convert the keys and values from {stored} to the query's type, not the query",
+    )
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (6, 3)])
