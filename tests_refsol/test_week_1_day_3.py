@@ -92,6 +92,25 @@ def test_task_1_without_a_mask_the_output_has_the_dtype_of_the_input(dtype: mx.D
     assert grouped_query_attention(q, k, v, 0.4).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+def test_task_1_with_a_float32_mask_the_output_is_float32(dtype: mx.Dtype) -> None:
+    """Oracle: the docstring: float32 is the type of day 1.1's output, which must not be converted."""
+    q, k, v = (mx.array(x).astype(dtype) for x in random_qkv(7, (1, 4, 2, 8), (1, 2, 3, 8)))
+    found = grouped_query_attention(q, k, v, 0.4, mx.array(numpy_causal_mask(2, 3))).dtype
+    assert found == mx.float32, f"{found}: do not convert the result, not even to the type of q"
+
+
+def test_task_1_keys_and_values_are_not_copied_for_every_query_head() -> None:
+    """Oracle: by hand: the scores take less memory than the keys. Copies of both take 16 times as much."""
+    q, k, v = (mx.array(x) for x in random_qkv(8, (1, 16, 1, 64), (1, 2, 1024, 64)))
+    mx.eval(q, k, v)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(grouped_query_attention(q, k, v, 0.125))
+    times = (mx.get_peak_memory() - before) / k.nbytes
+    assert times < 4, f"{times:.0f} times the memory of the keys: do not copy keys and values, broadcast them"
+
+
 @pytest.mark.parametrize(("length", "total"), [(6, 6), (2, 6), (1, 6)])
 def test_task_1_causal_attention_matches_mlx(length: int, total: int) -> None:
     """Oracle: mx.fast.scaled_dot_product_attention, which groups heads in the same way."""

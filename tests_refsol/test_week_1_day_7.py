@@ -38,6 +38,30 @@ def random_logits(seed: int, size: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=size, scale=3.0).astype(np.float32)
 
 
+def check_row_unchanged(function: Callable[[mx.array], mx.array], logits: mx.array) -> None:
+    """Assert that the function leaves its argument as it is."""
+    before = logits.tolist()
+    function(logits)
+    assert logits.tolist() == before, (
+        "the given row has changed: in MLX, `x /= y`, `x -= y` and `x[i] = y` change the caller's array;"
+        " `x = x / y` makes a new one"
+    )
+
+
+def check_evaluates_nothing(function: Callable[[mx.array], mx.array], logits: mx.array) -> None:
+    """Assert that the function only builds MLX's graph.
+
+    `mx.compile` calls it with an array without values, and raises if something evaluates one.
+    """
+    try:
+        mx.compile(function)(logits)
+    except ValueError as error:
+        if "[eval]" not in str(error):
+            raise
+        message = "the function evaluates an array: `item`, `tolist`, `float`, `if` and `mx.eval` do that"
+        raise AssertionError(message) from error
+
+
 def check_kept(out: mx.array, logits: mx.array, kept: Iterable[int]) -> None:
     """Assert that the logits of these tokens are unchanged and all others are -inf."""
     expected = np.full(logits.shape, -INF, np.float32)
@@ -86,6 +110,11 @@ def test_task_1_the_k_largest_of_many_logits_are_kept(k: int) -> None:
     """Oracle: NumPy's sort."""
     logits = random_logits(1, 100)
     check_kept(keep_top_k(mx.array(logits), k), mx.array(logits), np.argsort(logits)[-k:].tolist())
+
+
+def test_task_1_the_given_row_does_not_change() -> None:
+    """Oracle: the invariant: other functions may need the row again."""
+    check_row_unchanged(lambda row: keep_top_k(row, 2), mx.array([1.0, 4.0, 2.0, 3.0]))
 
 
 # Task 2: keep_top_p
@@ -162,6 +191,11 @@ def test_task_2_the_kept_set_of_many_tokens_matches_numpy(count: int) -> None:
     check_kept(out, mx.array(logits), order[:count].tolist())
 
 
+def test_task_2_the_given_row_does_not_change() -> None:
+    """Oracle: the invariant: other functions may need the row again."""
+    check_row_unchanged(lambda row: keep_top_p(row, 0.6), logits_of(0.25, 0.1, 0.5, 0.15))
+
+
 # Task 3: keep_min_p
 
 
@@ -205,6 +239,11 @@ def test_task_3_the_kept_set_of_many_tokens_matches_numpy(min_p: float, shift: f
     check_kept(keep_min_p(mx.array(logits), min_p), mx.array(logits), kept)
 
 
+def test_task_3_the_given_row_does_not_change() -> None:
+    """Oracle: the invariant: other functions may need the row again."""
+    check_row_unchanged(lambda row: keep_min_p(row, 0.5), logits_of(0.15, 0.05, 0.5, 0.3))
+
+
 # Task 4: draw
 
 
@@ -214,14 +253,6 @@ def drawn(function: Callable[[int], mx.array], count: int) -> np.ndarray:
     kind = type(tokens[0])
     assert kind is mx.array, f"the token must be an mx.array without axes, not {kind.__name__}"
     return np.array(mx.stack(tokens))
-
-
-def check_evaluates_nothing(function: Callable[[mx.array], mx.array], logits: mx.array) -> None:
-    """Assert that the function only builds MLX's graph.
-
-    `mx.compile` calls it with an array without values, and raises if something evaluates one.
-    """
-    mx.compile(function)(logits)
 
 
 def check_distribution(tokens: np.ndarray, probabilities: Iterable[float]) -> None:
@@ -237,7 +268,10 @@ def check_distribution(tokens: np.ndarray, probabilities: Iterable[float]) -> No
     assert counts[~possible].sum() == 0, "an impossible token"
     freedom = possible.sum() - 1
     chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
-    assert chi_square < freedom + 12 * np.sqrt(2 * freedom) + 1e-9, (counts, expected)
+    bound = freedom + 12 * np.sqrt(2 * freedom) + 1e-9
+    assert chi_square < bound, (
+        f"{len(tokens)} draws gave {counts.tolist()}, not about {expected.round().astype(int).tolist()}"
+    )
 
 
 def test_task_4_the_only_possible_token_is_drawn() -> None:
@@ -312,12 +346,31 @@ def test_task_4_the_first_token_whose_cumulative_probability_reaches_the_thresho
     found = drawn(lambda index: draw(logits, 7, index), 60).tolist()
     mirrored = [int((sums >= uniform(7, index)).argmax()) for index in range(60)]
     assert found != mirrored, "these are the tokens of u; compare with 1 - u"
-    assert found == expected
+    assert found == expected, (
+        "compare 1 - uniform(seed, index) with the cumulative sums in the order of the ids"
+    )
 
 
 def test_task_4_the_draw_evaluates_nothing() -> None:
     """Oracle: MLX. The engine evaluates the tokens of a whole batch together."""
     check_evaluates_nothing(lambda logits: draw(logits, 7, 3), mx.array(random_logits(4, 100)))
+
+
+def test_task_4_the_given_row_does_not_change() -> None:
+    """Oracle: the invariant: other functions may need the row again."""
+    check_row_unchanged(lambda row: draw(row, 7, 3), mx.array(random_logits(4, 100)))
+
+
+def test_task_4_a_cumulative_sum_that_equals_the_threshold_reaches_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Oracle: by hand: u is 0, so the threshold is the last sum, and the sums are 0, 0.5, 1 and 1."""
+    monkeypatch.setattr("tiny_llm.sampler.uniform", lambda seed, index: 0.0)
+    token = draw(mx.array([-INF, 2.0, 2.0, -INF]), 1, 1).item()
+    assert token == 2, (
+        f"token {token} instead of 2: 1 - u is 1 here, so the threshold is the last sum. Compare with >=;"
+        " with >, no sum is above the threshold, and argmax of only False is 0"
+    )
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2.0**-24])
@@ -326,15 +379,21 @@ def test_task_4_the_smallest_and_the_largest_random_number_draw_a_possible_token
 ) -> None:
     """Oracle: the docstring: the first and last tokens are impossible, so they are not drawn.
 
-    Rounding may leave the sum of the probabilities below the number. Common mistakes that return token 0:
-    a comparison that no token passes, and one that token 0 passes for the number 0.
+    Rounding may leave the sum of the probabilities below 1. Common mistakes that return token 0: a comparison
+    that no token passes, and one that token 0 passes.
     """
     monkeypatch.setattr("tiny_llm.sampler.uniform", lambda seed, index: mx.array(number))
+    cause = (
+        "u is 0 here, and no sum reaches your threshold, so argmax of only False is 0. If you compare with"
+        " >=, multiply 1 - u by the last sum, which rounding may leave below 1"
+        if number == 0
+        else "1 - u is 2**-24 here, and this token's sum must not reach it"
+    )
     for size in range(3, 60):
         logits = np.zeros(size, np.float32)
         logits[0] = logits[-1] = -INF
         token = draw(mx.array(logits), 1, 1).item()
-        assert token not in (0, size - 1), f"token {token} of {size} has the probability 0"
+        assert token not in (0, size - 1), f"token {token} of {size} has the probability 0: {cause}"
 
 
 # Task 5: sample_token
@@ -342,7 +401,18 @@ def test_task_4_the_smallest_and_the_largest_random_number_draw_a_possible_token
 
 def sampled(logits: mx.array, params: SamplingParams, count: int = 60) -> np.ndarray:
     """The tokens of one request that has the same logits at every step."""
-    return drawn(lambda index: sample_token(logits, params, 13, index), count)
+    return drawn(lambda index: sample_token(mx.array(logits), params, 13, index), count)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0.0}, {"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.6}, {"min_p": 0.5}],
+    ids=str,
+)
+def test_task_5_the_given_row_does_not_change(options: dict[str, float]) -> None:
+    """Oracle: the invariant: the engine computes log-probabilities from the row."""
+    params = SamplingParams(**options)
+    check_row_unchanged(lambda row: sample_token(row, params, 13, 0), logits_of(0.1, 0.2, 0.3, 0.4))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-39, 1e-6])
@@ -515,6 +585,11 @@ def test_task_6_the_input_logits_are_not_modified() -> None:
     np.testing.assert_array_equal(np.array(logits), [2, -2, 4])
 
 
+def test_task_6_the_penalty_evaluates_nothing() -> None:
+    """Oracle: MLX. The engine evaluates the tokens of a whole batch together."""
+    check_evaluates_nothing(lambda row: penalize_repetition(row, [0, 1], 2.0), mx.array([2.0, -2.0, 4.0]))
+
+
 @pytest.mark.parametrize("penalty", [0.8, 1.0, 1.3])
 def test_task_6_the_penalties_of_many_tokens_match_a_plain_loop(penalty: float) -> None:
     """Oracle: a loop over the tokens, in Python. They may come from any iterable."""
@@ -567,6 +642,11 @@ def test_task_7_the_input_logits_are_not_modified() -> None:
     np.testing.assert_array_equal(np.array(logits), [2, -2, 4])
 
 
+def test_task_7_the_penalties_evaluate_nothing() -> None:
+    """Oracle: MLX. The engine evaluates the tokens of a whole batch together."""
+    check_evaluates_nothing(lambda row: penalize_output(row, [0, 2, 0], 0.5, 1.0), mx.array([5.0, 5.0, 5.0]))
+
+
 def test_task_7_the_penalties_of_many_tokens_match_a_plain_loop() -> None:
     """Oracle: a loop over the tokens, in Python. They may come from any iterable."""
     logits = random_logits(17, 300)
@@ -591,7 +671,17 @@ def test_task_8_log_probabilities_are_logs_of_the_softmax() -> None:
 
 def test_task_8_the_only_token_has_log_probability_zero() -> None:
     """Oracle: by hand: ln 1."""
-    np.testing.assert_allclose(np.array(log_probabilities(mx.array([-3.5]))), [0], atol=1e-6)
+    np.testing.assert_allclose(np.array(log_probabilities(mx.array([-3.5]))), [0], atol=1e-7)
+
+
+def test_task_8_the_given_row_does_not_change() -> None:
+    """Oracle: the invariant: penalties and the draw use the row, too."""
+    check_row_unchanged(log_probabilities, mx.array([1.0, 4.0, 2.0, 3.0]))
+
+
+def test_task_8_log_probabilities_evaluate_nothing() -> None:
+    """Oracle: MLX. The engine evaluates the rows of a whole batch together."""
+    check_evaluates_nothing(log_probabilities, mx.array(random_logits(20, 300)))
 
 
 @pytest.mark.parametrize("shift", [-1000.0, 1000.0])

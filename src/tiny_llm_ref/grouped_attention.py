@@ -26,7 +26,8 @@ def grouped_query_attention(
     reads key and value head h // (H / Hkv): of 4 query heads on 2 key heads, 0 and 1 read the first, 2 and 3
     the second. Do not copy keys and values for every query head: with a separate axis for the group,
     q [B, Hkv, H / Hkv, L, D] and k [B, Hkv, 1, S, D] broadcast in a matrix product.
-    Do not convert the result: without a mask, q, k and v in float16 give float16.
+    Do not convert the result: without a mask, q, k and v in float16 give float16; a float32 mask makes it
+    float32.
     Raises ValueError if H is not a multiple of Hkv.
 
     >>> q, k, v = mx.zeros((1, 4, 1, 1)), mx.zeros((1, 2, 1, 1)), mx.array([10.0, 20.0]).reshape(1, 2, 1, 1)

@@ -119,9 +119,11 @@ def sample_token(logits: mx.array, params: SamplingParams, seed: int, index: int
     - filter by `params.top_p`; 1 is off;
     - draw with the seed and the index.
 
-    Do not call a filter that is off: `keep_top_p` at 1 could remove unlikely tokens. Each filter gets the
-    logits that the previous one returned, so the probabilities of the remaining tokens sum to 1 again. Return
-    the mx.array: `int(...)` or `.item()` here would make MLX compute now, once for each row of the batch.
+    A filter that is off removes nothing, so do not call it: `keep_top_k` has no k of 0, and `keep_top_p` at 1
+    could remove unlikely tokens. Only `keep_min_p` may be called with 0, and may come after top-k: neither
+    changes the result. Each filter gets the logits that the previous one returned, so the probabilities of
+    the remaining tokens sum to 1 again. The given array does not change. Return the mx.array: `int(...)` or
+    `.item()` here would make MLX compute now, once for each row of the batch.
 
     >>> logits = mx.array([1.0, 4.0, 3.0])
     >>> sample_token(logits, SamplingParams(temperature=0), seed=1, index=0).item()
@@ -199,8 +201,8 @@ def log_probabilities(logits: mx.array) -> mx.array:
     Compute a difference, logit - max - log(sum of e^(logit - max)): for a logit that is 200 below the
     largest, the softmax itself would be 0, and its log -inf. A logit of -inf gives -inf.
 
-    Sum the exponentials in two rounds: first each group of `SUM_GROUP_SIZE` (256) neighbours, then these
-    sums. Append zeros if V is not a multiple of 256. In one long float32 sum, each small number is rounded
+    Sum the exponentials in two rounds: first in groups of `SUM_GROUP_SIZE` (256), such as neighbours, then
+    these sums. Add zeros if V is not a multiple of 256. In one long float32 sum, each small number is rounded
     against a large total: with 49,152 tokens the result can be off by 0.001 (also with `mx.logsumexp`), but
     by less than 0.00005 with two rounds.
 
