@@ -180,7 +180,8 @@ class PageScheduler:
     def _adopt_cached(self) -> None:
         """Let running sequences share newly cached blocks, and let parked beams (see `Parked`) run again."""
         for sequence in list(self._queues.running):
-            self.prefix.adopt(sequence)
+            if sequence.num_uncomputed > 1:  # a decode must compute its only token
+                self.prefix.adopt(sequence)
             self._release_passed(sequence)
             if sequence.parked is not None and sequence.num_uncomputed == 0:
                 self._queues.join(sequence)
@@ -201,7 +202,8 @@ class PageScheduler:
 
     def _plan_chunk(self, sequence: PagedSequence, count: int, plan: Plan[PagedSequence]) -> None:
         """Plan up to `count` tokens of a sequence and allocate their pages; none if it is preempted."""
-        if sequence.blocks_to_append(count) + len(sequence.tables) <= self.num_available:
+        shares = sequence.num_uncomputed > 1  # a decode must compute its only token
+        if shares and sequence.blocks_to_append(count) + len(sequence.tables) <= self.num_available:
             self.prefix.adopt_part(sequence)
             self._release_passed(sequence)
             count = min(count, sequence.num_uncomputed)

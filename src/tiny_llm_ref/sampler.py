@@ -99,11 +99,9 @@ def draw(logits: mx.array, seed: int, index: int) -> mx.array:
 
 def _compiled(logits: mx.array, params: SamplingParams, seed: int, index: int) -> mx.array:
     """Choose the same token as `sample_token`, in one operator; if a logit is NaN, return its index."""
-    temperature = 0.0 if params.greedy else params.temperature
     filters = (params.min_p, params.top_k, params.top_p)
-    return compiled_kernel("sample")(  # type: ignore[no-any-return]
-        logits, temperature, *filters, uniform(seed, index)
-    )
+    temperature, number = (0.0, 0.0) if params.greedy else (params.temperature, uniform(seed, index))
+    return compiled_kernel("sample")(logits, temperature, *filters, number)  # type: ignore[no-any-return]
 
 
 @accelerated(compiled=_compiled)
