@@ -4,6 +4,9 @@ When these tests pass, you can write and read MLX's quantized layout, bit by bit
 that takes a third of the bytes: 5 bits per value with 4-bit codes, groups of 32 and float16 scales.
 """
 
+import time
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -470,3 +473,127 @@ def test_task_6_the_kernel_is_exact_for_zeros_and_does_not_overflow() -> None:
     np.testing.assert_allclose(
         multiply(mx.full((1, 32), 3.0), ones), np.full((1, 16), 3.0 * 255 * 32), rtol=1e-4
     )
+
+
+def stored_codes(codes: np.ndarray, scales: np.ndarray, bits: int, dtype: mx.Dtype) -> Quantized:
+    """A matrix with these codes [N, K] and scales [N, K / 32]; all biases are 0."""
+    per_word = 32 // bits
+    words = codes.reshape(len(codes), -1, per_word).astype(np.uint32) << (bits * np.arange(per_word))
+    weight = mx.array(words.sum(axis=-1).astype(np.uint32))
+    stored_scales = mx.array(scales.astype(np.float32)).astype(dtype)
+    return Quantized(weight, stored_scales, mx.zeros(scales.shape, dtype), 32, bits)
+
+
+def added(groups: np.ndarray, order: list[int]) -> np.ndarray:
+    """The groups' floats [..., G] added one by one in float32, in this order."""
+    total = np.zeros(groups.shape[:-1], np.float32)
+    for group in order:
+        total = total + groups[..., group].astype(np.float32)
+    return total
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=str)
+def test_task_6_groups_are_added_in_order_group_0_first(
+    dtype: mx.Dtype, bits: int, activation_bits: int
+) -> None:
+    """Oracle: NumPy in float32. Scales are powers of two, so the groups' floats are exact; sums are rounded.
+
+    Common mistakes: another order, two sums that are added at the end, a sum in float64.
+    """
+    rows, outputs, groups = 50, 40, 24
+    rng = np.random.default_rng(27)
+    largest = 2 ** (activation_bits - 1) - 1
+    codes = rng.integers(0, 2**bits, size=(outputs, groups, 32))
+    inputs = rng.integers(-min(largest, 1000), min(largest, 1000) + 1, size=(rows, groups, 32))
+    inputs[:, :, 7] = largest  # so the scale of a row's group is exactly `steps`
+    scales = 2.0 ** rng.integers(-5, 6, size=(outputs, groups))
+    steps = 2.0 ** rng.integers(-5, 6, size=(rows, groups))
+    exact = np.einsum("rgk,ogk->rog", inputs, codes) * steps[:, None, :] * scales[None, :, :]
+    want = added(exact, list(range(groups)))
+    from_the_end = added(exact, list(range(groups))[::-1])
+    two_sums = added(exact, list(range(0, groups, 2))) + added(exact, list(range(1, groups, 2)))
+    for other in (from_the_end, two_sums, exact.sum(axis=-1).astype(np.float32)):
+        assert np.mean(other != want) > 0.1, "the numbers must tell the orders apart"
+    x = mx.array((inputs * steps[:, :, None]).reshape(rows, -1).astype(np.float32))
+    stored = stored_codes(codes.reshape(outputs, -1), scales, bits, dtype)
+    got = multiply(x, stored, activation_bits)
+    for row, output in np.argwhere(got != want)[:1]:
+        pytest.fail(
+            f"row {row}, output {output} is {got[row, output]:.9g}, not {want[row, output]:.9g}, which is the "
+            f"sum of the groups' floats in float32, group 0 first; from the last group to the first it would "
+            f"be {from_the_end[row, output]:.9g}"
+        )
+
+
+@pytest.mark.usefixtures("compiled")
+def test_task_6_sums_within_a_group_are_exact_above_2_to_the_24() -> None:
+    """Oracle: NumPy in int64, rounded once. Common mistake: adding the products of a group in float32."""
+    rng = np.random.default_rng(28)
+    codes, inputs = rng.integers(128, 256, size=(40, 32)), rng.integers(16384, 32768, size=(50, 32))
+    inputs[:, 7] = 32767  # so the scale of a row is exactly 1
+    products = inputs[:, None, :] * codes[None, :, :]
+    want = products.sum(axis=-1).astype(np.float32)
+    in_floats = added(products, list(range(32)))
+    assert np.mean(in_floats != want) > 0.1, "the numbers must tell integers and floats apart"
+    got = multiply(mx.array(inputs.astype(np.float32)), stored_codes(codes, np.ones((40, 1)), 8, mx.float32))
+    for row, output in np.argwhere(got != want)[:1]:
+        total = products[row, output].sum()
+        pytest.fail(
+            f"row {row}, output {output} is {got[row, output]:.0f}, not {want[row, output]:.0f}: the exact sum "
+            f"{total} as a float; added in float32, the products would give {in_floats[row, output]:.0f}"
+        )
+
+
+def processor_seconds(work: Callable[[], object], runs: int = 3) -> float:
+    """Processor time of all threads, the least of some runs: other programs do not change it much."""
+    work()
+    seconds = []
+    for _ in range(runs):
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    return min(seconds)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_task_6_a_call_computes_only_its_own_items() -> None:
+    """Oracle: processor time: two threads share the items, so together they work about as long as one.
+
+    Every call that computes all items, not begin .. end - 1, gives the right numbers, many times over.
+    """
+    stored = Quantized(*mx.quantize(random_matrix(2048, 576, seed=29), group_size=32, bits=4), 32, 4)
+    x = random_matrix(48, 576, seed=30)
+    packed = compiled_kernel("pack")(*stored[:3], group_size=32, bits=4)
+    kernel, set_threads = compiled_kernel("quantized_matmul"), compiled_kernel("set_num_threads")
+    mx.eval(x, packed)
+    before = compiled_kernel("num_threads")()
+    seconds = {}
+    try:
+        for threads in (1, 2):  # one thread calls the kernel once, two call it for many short ranges
+            set_threads(threads)
+            seconds[threads] = processor_seconds(lambda: mx.eval(kernel(x, packed, 2048, bits=4)))
+    finally:
+        set_threads(before)
+    ratio = seconds[2] / seconds[1]
+    assert ratio < 4, f"two threads work {ratio:.1f} times as long as one: compute only items begin .. end - 1"
+
+
+@pytest.mark.usefixtures("compiled")
+def test_task_6_an_item_has_at_most_48_rows() -> None:
+    """Oracle: processor time: 20 blocks of rows take about 20 times as long as one.
+
+    An item that continues to row M - 1 gives the right numbers, and computes most rows many times.
+    """
+    stored = Quantized(*mx.quantize(random_matrix(400, 576, seed=31), group_size=32, bits=4), 32, 4)
+    packed = compiled_kernel("pack")(*stored[:3], group_size=32, bits=4)
+    kernel = compiled_kernel("quantized_matmul")
+    one, many = random_matrix(48, 576, seed=32), random_matrix(960, 576, seed=33)
+    mx.eval(one, many, packed)
+    shorter, longer = (
+        processor_seconds(lambda x=x: mx.eval(kernel(x, packed, 400, bits=4))) for x in (one, many)
+    )
+    ratio = longer / shorter
+    assert ratio < 60, f"960 rows take {ratio:.0f} times as long as 48: an item ends with its block of 48 rows"
