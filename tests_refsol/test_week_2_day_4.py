@@ -522,9 +522,9 @@ def test_task_6_groups_are_added_in_order_group_0_first(
     got = multiply(x, stored, activation_bits)
     for row, output in np.argwhere(got != want)[:1]:
         pytest.fail(
-            f"row {row}, output {output} is {got[row, output]:.9g}, not {want[row, output]:.9g}, which is the "
-            f"sum of the groups' floats in float32, group 0 first; from the last group to the first it would "
-            f"be {from_the_end[row, output]:.9g}"
+            f"row {row}, output {output} is {got[row, output]:.9g}, not {want[row, output]:.9g}, the sum of "
+            f"the groups' floats in float32, group 0 first; from the last group to the first it would be "
+            f"{from_the_end[row, output]:.9g}"
         )
 
 
@@ -542,8 +542,8 @@ def test_task_6_sums_within_a_group_are_exact_above_2_to_the_24() -> None:
     for row, output in np.argwhere(got != want)[:1]:
         total = products[row, output].sum()
         pytest.fail(
-            f"row {row}, output {output} is {got[row, output]:.0f}, not {want[row, output]:.0f}: the exact sum "
-            f"{total} as a float; added in float32, the products would give {in_floats[row, output]:.0f}"
+            f"row {row}, output {output} is {got[row, output]:.0f}, not {want[row, output]:.0f}: the exact "
+            f"sum {total} as a float; added in float32, products would give {in_floats[row, output]:.0f}"
         )
 
 
@@ -578,7 +578,8 @@ def test_task_6_a_call_computes_only_its_own_items() -> None:
     finally:
         set_threads(before)
     ratio = seconds[2] / seconds[1]
-    assert ratio < 4, f"two threads work {ratio:.1f} times as long as one: compute only items begin .. end - 1"
+    says = f"two threads work {ratio:.1f} times as long as one: compute only the items begin .. end - 1"
+    assert ratio < 4, says
 
 
 @pytest.mark.usefixtures("compiled")
@@ -596,4 +597,5 @@ def test_task_6_an_item_has_at_most_48_rows() -> None:
         processor_seconds(lambda x=x: mx.eval(kernel(x, packed, 400, bits=4))) for x in (one, many)
     )
     ratio = longer / shorter
-    assert ratio < 60, f"960 rows take {ratio:.0f} times as long as 48: an item ends with its block of 48 rows"
+    says = f"960 rows take {ratio:.0f} times as long as 48: an item ends with its block of 48 rows"
+    assert ratio < 60, says
