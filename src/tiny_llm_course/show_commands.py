@@ -135,7 +135,8 @@ def on_progress(
     """Show which exercises are written and which days pass.
 
     A day passes if its tests, or the tests of all its parts, passed on the files as they are now. The parts
-    of a day (3.2a, 3.2b and so on) are listed once you have started it.
+    of a day (3.2a, 3.2b and so on) are listed once you have started it. A kernel in C++ has a mark of its
+    own, after the exercises, if you have a file for it.
     """
     repo, syllabus = open_course()
     if as_json:
