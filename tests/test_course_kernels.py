@@ -75,6 +75,8 @@ def test_a_kernels_starter_states_the_task(tmp_path: Path) -> None:
         [option] = [line for line in tasks(here, day).splitlines() if line.startswith("option:")]
         assert option.startswith(f"option:  {day.id}.{len(day.exercises) + 1}, ")
         [file] = cpp.start_kernels(here, day)
+        assert "tiny_llm::TINY_LLM_ISA)" in file.read_text("utf-8")
+        assert max(map(len, file.read_text("utf-8").splitlines())) <= 120
         run = cpp.compiles(here, file.read_text("utf-8"))
         assert run.returncode
         assert day.kernels[0].message in run.stderr

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
+from textwrap import fill
 
 from .errors import CourseError
 from .repo import Repo
@@ -19,8 +20,8 @@ from .units import Kernel, Unit
 
 LAST_LINES = 20
 RULE = (
-    "use only what kernels.h and vec.h define, in namespaces tiny_llm and tiny_llm::TINY_LLM_ISA; include "
-    "nothing of the standard library"
+    "use only what kernels.h and vec.h define (namespaces tiny_llm and tiny_llm::TINY_LLM_ISA), nothing of "
+    "the standard library"
 )
 FIRST_BUILD = "the first build compiles every kernel, which takes a few minutes; later builds take seconds"
 SHOWN_STEPS = 10  # of a build whose output is not a terminal
@@ -107,7 +108,7 @@ def _preface(repo: Repo, kernel: Kernel) -> str:
         f"// {kernel.id}: write {' and '.join(kernel.functions)}. "
         "You do not need the day's tasks in Python for it.\n"
         f"// First read {job(repo, kernel)} in kernels.h, and vec.h, both in {repo.shown(sources(repo))}.\n"
-        f"// {RULE.capitalize()}.\n\n"
+        f"{fill(f'{RULE[0].upper()}{RULE[1:]}.', 110, initial_indent='// ', subsequent_indent='// ')}\n\n"
     )
 
 
