@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 from tiny_llm_checkpoints.suggestions import did_you_mean
+from tiny_llm_course.arguments import open_course
+from tiny_llm_course.cpp import refuse_outdated
+from tiny_llm_course.errors import CourseError
 from tiny_llm_course.mistake import one_line
 
 FOLDER = Path(__file__).parent
@@ -56,6 +59,11 @@ def main() -> int:
         print(INTRODUCTION + "\n".join(f"  {name:{width}}  {line}" for name, line in known.items()))
         return 0
     name = arguments[0]
+    try:
+        refuse_outdated(*open_course())
+    except CourseError as error:
+        print(f"pdm run bench: error: {error}", file=sys.stderr)
+        return 1
     if name in OF_TINY_LLM:
         return subprocess.call([sys.executable, "-m", "tiny_llm_cli", "bench", *arguments])
     if name not in known:

@@ -23,9 +23,11 @@ from report import Report, as_json_object, show
 from result import Result
 from tiny_llm_cli.command import Command
 from tiny_llm_cli.mistakes import explain
+from tiny_llm_course.cpp import refuse_outdated, running_kernels
 from tiny_llm_course.errors import CourseError
 from tiny_llm_course.learner import learners_errors
 from tiny_llm_course.repo import Repo
+from tiny_llm_course.syllabus import Syllabus, read_syllabus
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 INTRODUCTION = """\
@@ -79,6 +81,7 @@ def as_command(lab: Lab, measure: Callable[..., Result]) -> TyperCommand:
     def command(as_json: bool, plot: Path | None, **settings: Any) -> None:
         if plot is not None:
             draw.check(plot)
+        refuse_outdated(*_course())
         result = measure(_progress, **settings)
         _output(_report(lab, result, settings), as_json, plot)
 
@@ -113,7 +116,14 @@ def _report(lab: Lab, result: Result, settings: dict[str, object]) -> Report:
 
     yours = facts.overlay()["modules"]
     assert isinstance(yours, list)
-    return Report(lab, result, settings, facts.machine(), yours)
+    kernels = [kernel.file for kernel in running_kernels(*_course())]
+    return Report(lab, result, settings, facts.machine(), yours, kernels)
+
+
+def _course() -> tuple[Repo, Syllabus]:
+    """This checkout and its syllabus."""
+    repo = Repo.here()
+    return repo, read_syllabus(repo.syllabus)
 
 
 def _output(report: Report, as_json: bool, plot: Path | None) -> None:

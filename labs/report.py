@@ -16,13 +16,14 @@ FILE_WIDTH = 120
 
 
 class Report(NamedTuple):
-    """A lab, its result, and the settings, machine and modules of the run."""
+    """A lab, its result, and the settings, machine, modules and kernels of the run."""
 
     lab: Lab
     result: Result
     settings: Mapping[str, object]
     machine: Mapping[str, object]
     your_modules: Sequence[str]
+    your_kernels: Sequence[str] = ()
 
 
 def as_json_object(report: Report) -> dict[str, object]:
@@ -40,6 +41,7 @@ def as_json_object(report: Report) -> dict[str, object]:
         "settings": dict(report.settings),
         "machine": dict(report.machine),
         "your_modules": list(report.your_modules),
+        "your_kernels": list(report.your_kernels),
     }
 
 
@@ -57,10 +59,9 @@ def show(report: Report) -> None:
 
 
 def _setup(report: Report) -> str:
-    yours = ", ".join(report.your_modules)
-    modules = (
-        f"your modules: {yours}; all others: the reference's" if yours else "all modules: the reference's"
-    )
+    kinds = {"your modules": report.your_modules, "your kernels": report.your_kernels}
+    yours = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+    modules = f"{yours}; all others: the reference's" if yours else "all modules: the reference's"
     settings = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in report.settings.items())
     machine = report.machine
     described = f"{machine['processor']}, MLX {machine['mlx']}, kernels: {machine['kernels']}"

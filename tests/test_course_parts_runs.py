@@ -212,7 +212,7 @@ def test_a_fault_of_another_part_in_the_same_file_is_found(course: Repo) -> None
     calling = "        for _ in range(steps):\n            self.count()\n        return self.value"
     write(course, "counting", solved(wrong, "Counter.leap", calling))
     outcome = failing("test_task_2_leaps")
-    found = find_blame(course, day.part("b"), outcome)
+    found = find_blame(course, syllabus_of(course), day.part("b"), outcome)
     assert found.exercise is not None
     assert found.exercise.id == "1.2.1"
     assert str(first_to_fix(outcome, day, found.exercise)) == (
@@ -228,7 +228,7 @@ def test_a_learners_helper_may_have_the_name_of_a_reference_helper(course: Repo)
     wrong = solved(wrong, "Counter.back", "        self.value = self._before(2)\n        return self.value")
     helper = "    def _before(self, steps: int) -> int:\n        return self.value - steps\n\n\ndef given"
     write(course, "counting", wrong.replace("\ndef given", helper))
-    found = find_blame(course, day, failing("test_task_4_goes_back"))
+    found = find_blame(course, syllabus_of(course), day, failing("test_task_4_goes_back"))
     assert found.exercise is not None
     assert found.exercise.id == "1.2.4"
 

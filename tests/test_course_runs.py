@@ -366,7 +366,7 @@ def test_the_cause_may_be_in_another_exercise_than_the_one_that_fails(repo: Repo
     replace(suite(repo, 2), "== [1, 2]", "!= [0, 0]")
     write(repo, "counting", COUNTING.replace("        return self.value\n", "        return 7\n", 1))
     write(repo, "doubling", DOUBLING)
-    found = find_blame(repo, day, failing("test_task_2_doubles"))
+    found = find_blame(repo, syllabus_of(repo), day, failing("test_task_2_doubles"))
     assert found.today
     assert found.exercise is not None
     assert found.exercise.id == "1.2.1"
@@ -424,7 +424,9 @@ def test_unrelated_modules_are_not_tried(repo: Repo, monkeypatch: pytest.MonkeyP
     write(repo, "counting", COUNTING)
     write(repo, "doubling", DOUBLING)
     replace(suite(repo, 1), "== 5", "== 5 and add(1, 1) == 2")
-    found = find_blame(repo, syllabus_of(repo).day("1.1"), failing("test_task_1_two_and_three", number=1))
+    found = find_blame(
+        repo, syllabus_of(repo), syllabus_of(repo).day("1.1"), failing("test_task_1_two_and_three", number=1)
+    )
     assert found.exercise is not None
     assert len(runs) == 1
 
@@ -436,12 +438,12 @@ def test_results_of_the_search_are_cached_until_a_file_changes(
     write(repo, "counting", COUNTING.replace("return self.value\n", "return 7\n", 1))
     write(repo, "doubling", DOUBLING)
     day, outcome = syllabus_of(repo).day("1.2"), failing("test_task_1_counts")
-    first = find_blame(repo, day, outcome)
+    first = find_blame(repo, syllabus_of(repo), day, outcome)
     made = len(runs)
-    assert find_blame(repo, day, outcome) == first
+    assert find_blame(repo, syllabus_of(repo), day, outcome) == first
     assert len(runs) == made
     write(repo, "doubling", f"{DOUBLING}# changed\n")
-    find_blame(repo, day, outcome)
+    find_blame(repo, syllabus_of(repo), day, outcome)
     assert len(runs) > made
 
 
@@ -468,9 +470,9 @@ def test_the_search_has_more_time_after_a_slow_run(repo: Repo, monkeypatch: pyte
     write(repo, "counting", COUNTING.replace("return self.value\n", "return 7\n", 1))
     write(repo, "doubling", DOUBLING)
     day, outcome = syllabus_of(repo).day("1.2"), failing("test_task_1_counts")
-    stopped = find_blame(repo, day, outcome)
+    stopped = find_blame(repo, syllabus_of(repo), day, outcome)
     assert (stopped.exercise, stopped.stopped_after) == (None, 0.0)
-    found = find_blame(repo, day, dataclasses.replace(outcome, seconds=60.0))
+    found = find_blame(repo, syllabus_of(repo), day, dataclasses.replace(outcome, seconds=60.0))
     assert found.exercise is not None
     assert (found.exercise.id, found.stopped_after) == ("1.2.1", None)
 

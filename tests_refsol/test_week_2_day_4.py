@@ -4,6 +4,8 @@ When these tests pass, you can write and read MLX's quantized layout, bit by bit
 that takes a third of the bytes: 5 bits per value with 4-bit codes, groups of 32 and float16 scales.
 """
 
+import time
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -470,3 +472,125 @@ def test_task_6_the_kernel_is_exact_for_zeros_and_does_not_overflow() -> None:
     np.testing.assert_allclose(
         multiply(mx.full((1, 32), 3.0), ones), np.full((1, 16), 3.0 * 255 * 32), rtol=1e-4
     )
+
+
+def stored_codes(codes: np.ndarray, scales: np.ndarray, bits: int, dtype: mx.Dtype) -> Quantized:
+    """A matrix with these codes [N, K] and scales [N, K / 32]; all biases are 0."""
+    per_word = 32 // bits
+    words = codes.reshape(len(codes), -1, per_word).astype(np.uint32) << (bits * np.arange(per_word))
+    weight = mx.array(words.sum(axis=-1).astype(np.uint32))
+    stored_scales = mx.array(scales.astype(np.float32)).astype(dtype)
+    return Quantized(weight, stored_scales, mx.zeros(scales.shape, dtype), 32, bits)
+
+
+def added(groups: np.ndarray, order: list[int]) -> np.ndarray:
+    """The groups' floats [..., G] added one by one in float32, in this order."""
+    total = np.zeros(groups.shape[:-1], np.float32)
+    for group in order:
+        total = total + groups[..., group].astype(np.float32)
+    return total
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32], ids=str)
+def test_task_6_groups_are_added_in_order_group_0_first(
+    dtype: mx.Dtype, bits: int, activation_bits: int
+) -> None:
+    """Oracle: NumPy in float32. Scales are powers of two, so the groups' floats are exact; sums are rounded.
+
+    Common mistakes: another order, two sums that are added at the end, a sum in float64.
+    """
+    rows, outputs, groups = 50, 40, 24
+    rng = np.random.default_rng(27)
+    largest = 2 ** (activation_bits - 1) - 1
+    codes = rng.integers(0, 2**bits, size=(outputs, groups, 32))
+    inputs = rng.integers(-min(largest, 1000), min(largest, 1000) + 1, size=(rows, groups, 32))
+    inputs[:, :, 7] = largest  # so the scale of a row's group is exactly `steps`
+    scales = 2.0 ** rng.integers(-5, 6, size=(outputs, groups))
+    steps = 2.0 ** rng.integers(-5, 6, size=(rows, groups))
+    exact = np.einsum("rgk,ogk->rog", inputs, codes) * steps[:, None, :] * scales[None, :, :]
+    want = added(exact, list(range(groups)))
+    from_the_end = added(exact, list(range(groups))[::-1])
+    two_sums = added(exact, list(range(0, groups, 2))) + added(exact, list(range(1, groups, 2)))
+    for other in (from_the_end, two_sums, exact.sum(axis=-1).astype(np.float32)):
+        assert np.mean(other != want) > 0.1, "the numbers must tell the orders apart"
+    x = mx.array((inputs * steps[:, :, None]).reshape(rows, -1).astype(np.float32))
+    stored = stored_codes(codes.reshape(outputs, -1), scales, bits, dtype)
+    got = multiply(x, stored, activation_bits)
+    for row, output in np.argwhere(got != want)[:1]:
+        pytest.fail(
+            f"row {row}, output {output} is {got[row, output]:.9g}, not {want[row, output]:.9g}, the sum of "
+            f"the groups' floats in float32, group 0 first; from the last group to the first it would be "
+            f"{from_the_end[row, output]:.9g}"
+        )
+
+
+@pytest.mark.usefixtures("compiled")
+def test_task_6_sums_within_a_group_are_exact_above_2_to_the_24() -> None:
+    """Oracle: NumPy in int64, rounded once. Common mistake: adding the products of a group in float32."""
+    rng = np.random.default_rng(28)
+    codes, inputs = rng.integers(128, 256, size=(40, 32)), rng.integers(16384, 32768, size=(50, 32))
+    inputs[:, 7] = 32767  # so the scale of a row is exactly 1
+    products = inputs[:, None, :] * codes[None, :, :]
+    want = products.sum(axis=-1).astype(np.float32)
+    in_floats = added(products, list(range(32)))
+    assert np.mean(in_floats != want) > 0.1, "the numbers must tell integers and floats apart"
+    got = multiply(mx.array(inputs.astype(np.float32)), stored_codes(codes, np.ones((40, 1)), 8, mx.float32))
+    for row, output in np.argwhere(got != want)[:1]:
+        total = products[row, output].sum()
+        pytest.fail(
+            f"row {row}, output {output} is {got[row, output]:.0f}, not {want[row, output]:.0f}: the exact "
+            f"sum {total} as a float; added in float32, products would give {in_floats[row, output]:.0f}"
+        )
+
+
+def processor_seconds(rows: int, outputs: int, runs: int = 3) -> float:
+    """Processor time of all threads for a product with 288 inputs, the least of some runs.
+
+    Unlike the time on the clock, other programs do not change it much.
+    """
+    stored = mx.quantize(random_matrix(outputs, 288, seed=29), group_size=32, bits=4)
+    packed, x = compiled_kernel("pack")(*stored, group_size=32, bits=4), random_matrix(rows, 288, seed=30)
+    mx.eval(packed, x)
+    seconds = []
+    for _ in range(runs + 1):  # the first run allocates
+        start = time.process_time()
+        mx.eval(compiled_kernel("quantized_matmul")(x, packed, outputs, bits=4))
+        seconds.append(time.process_time() - start)
+    return min(seconds[1:])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_task_6_a_call_computes_only_its_own_items() -> None:
+    """Oracle: processor time: two threads share the items, so together they work about as long as one.
+
+    A call that computes all items, not begin .. end - 1, gives the right numbers, but many times over.
+    """
+    set_threads, before = compiled_kernel("set_num_threads"), compiled_kernel("num_threads")()
+    rows = 48
+    try:
+        set_threads(1)  # one thread calls the kernel once
+        while (alone := processor_seconds(rows, 256)) < 0.004 and rows < 12_000:
+            rows *= 4  # a fast kernel needs a longer product, so that waiting threads do not matter
+        set_threads(2)  # two threads call it for many short ranges
+        ratio = processor_seconds(rows, 256) / alone
+    finally:
+        set_threads(before)
+    says = f"two threads work {ratio:.1f} times as long as one: compute only the items begin .. end - 1"
+    assert ratio < 4, says
+
+
+@pytest.mark.usefixtures("compiled")
+def test_task_6_an_item_has_at_most_48_rows() -> None:
+    """Oracle: processor time: 10 blocks of rows take about 10 times as long as one.
+
+    An item that continues to row M - 1 gives the right numbers, but computes most rows many times.
+    """
+    outputs = 160
+    while (alone := processor_seconds(48, outputs)) < 0.0004 and outputs < 4_000:
+        outputs *= 4  # a fast kernel needs a longer product, so that starting it does not matter
+    ratio = processor_seconds(480, outputs) / alone
+    says = f"480 rows take {ratio:.0f} times as long as 48: an item ends with its block of 48 rows"
+    assert ratio < 30, says

@@ -37,10 +37,16 @@ class Exercises:
         return frozenset(f"{one.module}.{one.name}" for day in self._syllabus.days for one in day.exercises)
 
     def tasks(self, unit_id: str) -> str:
-        """A table of the exercises of a day or a part, with their files."""
+        """A table of the exercises and the optional kernels of a day or a part, with their files."""
+        unit = self._unit(unit_id)
         rows = [
             f"| [{one.id}](#task-{one.task}) | `{one.name}` | `src/tiny_llm/{one.module}.py` |"
-            for one in self._unit(unit_id).exercises
+            for one in unit.exercises
+        ]
+        rows += [
+            f"| [{one.id}](#task-{one.id.rpartition('.')[2]}), optional | `{one.name}`, in C++ "
+            f"| `src/tiny_llm/{one.file}` |"
+            for one in unit.kernels
         ]
         return "\n".join(["| task | write | in |", "|---|---|---|", *rows])
 

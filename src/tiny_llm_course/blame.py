@@ -1,4 +1,4 @@
-"""Finds the cause of a failing day or part: one of its exercises, or another module of the learner's.
+"""Finds the cause of a failing day or part: a kernel in C++, an exercise, or another module of the learner's.
 
 A few failing tests run again, in overlays where some of the learner's code is replaced by the reference's.
 The search is a bisection and caches the results of its runs. Its time limit depends on how long the tests
@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from .cpp import libraries, running_kernels
 from .outcome import Outcome, task_of
 from .progress import State, fingerprint, own_modules, reached, state
 from .repo import Repo
 from .runs import overlay_of, own_sources, run_suites
 from .starter import filled
-from .units import Exercise, Unit
+from .syllabus import Syllabus
+from .units import Exercise, Kernel, Unit
 
 RUNS = 5  # the search may take as long as this many runs like the one that failed ...
 SHORTEST, LONGEST = 20.0, 120.0  # ... within these limits, in seconds
@@ -36,14 +38,16 @@ class Blame:
 
     today: False if the unit passes when the reference replaces the learner's other modules. module: the
     one of these modules that makes it fail. exercise: `test` passes if this exercise has the reference's
-    code. sometimes: the unchanged code passed when it ran again. stopped_after: the search's time limit in
-    seconds if it ran out of time, else None.
+    code. kernels: `test` passes with the reference's compiled kernels instead of these of the learner's.
+    sometimes: the unchanged code passed when it ran again. stopped_after: the search's time limit in seconds
+    if it ran out of time, else None.
     """
 
     today: bool
     test: str
     module: str | None = None
     exercise: Exercise | None = None
+    kernels: tuple[Kernel, ...] = ()
     sometimes: bool = False
     stopped_after: float | None = None
 
@@ -58,7 +62,7 @@ def other_modules(repo: Repo, unit: Unit) -> list[str]:
     return sorted((set(own_modules(repo)) & reached(repo, unit)) - set(unit.modules))
 
 
-def find_blame(repo: Repo, unit: Unit, outcome: Outcome) -> Blame:
+def find_blame(repo: Repo, syllabus: Syllabus, unit: Unit, outcome: Outcome) -> Blame:
     """Find the cause of the first failing task."""
     first = min(map(task_of, outcome.failed))
     tests = [test for test in outcome.failed if task_of(test) == first][:MAX_TESTS]
@@ -67,8 +71,13 @@ def find_blame(repo: Repo, unit: Unit, outcome: Outcome) -> Blame:
     today = own_sources(repo, [module for module in own_modules(repo) if module in unit.modules])
     suspects = other_modules(repo, unit)
     test = tests[0].partition("::")[2]
+    kernels = running_kernels(repo, syllabus)
     is_today = True
     try:
+        if kernels and trials.passes(own_sources(repo, own_modules(repo)), kernels=False):
+            if trials.passes(own_sources(repo, own_modules(repo)), again=True):
+                return Blame(False, test, sometimes=True)
+            return Blame(False, test, kernels=_tested(unit, first, kernels))
         is_today = not (suspects and trials.passes(today))
         if not is_today and trials.passes(own_sources(repo, own_modules(repo)), again=True):
             return Blame(False, test, sometimes=True)
@@ -77,6 +86,12 @@ def find_blame(repo: Repo, unit: Unit, outcome: Outcome) -> Blame:
         return Blame(True, test, exercise=_exercise(repo, unit, trials, today) if first else None)
     except OutOfSearchTimeError:
         return Blame(is_today, test, stopped_after=limit)
+
+
+def _tested(unit: Unit, task: int, kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
+    """The kernel that a task is about if it is the learner's; otherwise all of theirs."""
+    about = tuple(kernel for kernel in kernels if kernel.id == f"{unit.day.id}.{task}")
+    return about or tuple(kernels)
 
 
 def _module(repo: Repo, trials: "Trials", today: dict[str, str], suspects: list[str]) -> str | None:
@@ -131,12 +146,13 @@ class Trials:
         self._until = time.monotonic() + limit
         self._file = repo.records / "trials.json"
 
-    def passes(self, sources: dict[str, str], *, again: bool = False) -> bool:
-        """Whether the tests pass with these modules. again: ignore the cache.
+    def passes(self, sources: dict[str, str], *, again: bool = False, kernels: bool = True) -> bool:
+        """Whether the tests pass with these modules.
 
-        Raises `OutOfSearchTimeError`.
+        again: ignore the cache. kernels: with the learner's library, if there is one. Raises
+        `OutOfSearchTimeError`.
         """
-        with overlay_of(self._repo, sources, kernels=bool(self._day.kernels)) as exchanged:
+        with overlay_of(self._repo, sources, kernels=kernels) as exchanged:
             known = self._known()
             key = self._key(exchanged)
             if again or key not in known:
@@ -155,7 +171,8 @@ class Trials:
         return run.returncode == 0
 
     def _key(self, exchanged: Repo) -> str:
-        about = json.dumps([fingerprint(exchanged, self._day), self._tests])
+        built = [hashlib.sha256(file.read_bytes()).hexdigest() for file in libraries(exchanged)]
+        about = json.dumps([fingerprint(exchanged, self._day), built, self._tests])
         return hashlib.sha256(about.encode()).hexdigest()
 
     def _known(self) -> dict[str, bool]:

@@ -12,17 +12,19 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from .cpp import libraries
+from .cpp import is_blank, refuse_stale
 from .days import function_name, function_of
 from .errors import CourseError
 from .progress import missing_modules, own_modules
 from .repo import Repo
 from .runs import overlay_of, own_sources, start_python
 from .source import stand_ins
-from .units import Unit
+from .syllabus import Syllabus
+from .units import Kernel, Unit
 
 SECONDS = 2.0  # of repetitions, both sides together; the measurement then stops
 MAX_REPETITIONS = 50
+WORK, KERNEL_WORK = "work", "kernel_work"  # the functions of a day's file: its modules', its kernel's
 
 
 class Measured(NamedTuple):
@@ -48,24 +50,44 @@ class Comparison(NamedTuple):
     largest_difference: float | None
 
 
-def compare(repo: Repo, unit: Unit) -> Comparison:
+def works_of(repo: Repo, unit: Unit) -> list[str]:
+    """The workloads to measure: `WORK` if the unit's modules are there, `KERNEL_WORK` if its kernel is.
+
+    Raises `CourseError` if the unit is not started, or if its kernel is not built.
+    """
+    kernels = [kernel for kernel in own_kernels_of(repo, unit) if not is_blank(repo, kernel)]
+    works = [*([] if missing_modules(repo, unit) else [WORK]), *([KERNEL_WORK] if kernels else [])]
+    if works != [WORK]:
+        refuse_stale(repo, Syllabus((unit.day,)))
+    if not works:
+        raise CourseError(f"{unit.named} is not started: pdm run start {unit.id}")
+    return works
+
+
+def own_kernels_of(repo: Repo, unit: Unit) -> list[Kernel]:
+    """The unit's kernels for which the learner has a file."""
+    return [kernel for kernel in unit.kernels if (repo.overlay / kernel.file).exists()]
+
+
+def compare(repo: Repo, unit: Unit, work: str = WORK) -> Comparison:
     """Run a unit's workload on the learner's modules of its day and on the reference, alternating.
 
-    Raises `CourseError` if the day has no comparison, is not started, or its workload fails.
+    work: `WORK`, or `KERNEL_WORK` for the learner's kernel. Raises `CourseError` if the day has no
+    comparison, is not started, or its workload fails.
     """
     import numpy as np
 
     day = unit.day
     if day.no_compare is not None:
         raise CourseError(f"day {day.id} has no comparison: {day.no_compare}")
-    if missing_modules(repo, unit) and not (unit.kernels and libraries(repo)):
+    if work not in works_of(repo, unit):
         raise CourseError(f"{unit.named} is not started: pdm run start {unit.id}")
     own = own_sources(repo, [module for module in own_modules(repo) if module in day.modules])
     with (
         overlay_of(repo, own, kernels=bool(day.kernels)) as mine,
         overlay_of(repo, {}) as theirs,
-        _started_side(mine, unit, f"your {unit.named}", repo) as first,
-        _started_side(theirs, unit, "the reference", theirs) as second,
+        _started_side(mine, unit, work, f"your {unit.named}", repo) as first,
+        _started_side(theirs, unit, work, "the reference", theirs) as second,
     ):
         while first.total + second.total < SECONDS and len(first.seconds) < MAX_REPETITIONS:
             first.repeat()
@@ -80,28 +102,27 @@ def compare(repo: Repo, unit: Unit) -> Comparison:
     return Comparison(own_side, reference_side, differing, outs[1].size, largest)
 
 
-def as_text(repo: Repo, unit: Unit, found: Comparison) -> str:
+def as_text(repo: Repo, unit: Unit, found: Comparison, work: str = WORK) -> str:
     """A table of both sides' figures, and a note on the code that ran on each side."""
     own, reference = found.own, found.reference
     times = [f"{1e3 * s.seconds:.2f} ({1e3 * s.least:.2f}-{1e3 * s.most:.2f})" for s in (own, reference)]
     return "\n".join(
         [
-            f"{unit.named}, {unit.title}: {function_of(unit, 'work').__doc__}",
+            f"{unit.named}, {unit.title}: {function_of(unit, work).__doc__}",
             f"{'':30}  {'yours':>24}  {'reference':>24}",
             f"{'milliseconds (fastest-slowest)':30}  {times[0]:>24}  {times[1]:>24}",
             f"{'peak memory in MLX, KiB':30}  {own.peak_bytes >> 10:>24,}  {reference.peak_bytes >> 10:>24,}",
             _results(found),
             "memory: the peak of a run, without weights and inputs",
-            *_what_runs(repo, unit),
+            *(_what_runs(repo, unit) if work == WORK else _which_kernel(repo, unit)),
         ]
     )
 
 
 def _what_runs(repo: Repo, unit: Unit) -> list[str]:
     """Which modules differ, and for which exercises the reference runs faster code."""
-    modules = [f"{module}.py" for module in unit.day.modules if (repo.overlay / f"{module}.py").exists()]
-    kernels = [kernel.file for kernel in unit.kernels if (repo.overlay / kernel.file).exists()]
-    own = modules + kernels
+    own = [f"{module}.py" for module in unit.day.modules if (repo.overlay / f"{module}.py").exists()]
+    own += [kernel.file for kernel in own_kernels_of(repo, unit)]
     lines = [
         f"only {', '.join(own)} {'differs' if len(own) == 1 else 'differ'}; "
         "all other modules are the reference's on both sides"
@@ -112,6 +133,14 @@ def _what_runs(repo: Repo, unit: Unit) -> list[str]:
         if "fused" in kinds or fast == "a compiled kernel":
             lines.append(f"{exercise.id} {exercise.name}: your Python code against {fast}")
     return lines
+
+
+def _which_kernel(repo: Repo, unit: Unit) -> list[str]:
+    """Which kernel is measured against which."""
+    return [
+        f"{kernel.id} {kernel.file}: your kernel in C++ against the reference's; no module in Python differs"
+        for kernel in own_kernels_of(repo, unit)
+    ]
 
 
 def compiled_runs() -> bool:
@@ -192,14 +221,14 @@ class _Side:
 
 
 @contextmanager
-def _started_side(overlaid: Repo, unit: Unit, whose: str, shown: Repo) -> Iterator[_Side]:
+def _started_side(overlaid: Repo, unit: Unit, work: str, whose: str, shown: Repo) -> Iterator[_Side]:
     """Start a side on this overlay, and kill it at the end. Its errors show file names as in `shown`."""
     with TemporaryDirectory(prefix="tiny-llm-compare-") as folder:
         arguments = [
             "-m",
             "tiny_llm_course.measure",
             unit.day.id,
-            function_name(unit, "work"),
+            function_name(unit, work),
             str(Path(folder, "result.npz")),
         ]
         with start_python(overlaid, arguments) as process:

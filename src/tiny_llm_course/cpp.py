@@ -8,9 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
+from textwrap import fill
 
 from .errors import CourseError
 from .repo import Repo
@@ -18,7 +19,13 @@ from .syllabus import Syllabus
 from .units import Kernel, Unit
 
 LAST_LINES = 20
-RULE = "use only names of the namespace tiny_llm, not the standard library"
+RULE = (
+    "use only what kernels.h and vec.h define (namespaces tiny_llm and tiny_llm::TINY_LLM_ISA), nothing of "
+    "the standard library"
+)
+FIRST_BUILD = "the first build compiles every kernel, which takes a few minutes; later builds take seconds"
+SHOWN_STEPS = 10  # of a build whose output is not a terminal
+_STEP = re.compile(r"\[(\d+)/(\d+)\]")
 _NAMED = re.compile(r"(?:struct|class)\s+(\w+)|constexpr\s+\w+\s+(\w+)\s*=|\b(\w+)\s*\([^;{]*\)\s*\{")
 _HEADING = re.compile(r"// ---- .* ----")
 
@@ -101,7 +108,7 @@ def _preface(repo: Repo, kernel: Kernel) -> str:
         f"// {kernel.id}: write {' and '.join(kernel.functions)}. "
         "You do not need the day's tasks in Python for it.\n"
         f"// First read {job(repo, kernel)} in kernels.h, and vec.h, both in {repo.shown(sources(repo))}.\n"
-        f"// {RULE.capitalize()}.\n\n"
+        f"{fill(f'{RULE[0].upper()}{RULE[1:]}.', 110, initial_indent='// ', subsequent_indent='// ')}\n\n"
     )
 
 
@@ -109,6 +116,32 @@ def own_kernels(repo: Repo, syllabus: Syllabus) -> list[Kernel]:
     """The kernels for which the learner has a file."""
     all_kernels = [kernel for day in syllabus.days for kernel in day.kernels]
     return [kernel for kernel in all_kernels if (repo.overlay / kernel.file).exists()]
+
+
+def is_blank(repo: Repo, kernel: Kernel) -> bool:
+    """Whether a function of the learner's kernel is still blank."""
+    return kernel.message in (repo.overlay / kernel.file).read_text(encoding="utf-8")
+
+
+def running_kernels(repo: Repo, syllabus: Syllabus) -> list[Kernel]:
+    """The learner's kernels that are in their library, in the current version."""
+    own = own_kernels(repo, syllabus)
+    return [kernel for kernel in own if build_of(repo, kernel) is Build.DONE and not is_blank(repo, kernel)]
+
+
+def whose_kernels(repo: Repo, syllabus: Syllabus) -> list[str]:
+    """A line about the learner's kernels that run, and one about those that do not; empty without any."""
+    own, running = own_kernels(repo, syllabus), running_kernels(repo, syllabus)
+    waiting = [kernel for kernel in own if kernel not in running]
+    lines = [f"compiled kernels: your {_files(running)}; all others are the reference's"] if running else []
+    if waiting:
+        verb = "is" if len(waiting) == 1 else "are"
+        lines.append(f"your {_files(waiting)} {verb} not built: the reference's version runs")
+    return lines
+
+
+def _files(kernels: Iterable[Kernel]) -> str:
+    return ", ".join(kernel.file for kernel in kernels)
 
 
 def libraries(repo: Repo) -> list[Path]:
@@ -131,6 +164,20 @@ def refuse_stale(repo: Repo, syllabus: Syllabus) -> None:
             file = repo.shown(repo.overlay / kernel.file)
             raise CourseError(
                 f"{file} is not built yet: run `pdm run build-kernels`, or `pdm run skip {kernel.id}`"
+            )
+
+
+def refuse_outdated(repo: Repo, syllabus: Syllabus) -> None:
+    """Raise `CourseError` if the library contains an older version of one of the learner's kernels.
+
+    A kernel that is not built yet is no error here: the reference's version runs.
+    """
+    for kernel in own_kernels(repo, syllabus):
+        if build_of(repo, kernel) is Build.STALE and not is_blank(repo, kernel):
+            file = repo.shown(repo.overlay / kernel.file)
+            raise CourseError(
+                f"{file} is {Build.STALE.value}, which would run an older version: run "
+                f"`pdm run build-kernels`, or `pdm run skip {kernel.id}`"
             )
 
 
@@ -179,11 +226,37 @@ def build(repo: Repo, syllabus: Syllabus) -> Path:
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
     ]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DTINY_LLM_LIBRARY_FOLDER={repo.overlay}"]
+    if not (folder / "build.ninja").exists():
+        print(FIRST_BUILD, flush=True)
     for command in (configure, [cmake, "--build", str(folder)]):
-        run = subprocess.run(command, text=True, capture_output=True, check=False)
-        if run.returncode:
-            raise CourseError(f"the build failed\n{_last(run.stdout + run.stderr)}")
+        _run(command)
     return libraries(repo)[0]
+
+
+def _run(command: Sequence[str]) -> None:
+    """Run a build command and show its steps. Raises `CourseError` with its last lines if it fails."""
+    said: list[str] = []
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line)
+            for step in _steps(line):
+                print(step, end="", flush=True)
+    if process.returncode:
+        failed = next((n for n, line in enumerate(said) if line.startswith("FAILED")), 0)
+        raise CourseError(f"the build failed\n{_last(''.join(said[failed:]))}")
+
+
+def _steps(line: str) -> Iterator[str]:
+    """What to print for a line of the build tool: `step 3 of 40`, on one line of a terminal."""
+    match = _STEP.match(line)
+    if match is None:
+        return
+    done, total = int(match[1]), int(match[2])
+    if sys.stdout.isatty():
+        yield f"\r\033[Kstep {done} of {total}{chr(10) * (done == total)}"
+    elif done * SHOWN_STEPS // total > (done - 1) * SHOWN_STEPS // total:
+        yield f"step {done} of {total}\n"
 
 
 def _tool(name: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .units import Day, Exercise
+from .units import Day, Exercise, Kernel
 
 OUTCOME_FILE = "TINY_LLM_COURSE_OUTCOME"  # environment variable with the file that the plugin writes
 _TASK = re.compile(r"::test_task_(\d+)_")
@@ -94,6 +94,14 @@ def signal_report(outcome: Outcome, day: Day) -> list[str]:
     where = f"in {test}" if test else f"while importing {file}" if file else "before the first test"
     lines = ["", f"{outcome.ended_by} ended Python {where}"]
     one = next((one for one in day.exercises if one.task == task_of(outcome.running)), None)
+    kernel = next((k for k in day.kernels if k.id == f"{day.id}.{task_of(outcome.running)}"), None)
+    if kernel is not None:
+        return [
+            *lines,
+            f"the test is about {kernel.id} {kernel.file}. Reading or writing past the end of an array can "
+            "crash.",
+            f"try again: pdm run test {kernel.id} -x; pdm run hint {kernel.id}",
+        ]
     if one is None:
         return lines
     return [
@@ -115,13 +123,14 @@ class FirstToFix(NamedTuple):
         return self.line
 
 
-def first_to_fix(outcome: Outcome, day: Day, at_fault: Exercise | None = None) -> FirstToFix | None:
+def first_to_fix(outcome: Outcome, day: Day, at_fault: Exercise | Kernel | None = None) -> FirstToFix | None:
     """The task to look at first: the lowest that fails, or else the lowest that is blank.
 
-    at_fault: the exercise that makes that task's tests fail, if it is known. Returns None if no task is
-    known, for example because a file cannot be imported.
+    at_fault: the exercise or the kernel that makes that task's tests fail, if it is known. Returns None if no
+    task is known, for example because a file cannot be imported.
     """
     names = {one.id: one.name for one in day.exercises} | {one.id: one.name for one in day.kernels}
+    names |= {} if at_fault is None else {at_fault.id: at_fault.name}
     found = Counter(f"{day.id}.{match[1]}" for test in outcome.failed if (match := _TASK.search(test)))
     says = "fail"
     if not outcome.failed:

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from .cpp import build_of, own_kernels
+from .cpp import build_of, is_blank, own_kernels
 from .progress import (
     Result,
     State,
@@ -38,7 +38,21 @@ def progress(repo: Repo, syllabus: Syllabus) -> list[dict[str, Any]]:
     ]
 
 
+def _own_kernels(repo: Repo, unit: Unit) -> dict[str, State]:
+    """The state of each of the unit's kernels for which the learner has a file."""
+    own = own_kernels(repo, Syllabus((unit.day,))) if isinstance(unit, Day) else []
+    return {kernel.id: State.BLANK if is_blank(repo, kernel) else State.WRITTEN for kernel in own}
+
+
+def _kernels_text(repo: Repo, unit: Unit, kernels: dict[str, State]) -> str:
+    """The result of a day for which the learner has only kernels: `only 2.4.6: passes`."""
+    outcome = result(repo, unit)
+    text = State.BLANK.value if State.BLANK in kernels.values() else _tests_text(repo, unit, outcome)
+    return f"only {', '.join(kernels)}: {text}"
+
+
 def _row(repo: Repo, unit: Unit) -> dict[str, Any]:
+    kernels = _own_kernels(repo, unit)
     states = {exercise.id: state(repo, exercise) for exercise in unit.exercises}
     started = len(missing_modules(repo, unit)) < len(unit.modules)
     outcome = result(repo, unit) if started else Result.UNKNOWN
@@ -47,7 +61,10 @@ def _row(repo: Repo, unit: Unit) -> dict[str, Any]:
         "started": started,
         "written": sum(s in (State.WRITTEN, State.SKIPPED) for s in states.values()),
         "exercises": {exercise_id: found.value for exercise_id, found in states.items()},
-        "tests": _unwritten_text(list(states.values())) or _tests_text(repo, unit, outcome),
+        "kernels": {kernel_id: found.value for kernel_id, found in kernels.items()},
+        "tests": _kernels_text(repo, unit, kernels)
+        if kernels and not started
+        else _unwritten_text(list(states.values())) or _tests_text(repo, unit, outcome),
         "done": started and outcome is Result.PASSING,
     }
 
@@ -103,14 +120,20 @@ def _table(repo: Repo, syllabus: Syllabus, rows: list[dict[str, Any]]) -> list[s
         shown.append(("", day, row))
         if row["started"]:
             shown += [("  ", part, one) for part, one in zip(day.parts, row["parts"], strict=True)]
-    marks = [f"[{''.join(_MARKS[state(repo, e)] for e in unit.exercises)}]" for _, unit, _ in shown]
+    marks = [f"[{_marks(repo, unit)}]" for _, unit, _ in shown]
     names = [f"{indent}{unit.id}" for indent, unit, _ in shown]
-    tests = [row["tests"] if row["started"] else "not started" for _, _, row in shown]
+    tests = [row["tests"] if row["started"] or row["kernels"] else "not started" for _, _, row in shown]
     first, second, third = (max(map(len, column)) for column in (names, marks, tests))
     return [
         f"{name:{first}}  {mark:{second}}  {test:{third}}  {unit.title}"
         for name, mark, test, (_, unit, _) in zip(names, marks, tests, shown, strict=True)
     ]
+
+
+def _marks(repo: Repo, unit: Unit) -> str:
+    """A mark for each exercise, and one for each kernel for which the learner has a file."""
+    exercises = [state(repo, exercise) for exercise in unit.exercises]
+    return "".join(_MARKS[one] for one in [*exercises, *_own_kernels(repo, unit).values()])
 
 
 def _next_unit(repo: Repo, syllabus: Syllabus, rows: list[dict[str, Any]]) -> Unit | None:

@@ -11,6 +11,7 @@ import typer
 
 from . import overview, views
 from .arguments import ADay, AnExercise, open_course
+from .cpp import refuse_outdated, whose_kernels
 from .days import function_of, has_own
 from .learner import blanks_of_others, learners_errors
 from .progress import first_unfinished, own_modules
@@ -29,10 +30,12 @@ def on_try(day: ADay) -> None:
     """
     repo, syllabus = open_course()
     chosen = syllabus.to_start(day)
+    refuse_outdated(repo, syllabus)
     print(f"{chosen.named}, {chosen.title}: {_whose(chosen.modules, own_modules(repo))}")
     if not has_own(chosen, "show"):
         print(f"part {chosen.id} has no demonstration of its own; this is the one of day {chosen.day.id}")
     left_out, lines = slow_modules(repo, syllabus, chosen)
+    lines = [*whose_kernels(repo, syllabus), *lines]
     print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
     with blanks_of_others(repo, syllabus, chosen), learners_errors(repo):
         for module in left_out:
@@ -101,20 +104,27 @@ def on_compare(
     modules are the reference's on both sides. Memory is the peak of a run, without weights and inputs, which
     are the same on both sides.
 
+    A kernel that you wrote in C++ is measured separately, against the reference's kernel. With --json its
+    figures are under "kernel".
+
     Some days have no comparison because both sides do the same work; the command then says so.
     """
-    from .compare import as_json_object, as_text, compare
+    from .compare import KERNEL_WORK, WORK, as_json_object, as_text, compare, works_of
 
     repo, syllabus = open_course()
     chosen = syllabus.to_start(day)
     if chosen.day.no_compare is not None and not as_json:
         print(f"day {chosen.day.id} has no comparison: {chosen.day.no_compare}")
         return
-    found = compare(repo, chosen)
+    refuse_outdated(repo, syllabus)
+    works = [WORK] if chosen.day.no_compare is not None else works_of(repo, chosen)
+    found = {work: compare(repo, chosen, work) for work in works}
     if as_json:
-        print(json.dumps({"day": chosen.id, **as_json_object(found)}))
+        figures = as_json_object(found[WORK]) if WORK in found else {}
+        kernel = {"kernel": as_json_object(found[KERNEL_WORK])} if KERNEL_WORK in found else {}
+        print(json.dumps({"day": chosen.id, **figures, **kernel}))
     else:
-        print(as_text(repo, chosen, found))
+        print("\n\n".join(as_text(repo, chosen, one, work) for work, one in found.items()))
 
 
 def on_progress(
@@ -125,7 +135,8 @@ def on_progress(
     """Show which exercises are written and which days pass.
 
     A day passes if its tests, or the tests of all its parts, passed on the files as they are now. The parts
-    of a day (3.2a, 3.2b and so on) are listed once you have started it.
+    of a day (3.2a, 3.2b and so on) are listed once you have started it. A kernel in C++ has a mark of its
+    own, after the exercises, if you have a file for it.
     """
     repo, syllabus = open_course()
     if as_json:

@@ -30,7 +30,7 @@ from .repo import Repo
 from .runs import TIME_LIMIT, overlay_of, own_sources, run_suite_of, run_suites
 from .syllabus import Syllabus
 from .syntax import function_at, syntax_error
-from .units import Day, Exercise, Part, Unit
+from .units import Day, Exercise, Kernel, Part, Unit, exercise_range
 
 ONLY_SHOWN = re.compile(
     r"-(v+|q+|x|l|s)|--tb=.*|--showlocals|--full-trace"
@@ -162,9 +162,20 @@ def _remember_parts(repo: Repo, unit: Unit, outcome: Outcome, arguments: Sequenc
 
 
 def _print_next_steps(repo: Repo, syllabus: Syllabus, unit: Unit) -> None:
-    print(f"{unit.named} passes. {f'What works now: {unit.works}.' if unit.works else ''}".rstrip())
+    print(_passes(repo, unit))
     for command, says in _next_commands(repo, syllabus, unit):
         print(f"  pdm run {command:13}  {says}", flush=True)
+
+
+def _passes(repo: Repo, unit: Unit) -> str:
+    """The line that says what passes: the unit, or only its kernel if its exercises are the reference's."""
+    kernels = own_kernels(repo, Syllabus((unit.day,)))
+    if kernels and set(missing_modules(repo, unit)) == set(unit.modules):
+        own = ", ".join(f"{kernel.id} {kernel.file}" for kernel in kernels)
+        verb = "passes" if len(kernels) == 1 else "pass"
+        exercises = exercise_range(unit.exercises)
+        return f"your {own} {verb}. {exercises} are the reference's: pdm run start {unit.id}"
+    return f"{unit.named} passes. {f'What works now: {unit.works}.' if unit.works else ''}".rstrip()
 
 
 def _next_commands(repo: Repo, syllabus: Syllabus, unit: Unit) -> Iterator[tuple[str, str]]:
@@ -198,7 +209,9 @@ def _why_whole(repo: Repo, day: Day) -> str:
     return "the whole day; some of its parts do not pass yet"
 
 
-def _print_first_to_fix(repo: Repo, outcome: Outcome, unit: Unit, at_fault: Exercise | None = None) -> None:
+def _print_first_to_fix(
+    repo: Repo, outcome: Outcome, unit: Unit, at_fault: Exercise | Kernel | None = None
+) -> None:
     if outcome.ended_by:
         print("\n".join(signal_report(outcome, unit.day)), flush=True)
         return
@@ -211,11 +224,16 @@ def _print_first_to_fix(repo: Repo, outcome: Outcome, unit: Unit, at_fault: Exer
 def _print_blame(repo: Repo, syllabus: Syllabus, unit: Unit, outcome: Outcome) -> None:
     """Say which exercise of the unit, or which other module of the learner's, makes the tests fail."""
     print("searching for the cause ...", flush=True)
-    found = find_blame(repo, unit, outcome)
+    found = find_blame(repo, syllabus, unit, outcome)
     if found.sometimes:
         print(f"{found.test} fails only sometimes: the same code passed when it ran again")
         print("look for code that depends on threads, on timing or on randomness")
         _print_first_to_fix(repo, outcome, unit)
+    elif found.kernels:
+        files = " or ".join(repo.shown(repo.overlay / kernel.file) for kernel in found.kernels)
+        print(f"the cause is in {files}: {found.test} passes with the reference's compiled kernels")
+        at_fault = found.kernels[0] if len(found.kernels) == 1 else None
+        _print_first_to_fix(repo, outcome, unit, at_fault)
     elif found.today:
         for line in _today_lines(unit, found):
             print(line)

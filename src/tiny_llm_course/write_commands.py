@@ -156,7 +156,8 @@ def on_build_kernels() -> None:
     pdm run test 2.4
 
     The library contains the reference's version of each kernel for which you have no file. The first build
-    takes a minute, later builds take seconds.
+    compiles every kernel, for each instruction set, and takes a few minutes; later builds take seconds. The
+    command prints the steps that are done.
     """
     repo, syllabus = open_course()
     names = ", ".join(kernel.file for kernel in own_kernels(repo, syllabus))

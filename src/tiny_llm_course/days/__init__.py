@@ -2,8 +2,8 @@
 
 `show()` yields lines of text: the day's main number, measured on the real model or in a simulation. `work()`
 prepares fixed input and returns a function that computes an array from it; days with `no_compare` in the
-syllabus have none. Both run on `tiny_llm`, and therefore on the learner's modules. A day's file needs MLX and
-the engine, so it is imported only to run it.
+syllabus have none. `kernel_work()` is the same for a day's optional kernel in C++. All run on `tiny_llm`, and
+therefore on the learner's modules. A day's file needs MLX and the engine, so it is imported only to run it.
 
 A part may have its own functions, such as `show_b` and `work_b` for part b, which must not need later parts.
 A part without its own functions uses those of its day.

@@ -71,3 +71,14 @@ def work() -> Work:
 
     x, w = random_array(4, 576), random_array(512, 576)
     return lambda: quantized_matmul(x, *quantize(w, 32, 4))
+
+
+def kernel_work() -> Work:
+    """The compiled kernel: a matrix [1536, 576] in four bits times 48 rows."""
+    from tiny_llm.kernels import compiled_kernel
+
+    stored = mx.quantize(random_array(1536, 576), group_size=32, bits=4)
+    packed = compiled_kernel("pack")(*stored, group_size=32, bits=4)
+    x = random_array(48, 576)
+    mx.eval(x, packed)
+    return lambda: compiled_kernel("quantized_matmul")(x, packed, 1536, bits=4)

@@ -135,3 +135,12 @@ def work() -> Work:
 
     q, k, v = random_array(1, 9, 64, 64), random_array(1, 3, 512, 64), random_array(1, 3, 513, 64)[:, :, 1:]
     return lambda: flash_attention(q, k, v, 0.125, True, 64)
+
+
+def kernel_work() -> Work:
+    """The compiled kernel: attention of 64 queries of 9 heads over 512 keys."""
+    from tiny_llm.kernels import compiled_kernel
+
+    q, k, v = random_array(1, 9, 64, 64), random_array(1, 3, 512, 64), random_array(1, 3, 513, 64)[:, :, 1:]
+    mx.eval(q, k, v)
+    return lambda: compiled_kernel("flash_attention")(q, k, v, 0.125, True)

@@ -77,13 +77,14 @@ struct QuantizeJob {
 };
 
 struct MatmulJob {
+  // The last band has memory for all 8 rows. Rows from M on may be read, but contain anything.
   const void* quants;        // [bands, K/32, 8, 32] int8 or int16
   int activation_bits;       // 8 or 16
   const GroupScale* groups;  // [bands, K/32, 8]
   const uint8_t* packed;     // [ceil(N/16), K/32, record]
   float* out;                // [M, N]
   int64_t M, N, K;
-  int bits;
+  int bits;   // of a weight in a record: 4 or 8
   bool wide;  // scales and biases in float32
 
   // An item is one tile of outputs for up to ROW_BLOCK rows: tile = item % tiles, block = item / tiles.
