@@ -5,6 +5,9 @@ maximum, a sum and the weighted values from tile to tile, and its result equals 
 rounding.
 """
 
+from collections.abc import Callable
+from math import prod
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -159,6 +162,20 @@ def test_task_1_the_sums_of_float16_values_are_float32_within_a_tile() -> None:
     check(running, (np.array([[0.0]]), np.array([[2.0]]), np.array([[80_000.0]])))
 
 
+@pytest.mark.parametrize("tile", [70_000, 7_000])
+def test_task_1_the_sum_of_many_weights_is_float32_for_float16_scores(tile: int) -> None:
+    """Oracle: by hand: 70,000 keys of weight 1 and value 1/2; the largest float16 is 65,504.
+
+    Common mistake: computing the weights or their sum in the type of the scores or of the values.
+    """
+    running = nothing_seen(1, 1)
+    for _ in range(70_000 // tile):
+        running = absorb(running, mx.zeros((1, tile), mx.float16), mx.full((tile, 1), 0.5, mx.float16))
+        for name, part in zip(Running._fields, running, strict=True):
+            assert part.dtype == mx.float32, name
+    check(running, (np.array([[0.0]]), np.array([[70_000.0]]), np.array([[35_000.0]])))
+
+
 # Task 2: flash_attention
 
 
@@ -204,6 +221,34 @@ def heads_of_size_2(*numbers: float) -> np.ndarray:
     return np.array([[[[number, 0] for number in numbers]]], np.float32)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("tile", [1, 3, 16, 149])
+def test_task_2_absorb_gets_the_keys_in_tiles(
+    tile: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the docstring: no array of scores is larger than [..., L, tile], and S keys are S / tile tiles.
+
+    Common mistakes: a mask of `tile` columns for a shorter last tile; a loop that ignores `tile`.
+    """
+    shapes = []
+
+    def recorded(running: Running, scores: mx.array, values: mx.array) -> Running:
+        shapes.append(scores.shape)
+        keys, own = scores.shape[-1], values.shape[-2]
+        assert keys == own, f"with tile={tile}, absorb got the scores of {keys} keys and {own} values"
+        return absorb(running, scores, values)
+
+    monkeypatch.setattr("tiny_llm.flash_attention.absorb", recorded)
+    qkv = random_qkv(seed=12, batch=1, heads=2, kv_heads=1, queries=150, keys=150)
+    with twins():  # of the reference the readable function, which calls `absorb`, too
+        run(qkv, 0.35, causal, tile)
+    too_large = [shape for shape in shapes if shape[-1] > tile]
+    assert not too_large, f"with tile={tile}, absorb got scores of the shape {too_large[0]}"
+    rows = sum(prod(shape[:-1]) for shape in shapes)  # of scores: one for each query, head and tile
+    tiles, most = rows / (2 * 150), -(-150 // tile)
+    assert tiles <= most, f"with tile={tile}, absorb got {tiles:g} tiles for each query; 150 keys are {most}"
+
+
 @pytest.mark.parametrize("tile", [1, 2, 3, 64])
 def test_task_2_equal_keys_give_the_mean_of_the_values(tile: int) -> None:
     """Oracle: by hand: the mean of 2, 4 and 9 is 5; with a causal mask the running means are 2, 3 and 5."""
@@ -217,26 +262,6 @@ def test_task_2_scores_are_multiplied_by_the_scale(tile: int) -> None:
     """Oracle: by hand: the scores 0 and 2 ln 3 * 0.5 have weights 1/4 and 3/4; values 0 and 8 give 6."""
     qkv = heads_of_size_2(2), heads_of_size_2(0, np.log(3)), heads_of_size_2(0, 8)
     np.testing.assert_allclose(run(qkv, 0.5, False, tile)[0, 0, :, 0], [6], rtol=1e-5)
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("tile", [1, 3, 16, 100])
-def test_task_2_absorb_gets_no_more_keys_than_a_tile_has(
-    tile: int, causal: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Oracle: the docstring: no array of scores is larger than [..., L, tile]."""
-    shapes = []
-
-    def recorded(running: Running, scores: mx.array, values: mx.array) -> Running:
-        shapes.append(scores.shape)
-        return absorb(running, scores, values)
-
-    monkeypatch.setattr("tiny_llm.flash_attention.absorb", recorded)
-    qkv = random_qkv(seed=12, batch=1, heads=2, kv_heads=1, queries=150, keys=150)
-    with twins():  # of the reference the readable function, which calls `absorb`, too
-        run(qkv, 0.35, causal, tile)
-    too_large = [shape for shape in shapes if shape[-1] > tile]
-    assert not too_large, f"with tile={tile}, absorb got scores of the shape {too_large[0]}"
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -339,6 +364,36 @@ def test_task_2_sums_of_float16_values_are_float32_within_and_between_tiles(tile
     np.testing.assert_allclose(np.array(out.astype(mx.float32)), np.full((1, 1, 1, 2), 40_000), rtol=5e-3)
 
 
+@pytest.mark.parametrize(
+    ("of_q", "of_k", "of_v"),
+    [
+        (mx.float16, mx.float32, mx.float32),
+        (mx.float32, mx.float16, mx.float16),
+        (mx.bfloat16, mx.bfloat16, mx.float32),
+        (mx.bfloat16, mx.float32, mx.bfloat16),
+    ],
+    ids=str,
+)
+def test_task_2_the_output_has_the_dtype_of_q_if_k_or_v_have_another(
+    of_q: mx.Dtype, of_k: mx.Dtype, of_v: mx.Dtype
+) -> None:
+    """Oracle: the docstring, and NumPy in float64."""
+    qkv = random_qkv(14, 1, 4, 2, queries=5, keys=7)
+    q, k, v = (mx.array(x).astype(dtype) for x, dtype in zip(qkv, (of_q, of_k, of_v), strict=True))
+    out = flash_attention(q, k, v, 0.35, True, 2)
+    assert out.dtype == of_q
+    want = attention(*(np.array(x.astype(mx.float32)) for x in (q, k, v)), 0.35, True, group=2)
+    np.testing.assert_allclose(np.array(out.astype(mx.float32)), want, rtol=4e-2, atol=4e-2)
+
+
+@pytest.mark.parametrize("tile", [70_000, 7_000])
+def test_task_2_the_sum_of_many_float16_weights_is_float32(tile: int) -> None:
+    """Oracle: by hand: 70,000 equal keys, all values 1/2; the largest float16 is 65,504."""
+    q, k = mx.zeros((1, 1, 1, 2), mx.float16), mx.zeros((1, 1, 70_000, 2), mx.float16)
+    out = flash_attention(q, k, mx.full(k.shape, 0.5, mx.float16), 1.0, False, tile)
+    np.testing.assert_allclose(np.array(out.astype(mx.float32)), np.full((1, 1, 1, 2), 0.5), rtol=5e-3)
+
+
 @pytest.mark.parametrize("tile", [1, 2, 64])
 @pytest.mark.parametrize("base", [1e4, -1e4])
 def test_task_2_large_scores_do_not_overflow(base: float, tile: int) -> None:
@@ -402,6 +457,34 @@ def test_task_3_the_kernel_matches_plain_attention(length: int, total: int, size
     np.testing.assert_allclose(got, np.array(want), rtol=1e-4, atol=1e-5)
 
 
+def tokens_first(x: mx.array) -> mx.array:
+    """The same numbers, as a projection writes them: in memory they are [B, L, H, D]."""
+    return mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2)
+
+
+def part_of_a_cache(x: mx.array) -> mx.array:
+    """The same numbers, as a view of a longer array with more heads and more numbers per head."""
+    return mx.pad(x, [(0, 0), (1, 2), (3, 4), (0, 5)], constant_values=100.0)[:, 1:-2, 3:-4, :-5]
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("view", [tokens_first, part_of_a_cache])
+@pytest.mark.parametrize("changed", ["q", "k", "v", "qkv"])
+def test_task_3_the_kernel_uses_the_strides_of_q_k_and_v(
+    changed: str, view: Callable[[mx.array], mx.array], causal: bool
+) -> None:
+    """Oracle: `mx.fast.scaled_dot_product_attention`. `changed` names the arrays that are views.
+
+    Common mistake: `k + i * D` instead of `k + i * k_token`. Each array has strides of its own.
+    """
+    arrays = {"q": heads(6, 40, 16, 1), "k": heads(2, 70, 16, 2), "v": heads(2, 70, 16, 3)}
+    mask = "causal" if causal else None
+    want = mx.fast.scaled_dot_product_attention(*arrays.values(), scale=0.25, mask=mask)
+    got = by_kernel(*(view(x) if name in changed else x for name, x in arrays.items()), 0.25, causal)
+    np.testing.assert_allclose(got, np.array(want), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.usefixtures("compiled")
 def test_task_3_a_row_is_bit_identical_in_a_shorter_call() -> None:
     """Oracle: the whole sequence at once.
@@ -412,6 +495,19 @@ def test_task_3_a_row_is_bit_identical_in_a_shorter_call() -> None:
     whole = by_kernel(q, k, v, 0.25, True)
     for start in (1, 31, 45, 89):
         assert np.array_equal(by_kernel(q[:, :, start:], k, v, 0.25, True), whole[:, :, start:])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_task_3_a_row_is_bit_identical_without_the_tokens_after_it() -> None:
+    """Oracle: the whole sequence at once.
+
+    Common mistake: tiles that end at the last key. Then the number of keys changes the summation order.
+    """
+    q, k, v = heads(4, 90, 16, 4), heads(2, 90, 16, 5), heads(2, 90, 16, 6)
+    whole = by_kernel(q, k, v, 0.25, True)
+    for stop in (1, 31, 33, 45, 89):
+        first = (x[:, :, :stop] for x in (q, k, v))
+        assert np.array_equal(by_kernel(*first, 0.25, True), whole[:, :, :stop])
 
 
 @pytest.mark.usefixtures("compiled")

@@ -55,12 +55,13 @@ def absorb(running: Running, scores: mx.array, values: mx.array) -> Running:
 
 
 def _compiled(q: mx.array, k: mx.array, v: mx.array, scale: float, causal: bool, tile: int = 64) -> mx.array:
-    out: mx.array = compiled_kernel("flash_attention")(q, k, v, scale, causal)
+    out: mx.array = compiled_kernel("flash_attention")(q, k.astype(q.dtype), v.astype(q.dtype), scale, causal)
     return out
 
 
 def _fused(q: mx.array, k: mx.array, v: mx.array, scale: float, causal: bool, tile: int = 64) -> mx.array:
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if causal else None)
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if causal else None)
+    return out.astype(q.dtype)
 
 
 @accelerated(compiled=_compiled, fused=_fused)

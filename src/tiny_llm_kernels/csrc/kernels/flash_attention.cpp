@@ -17,8 +17,8 @@ constexpr int64_t KEYS = 32;  // per tile
 
 /// The softmax over the keys so far, not yet divided by the total.
 struct Running {
-  float largest, total;
-  float* weighted;  // [D]
+  float largest, total;  // a local variable `largest` hides the function of vec.h
+  float* weighted;       // [D]: the item's row of `out`, which has the memory for it
 };
 
 /// Calls `work(d, count)` for the D numbers of a head: eight at a time, then the rest.
