@@ -138,7 +138,9 @@ INLINE void group_sums(const uint8_t* quants, const Activation* x, i32w (&sums)[
 template <int BITS, typename Scale, typename Activation, int ROWS, int PARTS>
 static NOINLINE void tile_part(const MatmulJob& job, int64_t tile, int64_t from, int64_t row) {
   constexpr int64_t RECORD = record_bytes(BITS, is_wide<Scale>), QUANTS = header_bytes(is_wide<Scale>);
-  constexpr int64_t AHEAD = 4 * RECORD;  // prefetch distance
+  // A record is used for too few cycles to wait for it. The processor prefetches by itself, but too late: without this,
+  // products of 16 rows take 13 to 17% longer on Zen 4.
+  constexpr int64_t AHEAD = 12 * RECORD;
   const int64_t groups = job.K / GROUP;
   const uint8_t* record = job.packed + tile * groups * RECORD;
   const GroupScale* x_groups = job.groups + place_of_group(row, 0, groups);
@@ -146,10 +148,8 @@ static NOINLINE void tile_part(const MatmulJob& job, int64_t tile, int64_t from,
 
   f32w acc[ROWS][PARTS] = {};
   for (int64_t g = 0; g < groups; ++g, record += RECORD, x += BAND * GROUP, x_groups += BAND) {
-    if (ROWS < 4) {
-      UNROLL
-      for (int64_t line = 0; line < RECORD; line += 64) __builtin_prefetch(record + AHEAD + line);
-    }
+    UNROLL
+    for (int64_t line = 0; line < RECORD; line += 64) __builtin_prefetch(record + AHEAD + line);
     i32w sums[ROWS][PARTS];
     group_sums<BITS, Activation, ROWS, PARTS>(record + QUANTS + 4 * from, x, sums);
     const auto* header = reinterpret_cast<const typename Scale::Storage*>(record) + from;
