@@ -121,22 +121,39 @@ INLINE void score(const Row* rows, const Source& tile, int64_t D, Range seen, fl
   }
 }
 
-/// Turns scores into weights e^(score - m) and updates m and l; returns the factor that o must be multiplied by.
-INLINE float to_weights(Row& row, float (&scores)[TILE]) {
-  f32x8 s[4];
+/// Turns scores into weights e^(score - m) and updates m and l; decay[r]: the factor that o_r must be multiplied by.
+template <int ROWS>
+INLINE void to_weights(Row* rows, float (&scores)[ROWS][TILE], float (&decay)[ROWS]) {
+  constexpr int PARTS = TILE / WIDE;
+  f32x8 fallen = {};  // lane r: by how much row r's largest score exceeds the old one, negative
   UNROLL
-  for (int i = 0; i < 4; ++i) s[i] = load(scores + i * LANES);
-  const float tile_max = largest(max(max(s[0], s[1]), max(s[2], s[3])));
-  const float m = tile_max > row.m ? tile_max : row.m;
-  const float decay = m == row.m ? 1.0f : exp(splat(row.m - m))[0];
-  UNROLL
-  for (int i = 0; i < 4; ++i) {
-    s[i] = exp(s[i] - splat(m));
-    store(scores + i * LANES, s[i]);
+  for (int r = 0; r < ROWS; ++r) {
+    f32x8 s[4];
+    UNROLL
+    for (int i = 0; i < 4; ++i) s[i] = load(scores[r] + i * LANES);
+    const float tile_max = largest(max(max(s[0], s[1]), max(s[2], s[3])));
+    const float m = tile_max > rows[r].m ? tile_max : rows[r].m;
+    if (m != rows[r].m) fallen[r] = rows[r].m - m;
+    rows[r].m = m;
   }
-  row.m = m;
-  row.l = fma(row.l, splat(decay), (s[0] + s[1]) + (s[2] + s[3]));
-  return decay;
+  fallen = exp(fallen);
+  UNROLL
+  for (int r = 0; r < ROWS; ++r) {
+    f32w s[PARTS];
+    UNROLL
+    for (int i = 0; i < PARTS; ++i) {
+      s[i] = exp(load_wide(scores[r] + i * WIDE) - splat_wide(rows[r].m));
+      store_wide(scores[r] + i * WIDE, s[i]);
+    }
+    f32x8 sums;  // of the positions i, i+8, i+16, i+24
+    if constexpr (WIDE > LANES) {
+      sums = narrow(s[0]) + narrow(s[1]);
+    } else {
+      sums = (s[0] + s[1]) + (s[PARTS - 2] + s[PARTS - 1]);
+    }
+    decay[r] = fallen[r];
+    rows[r].l = fma(rows[r].l, splat(decay[r]), sums);
+  }
 }
 
 /// o_r = o_r * decay_r + sum of weights[r][i] * v_i over the positions in `seen`, for VECS vectors of the D
@@ -157,7 +174,7 @@ INLINE void mix(Row* rows, const Source& tile, int64_t d, Range seen, const floa
     for (int r = 0; r < ROWS; ++r) weight[r] = splat_wide(weights[r][i]);
     UNROLL
     for (int c = 0; c < VECS; ++c) {
-      const f32w value = tile.value(i, d + c * WIDE);
+      const f32w value = in_register(tile.value(i, d + c * WIDE));
       UNROLL
       for (int r = 0; r < ROWS; ++r) o[r][c] = fma(weight[r], value, o[r][c]);
     }
@@ -174,8 +191,7 @@ template <int ROWS, typename Source>
 static void visit(Row* rows, const Source& tile, int64_t D, Range seen, float scale, Prefetch& prefetch) {
   float scores[ROWS][TILE], decay[ROWS];
   score<ROWS>(rows, tile, D, seen, scale, scores, prefetch);
-  UNROLL
-  for (int r = 0; r < ROWS; ++r) decay[r] = to_weights(rows[r], scores[r]);
+  to_weights<ROWS>(rows, scores, decay);
   int64_t d = 0;
   for (; d + 4 * WIDE <= D; d += 4 * WIDE) mix<ROWS, 4>(rows, tile, d, seen, scores, decay, prefetch);
   for (; d < D; d += WIDE) mix<ROWS, 1>(rows, tile, d, seen, scores, decay, prefetch);

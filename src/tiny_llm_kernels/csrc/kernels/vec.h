@@ -77,6 +77,15 @@ INLINE f32w splat_wide(float value) { return splat(value); }
 #endif
 
 INLINE f32w load_wide(const float* source) { return load_as<f32w>(source); }
+
+/// Loads into a register now. For a value that several operations use, GCC would load it again for each of them. With 32
+/// registers, one is left for it.
+INLINE f32w in_register(f32w value) {
+#if TINY_LLM_AVX512
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
 INLINE void store_wide(float* target, f32w value) { std::memcpy(target, &value, sizeof(value)); }
 
 /// Stores the first `count` floats of a wide vector, or all of them if count > WIDE.
@@ -123,13 +132,17 @@ INLINE f32x8 max(f32x8 a, f32x8 b) { return a > b ? a : b; }
 INLINE f32x8 abs(f32x8 a) { return bits_as<f32x8>(bits_as<u32x8>(a) & 0x7fffffffu); }
 
 /// Rounds to the nearest integer, ties to even; |a| must be below 2^22.
-INLINE f32x8 round(f32x8 a) {
-  const f32x8 magic = splat(0x1.8p23f);
+template <typename V>
+INLINE V round(V a) {
+  const V magic = V{} + 0x1.8p23f;
   return (a + magic) - magic;
 }
 
 /// Converts floats that `round` returned.
 INLINE i32x8 to_int(f32x8 a) { return __builtin_convertvector(a, i32x8); }
+#if TINY_LLM_AVX512
+INLINE i32w to_int(f32w a) { return __builtin_convertvector(a, i32w); }
+#endif
 INLINE f32x8 to_float(i32x8 a) { return __builtin_convertvector(a, f32x8); }
 INLINE f32w to_float_wide(i32w a) { return __builtin_convertvector(a, f32w); }
 
@@ -199,23 +212,23 @@ INLINE float largest(f32x8 a) {
 
 /// e^x to about one unit in the last place; exactly 0 below -87.3 (and so for -inf), finite above 88.
 ///   x = n ln 2 + r with |r| <= ln 2 / 2;   e^x = 2^n * p(r), p the polynomial below.
-INLINE f32x8 exp(f32x8 x) {
-  const f32x8 low = splat(-87.3f), high = splat(88.0f);
-  f32x8 y = x < low ? low : x;
+template <typename V>
+INLINE V exp(V x) {
+  const V zero = {}, low = zero - 87.3f, high = zero + 88.0f;
+  V y = x < low ? low : x;
   y = y > high ? high : y;
-  f32x8 n = round(y * splat(1.44269504f));
-  f32x8 r = fma(n, splat(-0.693359375f), y);
-  r = fma(n, splat(2.12194440e-4f), r);
-  f32x8 p = splat(1.9875691500e-4f);
-  p = fma(p, r, splat(1.3981999507e-3f));
-  p = fma(p, r, splat(8.3334519073e-3f));
-  p = fma(p, r, splat(4.1665795894e-2f));
-  p = fma(p, r, splat(1.6666665459e-1f));
-  p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(p, r * r, r + splat(1.0f));
-  f32x8 two_to_n = bits_as<f32x8>((to_int(n) + 127) << 23);
-  f32x8 value = p * two_to_n;
-  return x < low ? splat(0.0f) : value;
+  const V n = round(y * 1.44269504f);
+  V r = fma(n, zero - 0.693359375f, y);
+  r = fma(n, zero + 2.12194440e-4f, r);
+  V p = zero + 1.9875691500e-4f;
+  p = fma(p, r, zero + 1.3981999507e-3f);
+  p = fma(p, r, zero + 8.3334519073e-3f);
+  p = fma(p, r, zero + 4.1665795894e-2f);
+  p = fma(p, r, zero + 1.6666665459e-1f);
+  p = fma(p, r, zero + 5.0000001201e-1f);
+  p = fma(p, r * r, r + 1.0f);
+  const V two_to_n = bits_as<V>((to_int(n) + 127) << 23);
+  return x < low ? zero : p * two_to_n;
 }
 
 // ---- integer dot products ------------------------------------------------------------------------
