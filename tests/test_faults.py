@@ -38,7 +38,10 @@ REQUESTS: dict[str, tuple[list[int], SamplingParams | BeamSearchParams]] = {
     "greedy": (random_prompt(9, 1), SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)),
     "three": (random_prompt(14, 2), SamplingParams(n=3, max_tokens=7, seed=5, ignore_eos=True)),
     "told": (random_prompt(6, 3), SamplingParams(max_tokens=8, seed=6, logprobs=2, prompt_logprobs=1)),
-    "late": (random_prompt(21, 4), SamplingParams(max_tokens=6, seed=7, ignore_eos=True)),
+    "late": (
+        random_prompt(21, 4),
+        SamplingParams(max_tokens=6, seed=7, ignore_eos=True, repetition_penalty=1.1),
+    ),
     "searched": (random_prompt(9, 1), BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True)),
 }
 
@@ -136,6 +139,8 @@ POINTS: list[tuple[Any, str]] = [
     (PagedQueues, "start_next"),
     (PagedQueues, "join"),
     (engine_core, "choose_token"),
+    (engine_core, "may_choose_together"),
+    (engine_core, "choose_together"),
     (engine_core, "make_output"),
     (engine_core, "record_prompt_logprobs"),
     (engine_core, "likeliest"),

@@ -444,8 +444,12 @@ def test_copy_blocks_rejects_mismatched_arguments(change: dict[str, mx.array], n
 
 def sampled(logits: np.ndarray, **how: float) -> int:
     """Sample one row. By default the filters are off and the uniform number is 0.5."""
-    how = {"temperature": 1.0, "min_p": 0.0, "top_k": 0, "top_p": 1.0, "uniform": 0.5, **how}
-    return kernels.sample(mx.array(logits.astype(np.float32)), **how).item()
+    how = {"temperature": 1.0, "min_p": 0.0, "top_k": 0, "top_p": 1.0, **how}
+    number = how.pop("uniform", 0.5)
+    row = mx.array(logits.astype(np.float32))
+    tokens, chosen = kernels.sample(row[None], [0], uniforms=[number], **how)
+    assert np.array_equal(chosen.item(), row[tokens.item()].item(), equal_nan=True)
+    return tokens.item()
 
 
 def probabilities_after_filters(
@@ -526,7 +530,7 @@ def test_a_token_with_logit_minus_infinity_is_never_sampled() -> None:
     [
         ({"temperature": -1.0}, "temperature must be 0 or above, got -1"),
         ({"temperature": float("nan")}, "temperature must be"),
-        ({"uniform": 1.0}, "uniform must be at least 0 and below 1, got 1"),
+        ({"uniform": 1.0}, "uniforms must be at least 0 and below 1, got 1"),
     ],
 )
 def test_sample_rejects_invalid_parameters(change: dict[str, float], named: str) -> None:
@@ -536,12 +540,50 @@ def test_sample_rejects_invalid_parameters(change: dict[str, float], named: str)
 
 def test_sample_rejects_logits_of_wrong_shape_or_type() -> None:
     for logits, named in (
-        (mx.zeros((2, 3)), "1 axes"),
-        (mx.zeros(0), "empty"),
-        (mx.zeros(3, mx.float16), "float32"),
+        (mx.zeros(3), "2 axes"),
+        (mx.zeros((1, 0)), "empty"),
+        (mx.zeros((1, 3), mx.float16), "float32"),
     ):
         with pytest.raises(ValueError, match=named):
-            kernels.sample(logits, 1.0, 0.0, 0, 1.0, 0.5)
+            kernels.sample(logits, [0], 1.0, 0.0, 0, 1.0, [0.5])
+
+
+@pytest.mark.parametrize(
+    ("rows", "uniforms", "named"),
+    [
+        ([], [], "rows must not be empty"),
+        ([2], [0.5], "rows must be between 0 and 1, got 2"),
+        ([-1], [0.5], "rows must be between 0 and 1, got -1"),
+        ([0, 1], [0.5], "one number for each row: 2, not 1"),
+    ],
+)
+def test_sample_rejects_invalid_rows(rows: list[int], uniforms: list[float], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        kernels.sample(mx.zeros((2, 3)), rows, 1.0, 0.0, 0, 1.0, uniforms)
+
+
+@given(
+    rows=st.lists(st.integers(0, 4), min_size=1, max_size=9),
+    temperature=st.sampled_from([0.0, 0.7]),
+    threads=st.sampled_from(THREADS),
+    seed=st.integers(0, 99),
+)
+def test_rows_that_are_sampled_together_get_the_tokens_that_each_gets_by_itself(
+    rows: list[int], temperature: float, threads: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    logits = mx.array(rng.standard_normal((5, 300)).astype(np.float32))
+    numbers = [float(number) for number in rng.random(len(rows))]
+    how = {"temperature": temperature, "min_p": 0.01, "top_k": 40, "top_p": 0.9}
+    kernels.set_num_threads(threads)
+    tokens, chosen = kernels.sample(logits, rows, uniforms=numbers, **how)
+    mx.eval(tokens, chosen)
+    alone = [
+        kernels.sample(logits, [row], uniforms=[number], **how)[0].item()
+        for row, number in zip(rows, numbers, strict=True)
+    ]
+    assert tokens.tolist() == alone
+    assert chosen.tolist() == [logits[row, token].item() for row, token in zip(rows, alone, strict=True)]
 
 
 # ---- the processor's limit ----

@@ -16,6 +16,7 @@ Environment variables, read at import: TINY_LLM_KERNELS = auto | off | portable 
 TINY_LLM_NUM_THREADS. An invalid value raises ValueError.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -160,15 +161,24 @@ def rope(x: mx.array, positions: mx.array, inv_freq: mx.array) -> mx.array:
 
 
 def sample(
-    logits: mx.array, temperature: float, min_p: float, top_k: int, top_p: float, uniform: float
-) -> mx.array:
-    """Draw a token id, uint32 [], from softmax(logits / temperature) after three filters; logits [V].
+    logits: mx.array,
+    rows: Sequence[int],
+    temperature: float,
+    min_p: float,
+    top_k: int,
+    top_p: float,
+    uniforms: Sequence[float],
+) -> tuple[mx.array, mx.array]:
+    """Draw a token for each of n rows of logits [R, V]: softmax(logits / temperature) after three filters.
 
-    The filters are those of `tiny_llm.sampler`, min-p first; 0 disables min_p and top_k, 1 disables top_p.
-    uniform: in [0, 1); the drawn token is the first at which the cumulative probability reaches 1 - uniform.
-    A temperature of 0 takes the first of the largest logits. A row with NaN gives the index of a NaN.
+    rows: n indices along R; a row may be listed several times. The filters are those of `tiny_llm.sampler`,
+    min-p first; 0 disables min_p and top_k, 1 disables top_p. uniforms: n numbers in [0, 1); the drawn token
+    is the first at which the cumulative probability reaches 1 - uniform. A temperature of 0 takes the first
+    of the largest logits. A row with NaN gives the index of a NaN.
+
+    Returns the token ids, uint32 [n], and their logits, float32 [n].
     """
-    return native.sample(logits, temperature, min_p, top_k, top_p, uniform)
+    return native.sample(logits, rows, temperature, min_p, top_k, top_p, uniforms)
 
 
 # ---- attention ----

@@ -21,7 +21,17 @@ from .sampler import log_probabilities
 from .sampling_params import SamplingParams
 from .sequence import Sequence, completion_ids
 from .step import StepLogits
-from .token_output import TokenOutput, choose_token, likeliest, make_output, record_prompt_logprobs
+from .token_output import (
+    Choice,
+    TokenOutput,
+    choose_together,
+    choose_token,
+    filters_of,
+    likeliest,
+    make_output,
+    may_choose_together,
+    record_prompt_logprobs,
+)
 
 STEP_SIZES = 16  # buckets of the histogram of steps: powers of two up to 16,384 tokens, then all larger ones
 
@@ -204,11 +214,7 @@ class EngineCore:
 
     def _sample(self, logits: StepLogits) -> list[TokenOutput]:
         """Choose the next token of every ready sequence; all are evaluated together if that works."""
-        choices = []
-        for sequence in self._ready(logits):
-            if sequence.request_id not in self._searches:
-                with self._blaming(sequence.request_id):
-                    choices.append(choose_token(sequence, logits[sequence.seq_id], self._eos))
+        choices = self._choose(logits)
         with suppress(Exception):  # the faulty one is found below, when each is evaluated on its own
             mx.eval([(choice.token, choice.check) for choice in choices])
         outputs = []
@@ -216,6 +222,38 @@ class EngineCore:
             with self._blaming(choice.sequence.request_id):
                 outputs.append(make_output(choice, self._eos))
         return outputs
+
+    def _choose(self, logits: StepLogits) -> list[Choice]:
+        """Choose the next token of every ready sequence, in order; those with the same filters together."""
+        choices: dict[str, Choice | None] = {}
+        together: dict[tuple[float, ...], list[tuple[Sequence, int]]] = {}
+        for sequence in self._ready(logits):
+            if sequence.request_id in self._searches:
+                continue
+            with self._blaming(sequence.request_id):
+                row = logits[sequence.seq_id]
+                if may_choose_together(sequence, row, self._eos):
+                    choices[sequence.seq_id] = None  # keeps its place in the order
+                    group = together.setdefault(filters_of(sequence.params), [])
+                    group.append((sequence, logits.row_of[sequence.seq_id]))
+                else:
+                    choices[sequence.seq_id] = choose_token(sequence, row, self._eos)
+        for group in together.values():
+            choices.update(
+                {choice.sequence.seq_id: choice for choice in self._choose_together(logits, group)}
+            )
+        return [choice for choice in choices.values() if choice is not None]
+
+    def _choose_together(self, logits: StepLogits, group: list[tuple[Sequence, int]]) -> list[Choice]:
+        """Choose the tokens of a group; one after the other if that fails, to find the request at fault."""
+        with suppress(Exception):
+            assert logits.rows is not None
+            return choose_together(logits.rows, group)
+        choices = []
+        for sequence, _ in group:
+            with self._blaming(sequence.request_id):
+                choices.append(choose_token(sequence, logits[sequence.seq_id], self._eos))
+        return choices
 
     def _commit(self, output: TokenOutput) -> bool:
         """Append a token to its sequence; end the sequence with its last token. False: its request failed."""

@@ -101,7 +101,8 @@ def _compiled(logits: mx.array, params: SamplingParams, seed: int, index: int) -
     """Choose the same token as `sample_token`, in one operator; if a logit is NaN, return its index."""
     filters = (params.min_p, params.top_k, params.top_p)
     temperature, number = (0.0, 0.0) if params.greedy else (params.temperature, uniform(seed, index))
-    return compiled_kernel("sample")(logits, temperature, *filters, number)  # type: ignore[no-any-return]
+    tokens, _ = compiled_kernel("sample")(logits[None], [0], temperature, *filters, [number])
+    return tokens.reshape(())  # type: ignore[no-any-return]
 
 
 @accelerated(compiled=_compiled)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from math import isnan
 from typing import NamedTuple, cast
 
 import mlx.core as mx
 
 from .errors import NotANumberError
-from .kernels import is_reference, use_compiled
-from .sampler import adjust_logits, log_probabilities, sample_token
+from .kernels import compiled_kernel, is_reference, use_compiled
+from .sampler import adjust_logits, log_probabilities, sample_token, uniform
 from .sampling_params import SamplingParams
 from .sequence import Sequence, TokenLogprobs
 
@@ -39,35 +40,70 @@ class TokenOutput(NamedTuple):
 class Choice(NamedTuple):
     """A sequence's next token, not evaluated yet, and the row [V] that it was chosen from.
 
-    check: NaN if the row has a NaN, so that no token can be chosen from it.
+    check: NaN if the row has a NaN, so that no token can be chosen from it. place: None; or if the token was
+    chosen together with others, its index in `token` and `check`, which hold all of them.
     """
 
     sequence: Sequence
     row: mx.array
     token: mx.array
     check: mx.array
+    place: int | None = None
 
 
 def choose_token(sequence: Sequence, row: mx.array, eos_token_ids: frozenset[int]) -> Choice:
     """Choose the next token of a sequence from its row of logits [V]."""
-    params, outputs = sequence.params, sequence.outputs
-    ends = end_token_ids(params, eos_token_ids)
-    adjusted = adjust_logits(row, params, sequence.prompt, outputs, ends)
-    token = sample_token(adjusted, params, sequence.seed, len(outputs))
+    params = sequence.params
+    adjusted = _adjusted(sequence, row, eos_token_ids)
+    token = sample_token(adjusted, params, sequence.seed, len(sequence.outputs))
     # If the row has a NaN, argmax and the compiled sampler choose it, so checking the chosen logit is enough.
     # MLX's own operators may draw any token from such a row, so then the sum of the row is checked.
     ends_at_nan = params.greedy or (is_reference(sample_token) and use_compiled())
     return Choice(sequence, row, token, row[token] if ends_at_nan else mx.sum(row))
 
 
+def choose_together(rows: mx.array, choices: Seq[tuple[Sequence, int]]) -> list[Choice]:
+    """Choose the next tokens of sequences that `may_choose_together`, all with the same filters.
+
+    One operator serves all of them: with one for each, Python and MLX would take longer than the kernel.
+
+    rows: [R, V], the logits of a step. choices: each sequence, and the index of its row.
+    """
+    params = choices[0][0].params
+    temperature = 0.0 if params.greedy else params.temperature
+    numbers = [0.0 if params.greedy else uniform(one.seed, len(one.outputs)) for one, _ in choices]
+    indices, filters = [row for _, row in choices], (params.min_p, params.top_k, params.top_p)
+    tokens, logits = compiled_kernel("sample")(rows, indices, temperature, *filters, numbers)
+    return [Choice(one, rows[row], tokens, logits, place) for place, (one, row) in enumerate(choices)]
+
+
+def may_choose_together(sequence: Sequence, row: mx.array, eos_token_ids: frozenset[int]) -> bool:
+    """True if the compiled sampler chooses a sequence's token, from its row [V] as it is."""
+    compiled = is_reference(sample_token) and use_compiled() and row.dtype == mx.float32
+    return compiled and _adjusted(sequence, row, eos_token_ids) is row
+
+
+def filters_of(params: SamplingParams) -> tuple[float, ...]:
+    """What sequences that are chosen together must have in common."""
+    return () if params.greedy else (params.temperature, params.min_p, params.top_k, params.top_p)
+
+
+def _adjusted(sequence: Sequence, row: mx.array, eos_token_ids: frozenset[int]) -> mx.array:
+    params = sequence.params
+    ends = end_token_ids(params, eos_token_ids)
+    return adjust_logits(row, params, sequence.prompt, sequence.outputs, ends)
+
+
 def make_output(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:
     """Evaluate a choice. Raises `NotANumberError` if its row has a NaN."""
-    sequence, row, chosen, check = choice
-    if float(check) != float(check):
+    sequence, row, place = choice.sequence, choice.row, choice.place
+    check = float(choice.check) if place is None else _number_at(choice.check, place)
+    if isnan(check):
         raise NotANumberError(
             f"sequence {sequence.seq_id!r}: the logits after {sequence.num_tokens} tokens are not numbers"
         )
-    params, token = sequence.params, int(chosen)
+    token = int(choice.token if place is None else _number_at(choice.token, place))
+    params = sequence.params
     with_prompt = params.prompt_logprobs is not None and not sequence.outputs
     full = sequence.num_tokens + 1 >= sequence.max_len
     return TokenOutput(
@@ -81,6 +117,11 @@ def make_output(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:
         num_cached_tokens=sequence.num_cached_tokens,
         scheduled=sequence.scheduled,
     )
+
+
+def _number_at(array: mx.array, place: int) -> float:
+    """Return a number of an array [n], without an operator that takes it out."""
+    return memoryview(array)[place]  # type: ignore[arg-type]  # arrays support the protocol
 
 
 def end_token_ids(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:

@@ -33,8 +33,8 @@ NB_MODULE(_kernels, m) {
   m.def("swiglu", &tiny_llm::swiglu, "gate"_a, "up"_a);
   m.def("geglu", &tiny_llm::geglu, "gate"_a, "up"_a);
   m.def("rope", &tiny_llm::rope, "x"_a, "positions"_a, "inv_freq"_a);
-  m.def("sample", &tiny_llm::sample, "logits"_a, "temperature"_a, "min_p"_a, "top_k"_a, "top_p"_a,
-        "uniform"_a);
+  m.def("sample", &tiny_llm::sample, "logits"_a, "rows"_a, "temperature"_a, "min_p"_a, "top_k"_a, "top_p"_a,
+        "uniforms"_a);
   m.def(
       "zeros",
       [](int count, const std::vector<int>& shape, mx::Dtype dtype) {
