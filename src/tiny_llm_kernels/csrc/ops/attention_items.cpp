@@ -94,13 +94,20 @@ float* reused_floats(size_t count) {
   return floats.data();
 }
 
+/// The most work of one item: small enough to spread evenly, but all kv heads of a partition if every thread then
+/// still gets two items. The heads of a block are adjacent in memory, so they are read faster together.
+int64_t fair_share(int64_t work, int64_t kv_heads, int64_t threads) {
+  return std::max(work / (8 * threads), std::min(kv_heads, work / (2 * threads)));
+}
+
 }  // namespace
 
 void attend_all(AttentionJob job, const Kernels& kernels) {
-  const auto runs = divide_into_runs(job, num_threads());
+  const int64_t threads = num_threads();
+  const auto runs = divide_into_runs(job, threads);
   int64_t work = 0;
   for (const Run& run : runs) work += run.partitions() * run.count * job.Hkv;
-  Items items = divide_into_items(job, runs, work / (8 * num_threads()));
+  Items items = divide_into_items(job, runs, fair_share(work, job.Hkv, threads));
   const size_t needed = items.split.size() * job.H * items.max_partitions * partial_floats(job.D);
   job.partials = reused_floats(needed);
   if (needed && !job.partials) items = divide_into_items(job, runs, work);  // slower, but needs no memory
