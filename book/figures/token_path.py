@@ -45,7 +45,7 @@ STAGES = (
     ),
     Stage(
         "sample",
-        "one row at a time",
+        "each row by itself",
         "violet",
         ("adjust_logits, sample_token: by the request's", "parameters, seed and output index"),
     ),

@@ -1,4 +1,4 @@
-"""From a row of logits to a token and its log-probabilities, for one sequence at a time."""
+"""From rows of logits to tokens and their log-probabilities."""
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
