@@ -139,7 +139,6 @@ POINTS: list[tuple[Any, str]] = [
     (PagedQueues, "start_next"),
     (PagedQueues, "join"),
     (engine_core, "choose_token"),
-    (engine_core, "may_choose_together"),
     (engine_core, "choose_together"),
     (engine_core, "make_output"),
     (engine_core, "record_prompt_logprobs"),

@@ -127,29 +127,25 @@ def test_a_disconnect_before_the_first_byte_frees_the_blocks(llm: LLM, path: str
 
 def break_sampler(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[mx.array], mx.array]) -> None:
     """Apply `break_it` to the fourth row of logits of the request with the seed 666."""
-    choose, may_choose_together = engine_core.choose_token, engine_core.may_choose_together
-
-    def is_target(sequence: Any) -> bool:
-        return sequence.seed == 666 and len(sequence.outputs) == 3
+    choose = engine_core.choose_token
 
     def chosen(sequence: Any, row: mx.array, eos: Any) -> Any:
-        return choose(sequence, break_it(row) if is_target(sequence) else row, eos)
-
-    def may(sequence: Any, row: mx.array, eos: Any) -> bool:
-        return not is_target(sequence) and may_choose_together(sequence, row, eos)
+        is_target = sequence.seed == 666 and len(sequence.outputs) == 3
+        return choose(sequence, break_it(row) if is_target else row, eos)
 
     monkeypatch.setattr(engine_core, "choose_token", chosen)
-    monkeypatch.setattr(engine_core, "may_choose_together", may)
 
 
-def break_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the same row NaN among the rows from which tokens are chosen together."""
+def break_rows(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[mx.array], mx.array]) -> None:
+    """Apply `break_it` to the same row among the rows from which tokens are chosen together."""
     choose = engine_core.choose_together
 
     def chosen(rows: mx.array, choices: Any) -> Any:
         broken = [row for one, row in choices if one.seed == 666 and len(one.outputs) == 3]
-        is_broken = mx.array([row in broken for row in range(len(rows))])
-        return choose(mx.where(is_broken[:, None], math.nan, rows), choices)
+        if broken:
+            is_broken = mx.array([row in broken for row in range(len(rows))])
+            rows = mx.where(is_broken[:, None], break_it(rows), rows)
+        return choose(rows, choices)
 
     monkeypatch.setattr(engine_core, "choose_together", chosen)
 
@@ -177,8 +173,11 @@ def inject_fault(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
             break_sampler(monkeypatch, raise_error)
             return "injected into the sampler"
         case "nan among others":
-            break_row(monkeypatch)
-            return "not numbers"
+            break_rows(monkeypatch, lambda rows: rows * math.nan)
+            return "are not numbers"
+        case "sampler among others":
+            break_rows(monkeypatch, raise_error)
+            return "injected into the sampler"
         case "nan":
             break_sampler(monkeypatch, lambda row: row * math.nan)
             return "are not numbers"
@@ -191,7 +190,9 @@ def inject_fault(monkeypatch: pytest.MonkeyPatch, kind: str) -> str:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("kind", ["sampler", "nan", "nan among others", "kernel", "memory"])
+@pytest.mark.parametrize(
+    "kind", ["sampler", "nan", "sampler among others", "nan among others", "kernel", "memory"]
+)
 def test_a_failing_request_does_not_affect_others(
     served: Served, llm: LLM, monkeypatch: pytest.MonkeyPatch, kind: str, stream: bool
 ) -> None:
@@ -200,6 +201,8 @@ def test_a_failing_request_does_not_affect_others(
     expected = generate_text(llm, "Once upon", temperature=0, max_tokens=30)
     bodies = [{"prompt": "Once upon", "temperature": 0, "max_tokens": 30} for _ in range(5)]
     broken = {"prompt": "The sky", "seed": 666, "max_tokens": 30, "ignore_eos": True, "stream": stream}
+    if not kind.endswith("among others"):
+        broken["repetition_penalty"] = 1.1  # its tokens are not chosen together with others
 
     with served.client() as client, ThreadPoolExecutor(6) as pool:
         asked = list(

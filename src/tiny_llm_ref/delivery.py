@@ -41,13 +41,13 @@ class AsyncListener:
     """A listener for one coroutine: passes items on to the event loop in which it was created."""
 
     def __init__(self) -> None:
-        self._mail = _LoopMail.of(asyncio.get_running_loop())
+        self._deliveries = _Deliveries.of(asyncio.get_running_loop())
         self._lists: deque[list[Item]] = deque()
         self._reading: asyncio.Future[None] | None = None
 
     def __call__(self, items: list[Item]) -> None:
         """Take a list in the engine's thread and wake the event loop; RuntimeError if the loop is closed."""
-        self._mail.post(self, items)
+        self._deliveries.post(self, items)
 
     def put(self, items: list[Item]) -> None:
         """Add a list, in the event loop. It may be empty."""
@@ -67,14 +67,14 @@ class AsyncListener:
         return self._lists.popleft()
 
 
-class _LoopMail:
-    """Lists on their way to the listeners of one event loop.
+class _Deliveries:
+    """Lists that are being passed on to the listeners of one event loop.
 
     Waking an event loop costs a system call, and in one step all clients of a server get a list. So the loop
     is woken for the first list only, and then takes all that have arrived.
     """
 
-    _of_loops: ClassVar["WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopMail]"] = WeakKeyDictionary()
+    _of_loops: ClassVar["WeakKeyDictionary[asyncio.AbstractEventLoop, _Deliveries]"] = WeakKeyDictionary()
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = ref(loop)
@@ -82,8 +82,8 @@ class _LoopMail:
         self._is_woken = False
 
     @classmethod
-    def of(cls, loop: asyncio.AbstractEventLoop) -> "_LoopMail":
-        """The mail of a loop. Call it in the loop's thread."""
+    def of(cls, loop: asyncio.AbstractEventLoop) -> "_Deliveries":
+        """The deliveries of a loop. Call it in the loop's thread."""
         if loop not in cls._of_loops:
             cls._of_loops[loop] = cls(loop)
         return cls._of_loops[loop]

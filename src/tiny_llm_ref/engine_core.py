@@ -29,7 +29,6 @@ from .token_output import (
     filters_of,
     likeliest,
     make_output,
-    may_choose_together,
     record_prompt_logprobs,
 )
 
@@ -231,13 +230,11 @@ class EngineCore:
             if sequence.request_id in self._searches:
                 continue
             with self._blaming(sequence.request_id):
-                row = logits[sequence.seq_id]
-                if may_choose_together(sequence, row, self._eos):
-                    choices[sequence.seq_id] = None  # keeps its place in the order
+                choice = choose_token(sequence, logits[sequence.seq_id], self._eos)
+                choices[sequence.seq_id] = choice  # None keeps its place in the order
+                if choice is None:
                     group = together.setdefault(filters_of(sequence.params), [])
                     group.append((sequence, logits.row_of[sequence.seq_id]))
-                else:
-                    choices[sequence.seq_id] = choose_token(sequence, row, self._eos)
         for group in together.values():
             choices.update(
                 {choice.sequence.seq_id: choice for choice in self._choose_together(logits, group)}
@@ -246,13 +243,13 @@ class EngineCore:
 
     def _choose_together(self, logits: StepLogits, group: list[tuple[Sequence, int]]) -> list[Choice]:
         """Choose the tokens of a group; one after the other if that fails, to find the request at fault."""
+        assert logits.rows is not None
         with suppress(Exception):
-            assert logits.rows is not None
             return choose_together(logits.rows, group)
         choices = []
-        for sequence, _ in group:
+        for sequence, row in group:
             with self._blaming(sequence.request_id):
-                choices.append(choose_token(sequence, logits[sequence.seq_id], self._eos))
+                choices += choose_together(logits.rows, [(sequence, row)])
         return choices
 
     def _commit(self, output: TokenOutput) -> bool:

@@ -51,19 +51,25 @@ class Choice(NamedTuple):
     place: int | None = None
 
 
-def choose_token(sequence: Sequence, row: mx.array, eos_token_ids: frozenset[int]) -> Choice:
-    """Choose the next token of a sequence from its row of logits [V]."""
-    params = sequence.params
-    adjusted = _adjusted(sequence, row, eos_token_ids)
-    token = sample_token(adjusted, params, sequence.seed, len(sequence.outputs))
+def choose_token(sequence: Sequence, row: mx.array, eos_token_ids: frozenset[int]) -> Choice | None:
+    """Choose the next token of a sequence from its row of logits [V].
+
+    Returns None if the compiled sampler can choose it from the row as it is: then use `choose_together`.
+    """
+    params, outputs = sequence.params, sequence.outputs
+    ends = end_token_ids(params, eos_token_ids)
+    adjusted = adjust_logits(row, params, sequence.prompt, outputs, ends)
+    compiled = is_reference(sample_token) and use_compiled()
+    if compiled and adjusted is row and row.dtype == mx.float32:
+        return None
+    token = sample_token(adjusted, params, sequence.seed, len(outputs))
     # If the row has a NaN, argmax and the compiled sampler choose it, so checking the chosen logit is enough.
     # MLX's own operators may draw any token from such a row, so then the sum of the row is checked.
-    ends_at_nan = params.greedy or (is_reference(sample_token) and use_compiled())
-    return Choice(sequence, row, token, row[token] if ends_at_nan else mx.sum(row))
+    return Choice(sequence, row, token, row[token] if params.greedy or compiled else mx.sum(row))
 
 
 def choose_together(rows: mx.array, choices: Seq[tuple[Sequence, int]]) -> list[Choice]:
-    """Choose the next tokens of sequences that `may_choose_together`, all with the same filters.
+    """Choose the next tokens of sequences with the same filters, those for which `choose_token` returns None.
 
     One operator serves all of them: with one for each, Python and MLX would take longer than the kernel.
 
@@ -77,21 +83,9 @@ def choose_together(rows: mx.array, choices: Seq[tuple[Sequence, int]]) -> list[
     return [Choice(one, rows[row], tokens, logits, place) for place, (one, row) in enumerate(choices)]
 
 
-def may_choose_together(sequence: Sequence, row: mx.array, eos_token_ids: frozenset[int]) -> bool:
-    """True if the compiled sampler chooses a sequence's token, from its row [V] as it is."""
-    compiled = is_reference(sample_token) and use_compiled() and row.dtype == mx.float32
-    return compiled and _adjusted(sequence, row, eos_token_ids) is row
-
-
 def filters_of(params: SamplingParams) -> tuple[float, ...]:
     """What sequences that are chosen together must have in common."""
     return () if params.greedy else (params.temperature, params.min_p, params.top_k, params.top_p)
-
-
-def _adjusted(sequence: Sequence, row: mx.array, eos_token_ids: frozenset[int]) -> mx.array:
-    params = sequence.params
-    ends = end_token_ids(params, eos_token_ids)
-    return adjust_logits(row, params, sequence.prompt, sequence.outputs, ends)
 
 
 def make_output(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:

@@ -147,14 +147,14 @@ def _calling_when_silent(
         nonlocal since
         since = loop.time()
 
-    def ring() -> None:
+    def check() -> None:
         nonlocal timer
         if loop.time() >= since + patience:
             tell()
             end_silence()
-        timer = loop.call_at(since + patience, ring)
+        timer = loop.call_at(since + patience, check)
 
-    timer = loop.call_at(since + patience, ring)
+    timer = loop.call_at(since + patience, check)
     last = None if deadline is None else loop.call_at(deadline, tell)
     try:
         yield end_silence

@@ -125,7 +125,7 @@ INLINE void score(const Row* rows, const Source& tile, int64_t D, Range seen, fl
 template <int ROWS>
 INLINE void to_weights(Row* rows, float (&scores)[ROWS][TILE], float (&decay)[ROWS]) {
   constexpr int PARTS = TILE / WIDE;
-  f32x8 fallen = {};  // lane r: by how much row r's largest score exceeds the old one, negative
+  f32x8 fallen = {};  // lane r: row r's old m minus its new one, 0 or below
   UNROLL
   for (int r = 0; r < ROWS; ++r) {
     f32x8 s[4];
