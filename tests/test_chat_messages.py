@@ -9,7 +9,8 @@ import pytest
 
 from chat_templates import CHATML, GEMMA, LLAMA2, LLAMA3, MACROS, NAMES, PARTS, REASONING, TEMPLATES
 from test_typed_control_tokens import built
-from tiny_llm_checkpoints.chat_messages import MAX_VALUES, MessageError, read_messages
+from tiny_llm_checkpoints.chat_messages import read_messages
+from tiny_llm_checkpoints.plain_json import MAX_VALUES, MessageError
 from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
@@ -118,7 +119,7 @@ def test_templates_receive_names_and_tool_call_ids() -> None:
 @pytest.mark.parametrize(
     ("message", "field"),
     [
-        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[1].tool_calls"),
+        ({"role": "assistant", "content": None, "tool_calls": [{}]}, "messages[1].tool_calls[0].function"),
         ({"role": "assistant", "function_call": {"name": "f"}}, "messages[1].function_call"),
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {}}]},

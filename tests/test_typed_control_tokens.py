@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from chat_templates import BARE, CHATML, NAMES, REASONING, TEMPLATES
-from tiny_llm_checkpoints.chat_messages import MessageError
+from tiny_llm_checkpoints.plain_json import MessageError
 from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.embedded import embedded_model_path
 from tiny_llm_checkpoints.gguf_format import read_gguf_header

@@ -4,39 +4,27 @@ This is the only module that defines what a message may contain, for `LLM.chat` 
 ends the check; it names the message and the field. Knows nothing of templates or tokens.
 """
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
-from .errors import TinyLLMError, shown
+from .chat_tool_calls import ToolCall, read_tool_calls
+from .errors import shown
+from .plain_json import MessageError, check_json, check_value, kind_of
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 IGNORED = ("annotations", "cache_control", "prompt_cache_breakpoint")  # these do not change the prompt
 IGNORED_IN_PARTS = (*IGNORED, "logprobs", "id", "index")  # the parts of an answer have these as well
 UNSUPPORTED = {
-    "tool_calls": "tool calls are not supported",
-    "function_call": "function calls are not supported",
-    "tools": "tool calls are not supported",
+    "function_call": "is not supported; use tool_calls",
+    "tools": "a message cannot have tools; send them beside the messages",
     "audio": "audio is not supported",
     "images": "images are not supported",
     "videos": "videos are not supported",
 }
-MAX_DEPTH = 20  # nesting of lists and objects in the fields that a template receives
-MAX_VALUES = 10_000  # values nested in one of these fields; `content` has no such limit
 MAX_FIELDS = 100  # per message
 EXAMPLE = '; for example [{"role": "user", "content": "Hello"}]'
 _MAY_BE_EMPTY = ("assistant", "tool")  # roles whose content may be null or missing
-
-
-class MessageError(TinyLLMError, ValueError):
-    """A message, or an argument of a template, is not usable. `field` locates it: "messages[2].role"."""
-
-    def __init__(self, field: str, reason: str, *, unsupported: bool = False) -> None:
-        super().__init__(f"{field}: {reason}")
-        self.field = field
-        self.unsupported = unsupported
 
 
 @dataclass(frozen=True)
@@ -44,17 +32,15 @@ class ChatMessage:
     """One message.
 
     parts: the text parts of the content; empty if the content is null or missing.
-    fields: all fields that a template receives, in the order in which they were sent. If the message has a
-    content, `content` is None here and marks its place in that order.
+    calls: the calls of tools; empty if the message has none. fields: all fields that a template receives, in
+    the order in which they were sent. If the message has a content or calls, `content` and `tool_calls` are
+    None here and mark their places in that order.
     """
 
     role: str
     parts: tuple[str, ...]
     fields: Mapping[str, Any]
-
-    def with_content(self, content: str | list[dict[str, str]]) -> dict[str, Any]:
-        """The message as a mapping for a template, with this content."""
-        return {**self.fields, "content": content}
+    calls: tuple[ToolCall, ...] = ()
 
 
 def read_messages(messages: Any, *, roles: Collection[str] | None = None) -> list[ChatMessage]:
@@ -65,43 +51,28 @@ def read_messages(messages: Any, *, roles: Collection[str] | None = None) -> lis
     Raises `MessageError` for the first problem.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise MessageError("messages", f"must be a list of messages, not {_kind(messages)}{EXAMPLE}")
+        raise MessageError("messages", f"must be a list of messages, not {kind_of(messages)}{EXAMPLE}")
     if not messages:
         raise MessageError("messages", "must contain at least one message")
     return [_read(message, f"messages[{place}]", roles) for place, message in enumerate(messages)]
 
 
-def check_json(value: Any, field: str) -> Any:
-    """Return `value` if it is plain JSON of bounded depth and size, with valid Unicode strings.
-
-    Raises a `MessageError` that locates the first value that is not.
-    """
-    count = 1
-    for item, place, depth in _walk(value, field):
-        _check_value(item, place)
-        count += len(item) if isinstance(item, (Mapping, list, tuple)) else 0
-        if depth > MAX_DEPTH:
-            raise MessageError(field, f"is nested more than {MAX_DEPTH} levels deep")
-        if count > MAX_VALUES:
-            raise MessageError(field, f"has more than {MAX_VALUES} values")
-    return value
-
-
 def _read(message: Any, field: str, roles: Collection[str] | None) -> ChatMessage:
     if not isinstance(message, Mapping):
-        raise MessageError(field, f"must be an object, not {_kind(message)}")
+        raise MessageError(field, f"must be an object, not {kind_of(message)}")
     role = _text(message.get("role"), f"{field}.role") if "role" in message else None
     if not role:
         raise MessageError(f"{field}.role", "is required")
     if roles is not None and role not in roles:
         raise MessageError(f"{field}.role", f"must be one of {', '.join(roles)}, not {role[:40]!r}")
     fields = dict(_fields(message, field))
+    calls = _calls(message, role, field)
     parts = _parts(message.get("content"), f"{field}.content")
     if not parts and role == "assistant" and isinstance(message.get("refusal"), str):
         parts = (message["refusal"],)  # the model's answer, in another field
     if not parts and role not in _MAY_BE_EMPTY:
         raise MessageError(f"{field}.content", f"a message with role {role[:40]!r} needs text")
-    return ChatMessage(role, parts, fields)
+    return ChatMessage(role, parts, fields, calls)
 
 
 def _fields(message: Mapping[Any, Any], field: str) -> Iterator[tuple[str, Any]]:
@@ -110,14 +81,16 @@ def _fields(message: Mapping[Any, Any], field: str) -> Iterator[tuple[str, Any]]
         raise MessageError(field, f"has {len(message)} fields, expected at most {MAX_FIELDS}")
     for key, value in message.items():
         if not isinstance(key, str):
-            raise MessageError(field, f"a key must be a string, not {_kind(key)}")
+            raise MessageError(field, f"a key must be a string, not {kind_of(key)}")
         if key in UNSUPPORTED and not _is_empty(value):
             raise MessageError(f"{field}.{key}", UNSUPPORTED[key], unsupported=True)
         if key in UNSUPPORTED or key in IGNORED or (value is None and key != "content"):
             continue
+        if key == "tool_calls" and _is_empty(value):
+            continue
         if key in ("name", "tool_call_id", "refusal", "reasoning", "reasoning_content"):
             _text(value, f"{field}.{key}")
-        if key == "content":
+        if key in ("content", "tool_calls"):
             yield key, None
         else:
             yield key, check_json(value, f"{field}.{key[:40]}")
@@ -126,13 +99,22 @@ def _fields(message: Mapping[Any, Any], field: str) -> Iterator[tuple[str, Any]]
             yield other, message[one]
 
 
+def _calls(message: Mapping[str, Any], role: str, field: str) -> tuple[ToolCall, ...]:
+    calls = message.get("tool_calls")
+    if _is_empty(calls):
+        return ()
+    if role != "assistant":
+        raise MessageError(f"{field}.tool_calls", f"a message with role {role[:40]!r} cannot have calls")
+    return read_tool_calls(calls, f"{field}.tool_calls")
+
+
 def _parts(content: Any, field: str) -> tuple[str, ...]:
     if content is None:
         return ()
     if isinstance(content, str):
         return (_text(content, field),)
     if isinstance(content, (bytes, Mapping)) or not isinstance(content, Sequence):
-        raise MessageError(field, f"must be a string or a list of text parts, not {_kind(content)}")
+        raise MessageError(field, f"must be a string or a list of text parts, not {kind_of(content)}")
     return tuple(_part(part, f"{field}[{place}]") for place, part in enumerate(content))
 
 
@@ -141,7 +123,7 @@ def _part(part: Any, field: str) -> str:
     if isinstance(part, str):
         return _text(part, field)
     if not isinstance(part, Mapping):
-        raise MessageError(field, f"must be a text part, not {_kind(part)}")
+        raise MessageError(field, f"must be a text part, not {kind_of(part)}")
     kind = part.get("type")
     if kind is None:
         raise MessageError(f"{field}.type", "is required")
@@ -165,38 +147,6 @@ def _text(value: Any, field: str) -> str:
     if value is None:
         raise MessageError(field, "is required")
     if not isinstance(value, str):
-        raise MessageError(field, f"must be a string, not {_kind(value)}")
-    _check_value(value, field)
+        raise MessageError(field, f"must be a string, not {kind_of(value)}")
+    check_value(value, field)
     return value
-
-
-def _walk(value: Any, field: str) -> Iterator[tuple[Any, str, int]]:
-    """Every value nested in `value`, itself included, with its location and depth."""
-    left = [(value, field, 1)]
-    while left:
-        item, place, depth = left.pop()
-        yield item, place, depth
-        if isinstance(item, Mapping):
-            for key, one in item.items():
-                left += [(key, place, depth + 1), (one, f"{place}.{str(key)[:40]}", depth + 1)]
-        elif isinstance(item, (list, tuple)):
-            left += [(one, f"{place}[{index}]", depth + 1) for index, one in enumerate(item)]
-
-
-def _check_value(value: Any, field: str) -> None:
-    """Reject values that JSON cannot represent, and strings with lone surrogates."""
-    if isinstance(value, str):
-        try:
-            value.isascii() or value.encode()
-        except UnicodeEncodeError as error:
-            reason = f"not Unicode: a lone surrogate at character {error.start}"
-            raise MessageError(field, reason) from None
-    elif not isinstance(value, (Mapping, list, tuple, bool, int, float, type(None))):
-        raise MessageError(field, f"must be plain JSON, not {_kind(value)}")
-    elif isinstance(value, float) and not isfinite(value):
-        raise MessageError(field, f"must be a finite number, not {json.dumps(value)}")
-
-
-def _kind(value: Any) -> str:
-    """The type of a value for an error message: "null" for None, otherwise Python's name."""
-    return "null" if value is None else type(value).__name__

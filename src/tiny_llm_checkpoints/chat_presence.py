@@ -5,7 +5,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .chat_messages import ChatMessage, MessageError
+from .chat_messages import ChatMessage
+from .plain_json import MessageError
 
 _GUARDED = ("user", "tool", "function", "system", "developer")
 MAX_TRIES = 10_000  # positions tried for one text that is not where it was expected
@@ -24,8 +25,9 @@ def check_presence(messages: Sequence[ChatMessage], prompt: str) -> None:
 
     Leading and trailing white space is ignored. A template may move a text, write it as JSON, or change its
     case and white space. A text that is sent twice must appear twice. Assistant text may be missing, because
-    templates remove earlier reasoning.
+    templates remove earlier reasoning; the names of called functions may not.
     """
+    _check_calls(messages, prompt)
     wanted = [
         _Text(text, place, message.role)
         for place, message in enumerate(messages)
@@ -43,6 +45,14 @@ def check_presence(messages: Sequence[ChatMessage], prompt: str) -> None:
                 f"messages[{one.place}].content",
                 f"the chat template drops the text of this message (role {one.role[:40]!r})",
             )
+
+
+def _check_calls(messages: Sequence[ChatMessage], prompt: str) -> None:
+    for place, message in enumerate(messages):
+        for index, call in enumerate(message.calls):
+            if call.name not in prompt:
+                field = f"messages[{place}].tool_calls[{index}]"
+                raise MessageError(field, f"the chat template drops this call of {call.name!r}")
 
 
 def _texts_of(message: ChatMessage) -> list[str]:

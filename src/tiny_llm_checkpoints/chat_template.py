@@ -11,13 +11,20 @@ from typing import Any
 import jinja2
 from jinja2 import meta, nodes
 
-from .chat_messages import ChatMessage, MessageError, check_json, read_messages
+from .chat_messages import ChatMessage, read_messages
 from .chat_pieces import split_pieces
 from .chat_presence import check_presence
+from .chat_tools import Tool, read_tools
+from .plain_json import MessageError, check_json
+from .reasoning_parser import reasoning_of
 from .template_budget import MAX_STEPS, TemplateLimitError
+from .template_content import iterates_content
 from .template_sandbox import TemplateSandbox, rendering
 from .template_text import Disguise
+from .template_tools import CallStyle, find_tool_support
 from .tokenizer import Tokenizer
+from .tool_formats import FALLBACK, ToolFormat, format_of
+from .tool_prompt import describe_tools, spell_calls
 
 Message = Mapping[str, Any]
 CONTENT_FORMATS = ("auto", "string", "openai")
@@ -31,7 +38,11 @@ _PROBE_STEPS = 50_000  # limit for a rendering that only detects the content for
 
 
 class ChatTemplate:
-    """One compiled chat template. Rendering keeps no state, so threads may share it."""
+    """One compiled chat template. Rendering keeps no state, so threads may share it.
+
+    source: its text. tool_format: the form in which its model writes calls of tools, None if it is unknown.
+    reasoning: the form of the model's reasoning, None if it has none.
+    """
 
     def __init__(self, source: str, *, bos_token: str, eos_token: str, content_format: str = "auto") -> None:
         """Compile `source`. `bos_token` and `eos_token` are variables in it.
@@ -64,25 +75,39 @@ class ChatTemplate:
         self._takes_parts = dict.fromkeys(ROLES, given)
         if content_format == "auto":
             self._detect_formats(tree)
+        self._tool_support = find_tool_support(
+            self._probe, lambda role, text: self._content(role, (text,)), self.uses_variable("tools")
+        )
+        self.source = source
+        self.tool_format = format_of(source) if self._tool_support.writes_tools else FALLBACK
+        self.reasoning = reasoning_of(source)
 
     def uses_variable(self, name: str) -> bool:
         """Whether the template reads a variable of this name."""
         return name in self._variables
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **kwargs: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **kwargs: Any,
     ) -> str:
         """Return the prompt for `messages`: mappings with "role" and "content"; other keys are passed on.
 
         The content is a string or a list of text parts; the parts are joined by line breaks if the template
         takes strings. With `add_generation_prompt` the prompt ends where the assistant's answer starts.
-        Further keyword arguments are variables of the template.
+        tools: functions that the model may call, in OpenAI's format. Further keyword arguments are variables
+        of the template.
 
         Raises `MessageError` for a bad message, and ValueError if the template raises an error (which is
         quoted), uses what the sandbox forbids, or exceeds its limits.
         """
-        turns = [self._as_template(message) for message in read_messages(messages)]
-        return self._render(turns, self._checked(kwargs), add_generation_prompt)
+        offered = read_tools(tools)
+        spelled = self._spelled(read_messages(messages), offered, None)
+        turns = [self._as_template(message) for message in spelled]
+        return self._render(turns, self._with_tools(self._checked(kwargs), offered), add_generation_prompt)
 
     def encode(
         self,
@@ -93,6 +118,8 @@ class ChatTemplate:
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_format: ToolFormat | None = None,
         roles: Collection[str] | None = None,
         context: int | None = None,
     ) -> list[int]:
@@ -108,6 +135,9 @@ class ChatTemplate:
         add_special_tokens: add the tokenizer's own prefix and suffix, such as a beginning-of-sequence token;
         most templates write it themselves.
         chat_template_kwargs: variables of the template.
+        tools: functions that the model may call, in OpenAI's format. A template that does not write tools, or
+        calls, gets them as text: `tool_prompt`.
+        tool_format: the form of calls in that text; None: the usual one.
         roles: the accepted roles; None accepts any.
         context: as in `Tokenizer.encode`.
 
@@ -119,9 +149,14 @@ class ChatTemplate:
             add_generation_prompt = not continue_final_message
         if add_generation_prompt and continue_final_message:
             raise MessageError("continue_final_message", "cannot be true together with add_generation_prompt")
-        conversation = read_messages(messages, roles=roles)
-        variables = self._checked(chat_template_kwargs or {})
-        turns = [self._as_template(message) for message in conversation]
+        conversation, offered = read_messages(messages, roles=roles), read_tools(tools)
+        if continue_final_message and conversation[-1].calls:
+            raise MessageError(
+                "continue_final_message", "the last message has calls of tools, so it is complete"
+            )
+        variables = self._with_tools(self._checked(chat_template_kwargs or {}), offered)
+        spelled = self._spelled(conversation, offered, tool_format)
+        turns = [self._as_template(message) for message in spelled]
         plain = self._render(turns, variables, add_generation_prompt)
         given = _texts([turns, variables])
         disguise = Disguise(tokenizer.control_tokens, [*given, plain])
@@ -145,10 +180,40 @@ class ChatTemplate:
         role = message.role
         if role == "developer" and not self._knows_developers:
             role = "system"
-        parts = [{"type": "text", "text": part} for part in message.parts]
-        takes_parts = self._takes_parts.get(role, self._takes_parts["user"])
-        content: Any = parts if takes_parts else "\n".join(message.parts)
-        return {**message.with_content(content), "role": role}
+        content = self._content(role, message.parts)
+        if not message.calls:
+            return {**message.fields, "content": content, "role": role}
+        style = self._tool_support.calls or CallStyle(takes_objects=True, takes_null=False)
+        calls = [call.as_template(takes_objects=style.takes_objects) for call in message.calls]
+        content = None if style.takes_null and not message.parts else content
+        return {**message.fields, "content": content, "tool_calls": calls, "role": role}
+
+    def _content(self, role: str, texts: Sequence[str]) -> Any:
+        """The content of a message: a string, or parts if the template takes parts for this role."""
+        if self._takes_parts.get(role, self._takes_parts["user"]):
+            return [{"type": "text", "text": text} for text in texts]
+        return "\n".join(texts)
+
+    def _spelled(
+        self, messages: list[ChatMessage], tools: Sequence[Tool], form: ToolFormat | None
+    ) -> list[ChatMessage]:
+        """The messages with what the template does not write itself as text: tools, calls and results."""
+        form = form or self.tool_format or FALLBACK
+        if self._tool_support.calls is None and any(message.calls for message in messages):
+            messages = spell_calls(messages, form)
+        if tools and not self._tool_support.writes_tools:
+            messages = describe_tools(messages, tools, form)
+        return messages
+
+    def _with_tools(self, variables: Mapping[str, Any], tools: Sequence[Tool]) -> Mapping[str, Any]:
+        """The variables with the tools, if the template writes them itself."""
+        if not tools or not self._tool_support.writes_tools:
+            return variables
+        return {**variables, "tools": [tool.fields for tool in tools]}
+
+    def _probe(self, turns: list[dict[str, Any]], variables: Mapping[str, Any]) -> str:
+        """Render messages that only show what the template does. Raises as `_render` does."""
+        return self._render(turns, variables, add_generation_prompt=True, max_steps=_PROBE_STEPS)
 
     def _checked(self, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         """Check the caller's variables: plain JSON, and none of the template's own names."""
@@ -227,7 +292,7 @@ class ChatTemplate:
 
     def _detect_formats(self, tree: nodes.Template) -> None:
         """Detect each role's content format by rendering; if nothing renders, from the syntax tree."""
-        by_reading = _iterates_content(tree)
+        by_reading = iterates_content(tree)
         user, answer = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}
         around: dict[str, tuple[list[Message], list[Message]]] = {
             "user": ([], []),
@@ -245,9 +310,9 @@ class ChatTemplate:
         """Whether the template renders the probe's text only if the content is a list of parts."""
         for takes_parts in (False, True):
             self._takes_parts[role] = takes_parts
-            turns = [self._as_template(message) for message in read_messages(probe)]
+            turns = [{**one, "content": self._content(one["role"], (one["content"],))} for one in probe]
             try:
-                if _PROBE_TEXT in self._render(turns, {}, add_generation_prompt=True, max_steps=_PROBE_STEPS):
+                if _PROBE_TEXT in self._probe(turns, {}):
                     return takes_parts
             except ValueError:
                 continue
@@ -272,31 +337,3 @@ def _texts(values: list[Any]) -> list[str]:
         elif isinstance(value, (list, tuple)):
             left += value
     return found
-
-
-def _iterates_content(tree: nodes.Template) -> bool:
-    """Whether the template loops over a message's content: the test that vLLM uses."""
-    contents = {name for name, node in _assigned(tree) if _is_content(node, set())}
-    return any(_is_content(loop.iter, contents) for loop in tree.find_all(nodes.For))
-
-
-def _assigned(tree: nodes.Template) -> list[tuple[str, nodes.Node]]:
-    """The variables that the template sets, each with its expression."""
-    return [
-        (one.target.name, one.node)
-        for one in tree.find_all(nodes.Assign)
-        if isinstance(one.target, nodes.Name)
-    ]
-
-
-def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
-    """Whether an expression is a message's content, or a slice or filtered form of it."""
-    if isinstance(node, nodes.Name):
-        return node.name in names
-    if isinstance(node, nodes.Getattr):
-        return node.attr == "content"
-    if isinstance(node, nodes.Getitem):
-        if isinstance(node.arg, nodes.Slice):
-            return _is_content(node.node, names)
-        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
-    return isinstance(node, (nodes.Filter, nodes.Test)) and _is_content(node.node, names)

@@ -18,9 +18,9 @@ from tiny_llm.output_processor import RequestState
 from tiny_llm.resources import requiring
 
 from tiny_llm import LLM, EngineStats, RequestTooLargeError, SamplingParams, SamplingParamsError
-from tiny_llm_checkpoints.chat_messages import MessageError
 from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.errors import PromptTooLongError
+from tiny_llm_checkpoints.plain_json import MessageError
 
 from .config import ServerConfig
 from .errors import ApiError, load_error, refused

@@ -1,0 +1,39 @@
+"""Turns a model's answer into reasoning, content and calls of tools while it is generated."""
+
+from .answer_deltas import ContentDelta, Delta, joined
+from .reasoning_parser import ReasoningParser
+from .tool_parser import ToolParser
+
+
+class AnswerParser:
+    """One answer. reasoning, tools: None if the answer has no such parts.
+
+    Calls are not looked for in the reasoning.
+    """
+
+    def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None) -> None:
+        self._reasoning = reasoning
+        self._tools = tools
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether the answer has calls, and the last one is complete."""
+        return self._tools is not None and self._tools.num_calls > 0 and self._tools.is_complete
+
+    def push(self, text: str) -> list[Delta]:
+        """Take more of the answer; return what is certain now."""
+        found: list[Delta] = [ContentDelta(text)] if self._reasoning is None else self._reasoning.push(text)
+        return self._with_calls(found)
+
+    def finish(self) -> list[Delta]:
+        """End the answer; return what was held back."""
+        found = [] if self._reasoning is None else self._reasoning.finish()
+        return joined(self._with_calls(found) + ([] if self._tools is None else self._tools.finish()))
+
+    def _with_calls(self, deltas: list[Delta]) -> list[Delta]:
+        if self._tools is None:
+            return joined(deltas)
+        found: list[Delta] = []
+        for delta in deltas:
+            found += self._tools.push(delta.text) if isinstance(delta, ContentDelta) else [delta]
+        return joined(found)

@@ -1,0 +1,101 @@
+"""Checks that values of a client are plain JSON of bounded depth and size.
+
+Knows nothing of what the values mean.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from math import isfinite
+from typing import Any, NoReturn
+
+from .errors import TinyLLMError
+
+MAX_DEPTH = 20  # nesting of lists and objects in the fields that a template receives
+MAX_VALUES = 10_000  # values nested in one of these fields; `content` has no such limit
+
+
+class MessageError(TinyLLMError, ValueError):
+    """A message, a tool or a variable of a template is not usable; `field` locates it: "messages[2].role"."""
+
+    def __init__(self, field: str, reason: str, *, unsupported: bool = False) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.unsupported = unsupported
+
+
+def check_json(value: Any, field: str, max_depth: int = MAX_DEPTH) -> Any:
+    """Return `value` if it is plain JSON of bounded depth and size, with valid Unicode strings.
+
+    Raises a `MessageError` that locates the first value that is not.
+    """
+    count = 1
+    for item, place, depth in _walk(value, field):
+        check_value(item, place)
+        count += len(item) if isinstance(item, (Mapping, list, tuple)) else 0
+        if depth > max_depth:
+            raise MessageError(field, f"is nested more than {max_depth} levels deep")
+        if count > MAX_VALUES:
+            raise MessageError(field, f"has more than {MAX_VALUES} values")
+    return value
+
+
+def check_value(value: Any, field: str) -> None:
+    """Raise `MessageError` for a value that JSON cannot represent, and for a string with a lone surrogate."""
+    if isinstance(value, str):
+        try:
+            value.isascii() or value.encode()
+        except UnicodeEncodeError as error:
+            reason = f"not Unicode: a lone surrogate at character {error.start}"
+            raise MessageError(field, reason) from None
+    elif not isinstance(value, (Mapping, list, tuple, bool, int, float, type(None))):
+        raise MessageError(field, f"must be plain JSON, not {kind_of(value)}")
+    elif isinstance(value, float) and not isfinite(value):
+        raise MessageError(field, f"must be a finite number, not {json.dumps(value)}")
+
+
+def parse_object(text: str, field: str, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
+    """Parse the text of a JSON object; an empty text is an empty object.
+
+    Raises `MessageError` for any other text, and for one with too many values, which is not parsed.
+    """
+    if not text.strip():
+        return {}
+    outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+    if sum(map(outside.count, "{[,:")) > 2 * MAX_VALUES:
+        raise MessageError(field, f"has more than {MAX_VALUES} values")
+    try:
+        value = json.loads(text, parse_constant=_reject)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise MessageError(field, f"must be the text of a JSON object: {reason}") from None
+    if not isinstance(value, dict):
+        raise MessageError(field, f"must be the text of a JSON object, not of a {kind_of(value)}")
+    check_json(value, field, max_depth)
+    return value
+
+
+def num_characters(value: Any) -> int:
+    """The number of characters in all strings nested in plain JSON, keys included."""
+    return sum(len(item) for item, _, _ in _walk(value, "") if isinstance(item, str))
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value for an error message: "null" for None, otherwise Python's name."""
+    return "null" if value is None else type(value).__name__
+
+
+def _walk(value: Any, field: str) -> Iterator[tuple[Any, str, int]]:
+    """Every value nested in `value`, itself included, with its location and depth."""
+    left = [(value, field, 1)]
+    while left:
+        item, place, depth = left.pop()
+        yield item, place, depth
+        if isinstance(item, Mapping):
+            for key, one in item.items():
+                left += [(key, place, depth + 1), (one, f"{place}.{str(key)[:40]}", depth + 1)]
+        elif isinstance(item, (list, tuple)):
+            left += [(one, f"{place}[{index}]", depth + 1) for index, one in enumerate(item)]
+
+
+def _reject(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
