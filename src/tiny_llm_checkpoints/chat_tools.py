@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from .chat_names import read_name
-from .plain_json import MessageError, check_json, kind_of, num_characters
+from .plain_json import MessageError, check_json, kind_of, size_of
 
 MAX_TOOLS = 128  # OpenAI's limit
-MAX_TOOL_CHARS = 400_000  # characters in all tools of a request
+MAX_TOOL_CHARS = 400_000  # in all tools of a request, roughly
 MAX_TOOL_DEPTH = 50  # nesting in a tool; an object in a schema takes two levels
 IGNORED = ("cache_control",)  # does not change the prompt
 EXAMPLE = 'for example {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}'
@@ -24,8 +24,8 @@ _OBJECTS = ("properties", "$defs", "definitions", "patternProperties")
 class Tool:
     """A function that the model may call.
 
-    parameters: the JSON schema of its arguments; {} if it takes none. is_strict: its arguments must follow the
-    schema even if the model is free to call it or not. fields: the tool as a template receives it.
+    parameters: the JSON schema of its arguments; {} if it takes none. is_strict: its arguments must follow
+    the schema even if the model is free to call it or not. fields: the tool as a template receives it.
     """
 
     name: str
@@ -50,9 +50,9 @@ def read_tools(tools: Any) -> tuple[Tool, ...]:
     for place, fields in enumerate(tools):
         field = f"tools[{place}]"
         check_json(fields, field, MAX_TOOL_DEPTH)
-        left -= num_characters(fields)
+        left -= size_of(fields)
         if left < 0:
-            raise MessageError("tools", f"have more than {MAX_TOOL_CHARS} characters together")
+            raise MessageError("tools", f"must have at most {MAX_TOOL_CHARS} characters together")
         tool = _read(fields, field)
         if tool.name in found:
             raise MessageError(f"{field}.function.name", f"{tool.name!r} is the name of an earlier tool")

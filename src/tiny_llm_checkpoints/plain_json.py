@@ -74,9 +74,9 @@ def parse_object(text: str, field: str, max_depth: int = MAX_DEPTH) -> dict[str,
     return value
 
 
-def num_characters(value: Any) -> int:
-    """The number of characters in all strings nested in plain JSON, keys included."""
-    return sum(len(item) for item, _, _ in _walk(value, "") if isinstance(item, str))
+def size_of(value: Any) -> int:
+    """The characters of all strings and keys in plain JSON, and 8 for each other value."""
+    return sum(len(item) if isinstance(item, str) else 8 for item, _, _ in _walk(value, ""))
 
 
 def kind_of(value: Any) -> str:

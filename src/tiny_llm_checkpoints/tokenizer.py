@@ -5,7 +5,7 @@ chat templates. Built by `gguf_tokenizer` and `hf_tokenizer`.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 
 import tokenizers
@@ -146,9 +146,18 @@ class Tokenizer:
             return bytes([int(byte[1], 16)])
         return bytes_of_piece(piece)
 
-    def stream(self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> "Detokenizer":
-        """A detokenizer for one sequence that starts with `prompt`; it does not repeat the prompt's text."""
-        return Detokenizer(self, prompt, skip_special_tokens=skip_special_tokens)
+    def stream(
+        self,
+        prompt: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        visible: Collection[str] = (),
+    ) -> "Detokenizer":
+        """A detokenizer for one sequence that starts with `prompt`; it does not repeat the prompt's text.
+
+        visible: control tokens that are not skipped.
+        """
+        return Detokenizer(self, prompt, skip_special_tokens=skip_special_tokens, visible=visible)
 
     def stream_mid_text(self) -> "Detokenizer":
         """A detokenizer for ids in the middle of a text whose start does not matter."""
@@ -174,10 +183,15 @@ class Tokenizer:
             raise ValueError(f"token id {token_id} is negative")
         return token_id < self.vocab_size
 
-    def _piece(self, token_id: int, skip_special_tokens: bool) -> str | None:
+    def control_token_ids(self) -> dict[str, int]:
+        """The ids of the control tokens, by name."""
+        ids = {name: self._tokenizer.token_to_id(name) for name in self.control_tokens}
+        return {name: token_id for name, token_id in ids.items() if token_id is not None}
+
+    def _piece(self, token_id: int, skipped: Collection[str]) -> str | None:
         """A token's string in the vocabulary; None if it has none or is skipped."""
         piece = self._tokenizer.id_to_token(token_id) if self._is_known(token_id) else None
-        return None if skip_special_tokens and piece in self._control else piece
+        return None if piece in skipped else piece
 
 
 def check_length(num_tokens: int, context: int | None, at_least: str = "") -> None:
@@ -210,11 +224,12 @@ class Detokenizer:
         prompt: Sequence[int] = (),
         *,
         skip_special_tokens: bool = True,
+        visible: Collection[str] = (),
         mid_text: bool = False,
     ) -> None:
         """Start after a prompt, or, with `mid_text`, in the middle of an unknown text."""
         self._tokenizer = tokenizer
-        self._skip_special_tokens = skip_special_tokens
+        self._skipped = tokenizer._control.difference(visible) if skip_special_tokens else frozenset[str]()
         self._chain: DecoderChain = tokenizer._chain.fork()
         if mid_text:
             self._chain.push(_ANCHOR)
@@ -240,7 +255,7 @@ class Detokenizer:
         return twin
 
     def _decoded(self, token_id: int) -> str:
-        piece = self._tokenizer._piece(token_id, self._skip_special_tokens)
+        piece = self._tokenizer._piece(token_id, self._skipped)
         return "" if piece is None else self._chain.push(piece)
 
     def _new(self, text: str) -> str:

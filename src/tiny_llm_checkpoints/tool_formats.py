@@ -25,7 +25,7 @@ class ToolFormat:
     """How a model writes calls: opening, calls with a separator between them, closing.
 
     head, tail: what surrounds the arguments of a call. begin: the marker that starts calls; "" if they start
-    an answer without one. optional: a marker that may precede them then. end: the marker that ends them, or "".
+    an answer without one. optional: a marker that may precede them then. end: the marker that ends them.
     """
 
     name: str

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tiny_llm_server import ServerConfig
 
 _SERVER, _ACCESS, _DEFAULTS = "Server", "Access", "Sampling defaults"
+_ANSWERS = "Tools and reasoning"
 _LIMITS, _CONNECTIONS, _LOGGING = "Limits of a request", "Connections", "Page and log"
 _KEY_VARIABLE = "TINY_LLM_API_KEY"  # holds one key, whatever characters are in it
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
@@ -200,6 +201,26 @@ class ServerOptions:
             rich_help_panel=_DEFAULTS,
         ),
     ] = None
+    tool_call_parser: Annotated[
+        str,
+        typer.Option(
+            help="The form in which the model writes calls of tools: hermes (also Qwen's), llama3_json, mistral "
+            "or smollm2. auto: the form that the chat template shows; smollm2 if it knows no tools. none: "
+            "refuse requests with tools.",
+            metavar="NAME",
+            rich_help_panel=_ANSWERS,
+        ),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        str,
+        typer.Option(
+            help="The form of the model's reasoning, which answers have as reasoning_content: deepseek_r1 "
+            "(<think>; every answer starts with it), qwen3 (<think>) or mistral ([THINK]). auto: the form that "
+            "the chat template shows. none: reasoning is a part of the content.",
+            metavar="NAME",
+            rich_help_panel=_ANSWERS,
+        ),
+    ] = "auto"
     live: Annotated[
         bool,
         typer.Option(

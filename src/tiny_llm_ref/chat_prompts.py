@@ -23,12 +23,15 @@ class ChatOptions(NamedTuple):
     continue_final_message: end the prompt inside the last message, which the model continues.
     add_special_tokens: add the tokenizer's own special tokens; most templates already write them.
     chat_template_kwargs: variables of the template, such as `{"enable_thinking": False}`.
+    tools: functions that the model may call, in OpenAI's format. Its calls are a part of the output's text;
+        some models mark them with control tokens, which `skip_special_tokens=False` keeps in the text.
     """
 
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template_kwargs: Mapping[str, Any] | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
 
 
 class ChatPrompts:

@@ -8,7 +8,7 @@ belongs to its thread.
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from contextlib import aclosing, contextmanager
@@ -90,11 +90,13 @@ class Engine:
         prompt: PromptType | ParsedPrompt,
         params: SamplingParams | None = None,
         request_id: str | None = None,
+        visible: Collection[str] = (),
     ) -> RequestState:
         """Make a request, which can be submitted once.
 
         params: the engine's defaults if None. request_id: a string of 1 to 256 characters that no unfinished
-        request has; a new number if None.
+        request has; a new number if None. visible: control tokens that the text has even with
+        `skip_special_tokens`, such as those that mark calls of tools.
 
         Raises ValueError for an invalid prompt, params or id, and for token ids outside the vocabulary;
         `SamplingParamsError` names the field of `params` with such ids. Raises `RequestTooLargeError` if `n`
@@ -112,7 +114,7 @@ class Engine:
             params = self._fitted(params, len(tokens))
         for field in ("stop_token_ids", "logit_bias"):
             self._check_vocabulary(field, getattr(params, field) or ())
-        return RequestState(name, parsed.text, tokens, self._tokenizer, params)
+        return RequestState(name, parsed.text, tokens, self._tokenizer, params, visible)
 
     def chat_request(
         self,
@@ -291,6 +293,7 @@ class Engine:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
+        tools: Seq[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[RequestEvent, None]:
         """Answer a conversation: make a prompt as `LLM.chat` does, and yield events as `generate` does.
@@ -304,7 +307,7 @@ class Engine:
         """
         self.refuse_to_wait("Engine.chat")
         options = ChatOptions(
-            add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs
+            add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs, tools
         )
         tokens = await asyncio.to_thread(self._chat_prompts.encode, messages, options)
         chosen = self._chat_params(params, len(tokens))

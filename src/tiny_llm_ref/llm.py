@@ -189,6 +189,7 @@ class LLM:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or several in one batch, through the model's chat template.
@@ -203,7 +204,7 @@ class LLM:
         """
         self._check_open("LLM.chat")
         options = ChatOptions(
-            add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs
+            add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs, tools
         )
         conversations = _conversations(messages)
         each = _one_for_each(sampling_params, len(conversations))
@@ -246,6 +247,7 @@ class LLM:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Generator[TextDelta, None, None]:
         """Answer one conversation as `chat` does, in pieces; closing the iterator cancels the request.
@@ -254,7 +256,7 @@ class LLM:
         """
         self._check_open("LLM.stream_chat")
         options = ChatOptions(
-            add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs
+            add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs, tools
         )
         return self._stream(self.engine.chat_request(messages, sampling_params, options))
 

@@ -4,6 +4,7 @@ Text that could be the start of a stop string is held back until that is ruled o
 never has to be withdrawn. Knows nothing of models, batches or threads.
 """
 
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from time import monotonic
 from typing import NamedTuple, Protocol, Self
@@ -40,11 +41,13 @@ class Start(NamedTuple):
     patterns: dict[str, Seq[Item]]
 
     @classmethod
-    def of(cls, prompt: Seq[int], tokenizer: Tokenizer, params: SamplingParams) -> Self:
-        """The state after a prompt."""
+    def of(
+        cls, prompt: Seq[int], tokenizer: Tokenizer, params: SamplingParams, visible: Collection[str] = ()
+    ) -> Self:
+        """The state after a prompt. visible: control tokens that the text has although it skips others."""
         skips = params.skip_special_tokens
         patterns = control_patterns(params.stop_strings, tokenizer) if skips else {}
-        return cls(tokenizer.stream(prompt, skip_special_tokens=skips), patterns)
+        return cls(tokenizer.stream(prompt, skip_special_tokens=skips, visible=visible), patterns)
 
 
 class CompletionText:
@@ -162,7 +165,8 @@ class CompletionText:
 class RequestState:
     """One request from arrival to end: its completions and its times.
 
-    text: the prompt's text; None if the prompt was given as token ids. prompt: its token ids.
+    text: the prompt's text; None if the prompt was given as token ids. prompt: its token ids. visible:
+    control tokens that the completions' texts have although they skip others.
     """
 
     def __init__(
@@ -172,6 +176,7 @@ class RequestState:
         prompt: Seq[int],
         tokenizer: Tokenizer,
         params: SamplingParams,
+        visible: Collection[str] = (),
     ) -> None:
         self.request_id = request_id
         self._text = text
@@ -179,7 +184,7 @@ class RequestState:
         self.params = params
         self._tokenizer = tokenizer
         self._prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
-        start = Start.of(prompt, tokenizer, params)
+        start = Start.of(prompt, tokenizer, params, visible)
         self._completions = {
             seq_id: CompletionText(index, tokenizer, params, start)
             for index, seq_id in enumerate(completion_ids(request_id, params.n))

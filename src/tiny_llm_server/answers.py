@@ -4,7 +4,7 @@ import time
 import uuid
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
 from tiny_llm import RequestEvent, RequestUsage
 
@@ -113,12 +113,40 @@ class ChatLogprobs(BaseModel):
     content: list[ChatTokenLogprob]
 
 
+class FunctionCall(BaseModel):
+    """A function to call. arguments: the JSON text of an object; cut off if max_tokens ended the answer."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call of a tool. The client sends its result in a message with this id as `tool_call_id`."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class ChatMessage(BaseModel):
-    """The model's message."""
+    """The model's message. content: null if there are only calls or reasoning.
+
+    reasoning, reasoning_content: the same text, under the names of vLLM and DeepSeek. These and `tool_calls`
+    are left out if the message has none.
+    """
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        optional = ("reasoning", "reasoning_content", "tool_calls")
+        return {name: value for name, value in fields.items() if value is not None or name not in optional}
 
 
 class ChatChoice(BaseModel):
@@ -139,11 +167,30 @@ class ChatCompletion(Answer):
     usage: Usage
 
 
+class FunctionDelta(BaseModel):
+    """The new part of a call. name: set in the call's first event only."""
+
+    name: str | None = None
+    arguments: str
+
+
+class ToolCallDelta(BaseModel):
+    """The new part of the call with this index. id, type: set in the call's first event only."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class ChatDelta(BaseModel):
     """The new part of an answer. role: set in the first event only."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(BaseModel):

@@ -1,7 +1,7 @@
 """`/v1/chat/completions`: answers a conversation, using the model's chat template."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Literal
 
@@ -16,7 +16,6 @@ from .answers import (
     ChatCompletionChunk,
     ChatDelta,
     ChatLogprobs,
-    ChatMessage,
     ChatTokenLogprob,
     TokenLogprob,
     Usage,
@@ -25,12 +24,15 @@ from .answers import (
     stop_reason_of,
 )
 from .bodies import JsonRoute
+from .chat_choice import ChatChoiceState
+from .errors import refused
 from .request_log import track
 from .run import Run
 from .schema import ChatCompletionRequest
 from .service import Service, sampling_params
 from .sse import REQUEST_ID, STREAMED, EventStream, unless_disconnected
 from .token_names import bytes_of
+from .tool_use import text_of, tool_use
 
 CHUNK: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
@@ -46,9 +48,14 @@ def router(service: Service) -> APIRouter:
         """Answer a conversation with `n` choices."""
         service.check(body)
         work = _Work(service, body, service.cache_salt(body, request))
-        prompt = await asyncio.to_thread(service.encode_chat, body, service.max_model_len)
+        prompt = await asyncio.to_thread(work.encoded)
         run = await service.begin(
-            [prompt], work.params, work.id, "messages", may_shorten=service.may_shorten(body)
+            [prompt],
+            work.params,
+            work.id,
+            "messages",
+            may_shorten=service.may_shorten(body),
+            visible=work.visible,
         )
         track(request, run.stats)
         if body.stream:
@@ -78,6 +85,31 @@ class _Work:
         self._head = new_head("chatcmpl", service.model_name)
         self._no_usage = null_usage(body.stream_options)
         self.id: str = self._head["id"]
+        self.visible: tuple[str, ...] = ()
+        self._choices: list[ChatChoiceState] = []
+
+    def encoded(self) -> list[int]:
+        """Check the tools, make the prompt, and prepare the choices. Called in a thread."""
+        service, body = self._service, self._body
+        use, form = tool_use(body), service.chat_format
+        if use.callable and form.tools is None:
+            message = "tools: the server does not know how this model writes calls (--tool-call-parser)"
+            raise refused(message, "tools", "unsupported_field")
+        prompt = service.encode_chat(body, [tool.fields for tool in use.offered], service.max_model_len)
+        continued = text_of(body.messages[-1]) if body.continue_final_message else None
+        in_reasoning = form.begins_reasoning(prompt, service.llm.tokenizer, continued)
+        self.visible = form.visible_tokens(use)
+        self._choices = [
+            ChatChoiceState(
+                index,
+                form.parser(use, in_reasoning=in_reasoning),
+                has_short_ids=form.tools is not None and form.tools.name == "mistral",
+                shows_reasoning=body.include_reasoning,
+                is_named=use.is_named,
+            )
+            for index in range(body.n)
+        ]
+        return prompt
 
     async def whole(self, run: Run) -> ChatCompletion:
         """Wait for the whole answer."""
@@ -86,6 +118,7 @@ class _Work:
         async with aclosing(run.events()) as events:
             async for one in events:
                 answers[one.event.index].append(one.event)
+                self._choices[one.event.index].take(one.event)
                 usages += [one.event.usage] if one.event.usage is not None else []
         choices = [self._choice(index, events) for index, events in enumerate(answers)]
         return ChatCompletion(**self._head, choices=choices, usage=Usage.of(usages))
@@ -108,31 +141,37 @@ class _Work:
                 for one in step:
                     event = one.event
                     usages += [event.usage] if event.usage is not None else []
-                    if event.text or event.logprobs or event.finish_reason:
-                        yield self._chunk(self._piece(event))
+                    for chunk in self._pieces(event):
+                        yield self._chunk(chunk)
         if options is not None and options.include_usage:
             yield ChatCompletionChunk(**self._head, object=CHUNK, choices=[], usage=Usage.of(usages))
 
     def _chunk(self, choice: ChatChunkChoice) -> ChatCompletionChunk:
         return ChatCompletionChunk(**self._head, object=CHUNK, choices=[choice], **self._no_usage)
 
-    def _piece(self, event: RequestEvent) -> ChatChunkChoice:
+    def _pieces(self, event: RequestEvent) -> Iterator[ChatChunkChoice]:
         """Set only the fields that OpenAI sends: those with a value, and some that may be null."""
-        return ChatChunkChoice(
+        choice = self._choices[event.index]
+        deltas = choice.take(event)
+        if not deltas and not event.logprobs and not event.finish_reason:
+            return
+        for delta in deltas[:-1]:
+            yield ChatChunkChoice(index=event.index, delta=delta, logprobs=None, finish_reason=None)
+        yield ChatChunkChoice(
             index=event.index,
-            delta=ChatDelta(content=event.text) if event.text else ChatDelta(),
+            delta=deltas[-1] if deltas else ChatDelta(),
             logprobs=self._logprobs([event]),
-            finish_reason=event.finish_reason,
+            finish_reason=choice.finish_reason,
             **stop_reason_of(event),
         )
 
     def _choice(self, index: int, events: list[RequestEvent]) -> ChatChoice:
-        last = events[-1]
+        choice, last = self._choices[index], events[-1]
         return ChatChoice(
             index=index,
-            message=ChatMessage(content="".join(event.text for event in events)),
+            message=choice.message,
             logprobs=self._logprobs(events),
-            finish_reason=last.finish_reason or "abort",
+            finish_reason=choice.finish_reason or "abort",
             stop_reason=last.stop_reason,
         )
 

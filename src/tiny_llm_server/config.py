@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tiny_llm import ConfigError
+from tiny_llm_checkpoints.reasoning_parser import reasoning_named
+from tiny_llm_checkpoints.tool_formats import format_named
 
 from .sampling_defaults import checked_overrides
 
@@ -13,6 +15,7 @@ _COUNTS = (
     *("max_body_bytes", "body_memory_bytes", "max_connections"),
     *("max_n", "max_stop", "max_prompts", "max_sequences"),
 )
+NO_PARSER = ("auto", "none")  # what the options for parsers may be besides a parser's name
 _SECONDS = (
     *("request_timeout", "keep_alive", "body_timeout", "header_timeout"),
     *("timeout_keep_alive", "unread_timeout"),
@@ -56,6 +59,9 @@ class ServerConfig:
         proxies keep the connection open.
     override_generation_config: sampling parameters for the fields that a request leaves out, by the names of
         generation_config.json. They replace the model's recommendation.
+    tool_call_parser: the form in which the model writes calls of tools, by vLLM's name for its parser; auto:
+        the form that the chat template shows; none: no tools.
+    reasoning_parser: the form of the model's reasoning, likewise; none: reasoning is a part of the content.
     live: serve the page at `/` and its event stream `/live`.
     log_requests: log prompts and sampling parameters; otherwise no text of a request is logged.
     """
@@ -81,6 +87,8 @@ class ServerConfig:
     request_timeout: float | None = 600.0
     keep_alive: float = 15.0
     override_generation_config: Mapping[str, Any] = field(default_factory=dict)
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     live: bool = True
     log_requests: bool = False
 
@@ -95,6 +103,10 @@ class ServerConfig:
         if self.scheduling_policy not in ("fcfs", "priority"):
             raise ConfigError(f"scheduling_policy must be fcfs or priority, not {self.scheduling_policy!r}")
         checked_overrides(self.override_generation_config)
+        if self.tool_call_parser not in NO_PARSER:
+            format_named(self.tool_call_parser)
+        if self.reasoning_parser not in NO_PARSER:
+            reasoning_named(self.reasoning_parser)
         if not all(self.api_keys):
             raise ConfigError("an API key must not be empty")
         if any(key != key.strip() for key in self.api_keys):

@@ -21,6 +21,9 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from tiny_llm_checkpoints.chat_tools import MAX_TOOLS
+from tiny_llm_checkpoints.errors import shown
+
 from .unknown_fields import IgnoredFields, unknown_field
 
 MAX_LOGPROBS = 20
@@ -30,6 +33,7 @@ MAX_TOKENS = 131_072  # for /detokenize
 MAX_PRIORITY = 100
 INT32 = 2**31 - 1
 ROLES = ("system", "developer", "user", "assistant", "tool")
+TOOL_CHOICES = ("none", "auto", "required")
 EFFORTS = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -79,6 +83,21 @@ def _checked_metadata(value: Any) -> Any:
     return value
 
 
+def _checked_choice(value: Any) -> Any:
+    """Check for the name of a choice, or for the function to call."""
+    if not isinstance(value, dict):
+        if value not in TOOL_CHOICES:
+            raise ValueError(f"must be {', '.join(TOOL_CHOICES)} or a function, not {shown(value)}")
+        return value
+    kind, function = value.get("type"), value.get("function")
+    if kind != "function":
+        message = "tool_choice of type {kind} is not supported; supported: function"
+        raise PydanticCustomError("unsupported_field", message, {"kind": shown(kind)})
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError('must name a function: {"type": "function", "function": {"name": "f"}}')
+    return value
+
+
 Text = str  # valid Unicode: `bodies` refuses lone surrogates, which JSON can contain
 TokenId = Annotated[int, Field(ge=0, le=INT32)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
@@ -102,6 +121,15 @@ _MESSAGE = {  # the outline of what `read_messages` accepts
         "content": {"anyOf": [{"type": "string"}, {"type": "array"}, {"type": "null"}]},
     },
 }
+_TOOL = {  # the outline of what `read_tools` accepts
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {
+        "type": {"const": "function"},
+        "function": {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}},
+    },
+}
+_TOOL_CHOICE = {"anyOf": [{"enum": list(TOOL_CHOICES)}, _TOOL]}
 Prompts = Annotated[Any, BeforeValidator(_checked_prompts), WithJsonSchema(_PROMPTS)]
 Messages = Annotated[
     list[Any],
@@ -113,6 +141,12 @@ Metadata = Annotated[
     BeforeValidator(_checked_metadata),
     WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}}),
 ]
+Tools = Annotated[  # checked by `read_tools`
+    list[Any],
+    Field(max_length=MAX_TOOLS),
+    WithJsonSchema({"type": "array", "maxItems": MAX_TOOLS, "items": _TOOL}),
+]
+ToolChoice = Annotated[Any, BeforeValidator(_checked_choice), WithJsonSchema(_TOOL_CHOICE)]
 Json = Annotated[dict[str, Any], Field(max_length=1000)]
 
 
@@ -349,7 +383,7 @@ class ChatCompletionRequest(Generation):
     }
     WITHOUT_EFFECT = (
         *Generation.WITHOUT_EFFECT,
-        *("parallel_tool_calls", "prediction", "include_reasoning", "tool_choice"),
+        "prediction",
     )
 
     messages: Messages
@@ -373,16 +407,14 @@ class ChatCompletionRequest(Generation):
     reasoning_effort: EFFORTS | None = Field(
         None, description="A variable of the chat template; no effect if the template does not use it."
     )
-    tools: Annotated[list[Any], Field(max_length=1000)] | None = Field(
-        None,
-        description="Accepted only if tool_choice is none and the template does not write tools "
-        "into the prompt.",
+    tools: Tools | None = Field(None, description="Functions that the model may call.")
+    tool_choice: ToolChoice | None = Field(
+        None, description="Whether the model may, must or must not call tools, or must call this one."
     )
-    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool = Field(True, description="Allow several calls in one answer.")
+    include_reasoning: bool = Field(True, description="Send the model's reasoning, if it has any.")
 
-    parallel_tool_calls: bool | None = None
     prediction: Json | None = None
-    include_reasoning: bool | None = None
 
     @model_validator(mode="after")
     def _check_end(self) -> "ChatCompletionRequest":
@@ -413,7 +445,7 @@ def _check_end(add_generation_prompt: bool | None, continue_final_message: bool)
 class TokenizeRequest(Body):
     """`/tokenize`: a text, or a conversation, to which the chat template is applied."""
 
-    IDLE = {"tools": ([],), "mm_processor_kwargs": ({},), "media_io_kwargs": ({},)}
+    IDLE = {"mm_processor_kwargs": ({},), "media_io_kwargs": ({},)}
 
     model: Text | None = None
     prompt: Text | None = None
@@ -424,6 +456,7 @@ class TokenizeRequest(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: Json | None = None
+    tools: Tools | None = None
     return_token_strs: bool = False
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from enum import Enum
@@ -22,12 +22,14 @@ from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.errors import PromptTooLongError
 from tiny_llm_checkpoints.plain_json import MessageError
 
+from .chat_format import ChatFormat
 from .config import ServerConfig
 from .errors import ApiError, load_error, refused
 from .metrics import Metrics
 from .run import Run
 from .sampling_defaults import checked_overrides, described
 from .schema import ROLES, ChatCompletionRequest, Generation, TokenizeRequest
+from .tool_use import refused_message
 
 LOG = logging.getLogger("uvicorn.error")  # the logger that uvicorn sets up
 
@@ -177,10 +179,12 @@ class Service:
         field: str,
         *,
         may_shorten: bool = False,
+        visible: Collection[str] = (),
     ) -> Run:
         """Queue prompts in the engine. field: the request's field with the prompts, for error messages.
 
-        may_shorten: `max_tokens` is a default, so lower it if the context has fewer tokens left.
+        may_shorten: `max_tokens` is a default, so lower it if the context has fewer tokens left. visible:
+        control tokens that the completions' texts have although they skip others.
 
         The engine knows a single prompt by `request_id`, and several by `request_id` and their index. Raises
         `ApiError` that names the field at fault, and the engine's errors if it takes no requests.
@@ -189,7 +193,7 @@ class Service:
         try:
             requests = await asyncio.to_thread(
                 lambda: [
-                    self._request(prompt, params, name, may_shorten)
+                    self._request(prompt, params, name, may_shorten, visible)
                     for prompt, name in zip(prompts, ids, strict=True)
                 ]
             )
@@ -209,13 +213,18 @@ class Service:
             raise refused(str(error), field) from error
 
     def _request(
-        self, prompt: Prompt, params: SamplingParams, request_id: str, may_shorten: bool
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str,
+        may_shorten: bool,
+        visible: Collection[str],
     ) -> RequestState:
-        request = self.llm.engine.request(prompt, params, request_id)
+        request = self.llm.engine.request(prompt, params, request_id, visible)
         if not may_shorten:
             return request
         fitting = fit_to_context(params, len(request.prompt_token_ids), self.max_model_len)
-        return request if fitting is params else self.llm.engine.request(prompt, fitting, request_id)
+        return request if fitting is params else self.llm.engine.request(prompt, fitting, request_id, visible)
 
     def may_shorten(self, body: Generation) -> bool:
         """Return whether a request's `max_tokens` is a default of the model or the operator."""
@@ -227,51 +236,54 @@ class Service:
             return body.cache_salt
         return f"{request.state.client}:{body.cache_salt}"
 
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template. Raises `ApiError` (400) if it has none."""
+        template = self.llm.chat_template
+        if template is None:
+            raise refused(f"{self.model_name} has no chat template: use /v1/completions", "messages")
+        return template
+
+    @property
+    def chat_format(self) -> ChatFormat:
+        """The forms of the model's answers to conversations."""
+        return ChatFormat.of(self.chat_template, self.config)
+
     def encode_chat(
-        self, body: ChatCompletionRequest | TokenizeRequest, context: int | None = None
+        self,
+        body: ChatCompletionRequest | TokenizeRequest,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        context: int | None = None,
     ) -> list[int]:
         """Return the token ids of a conversation. Control tokens spelled out in a message stay plain text.
 
-        context: refuse a conversation that leaves no token of this context for an answer. Raises `ApiError`.
+        tools: those that the prompt describes. context: refuse a conversation that leaves no token of this
+        context for an answer. Raises `ApiError`.
         """
-        llm = self.llm
-        if llm.chat_template is None:
-            raise refused(f"{self.model_name} has no chat template: use /v1/completions", "messages")
+        llm, template = self.llm, self.chat_template
         kwargs = dict(body.chat_template_kwargs or {})
-        if isinstance(body, ChatCompletionRequest):
-            kwargs = self._of_template(llm.chat_template, body, kwargs)
+        effort = body.reasoning_effort if isinstance(body, ChatCompletionRequest) else None
+        if effort is not None and template.uses_variable("reasoning_effort"):
+            kwargs = {"reasoning_effort": effort, **kwargs}
         try:
-            return llm.chat_template.encode(
+            return template.encode(
                 body.messages or [],
                 llm.tokenizer,
                 add_generation_prompt=body.add_generation_prompt,
                 continue_final_message=body.continue_final_message,
                 add_special_tokens=bool(body.add_special_tokens),
                 chat_template_kwargs=kwargs,
+                tools=tools,
+                tool_format=self.chat_format.tools,
                 roles=ROLES,
                 context=context,
             )
         except MessageError as error:
-            code = "unsupported_field" if error.unsupported else None
-            raise refused(str(error), error.field, code) from error
+            raise refused_message(error) from error
         except PromptTooLongError as error:
             raise refused(str(error), "messages", "context_length_exceeded") from error
         except ValueError as error:
             raise refused(str(error), "messages") from error
-
-    def _of_template(
-        self, template: ChatTemplate, body: ChatCompletionRequest, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Return the template's variables, including those that are separate fields in OpenAI's API."""
-        if body.tools and body.tool_choice != "none":
-            message = "tools is not supported, except with tool_choice none"
-            raise refused(message, "tools", "unsupported_field")
-        if body.tools and template.uses_variable("tools"):
-            message = "tools is not supported: this model's template would write them into the prompt"
-            raise refused(message, "tools", "unsupported_field")
-        if body.reasoning_effort is not None and template.uses_variable("reasoning_effort"):
-            return {"reasoning_effort": body.reasoning_effort, **kwargs}
-        return kwargs
 
     async def drain(self, seconds: float | None) -> None:
         """Refuse new requests; return when the others have finished, or been aborted after `seconds`."""

@@ -54,7 +54,7 @@ def router(service: Service) -> APIRouter:
         service.check_model(body.model)
         tokenizer = service.llm.tokenizer
         if body.messages is not None:
-            tokens = await asyncio.to_thread(service.encode_chat, body)
+            tokens = await asyncio.to_thread(service.encode_chat, body, body.tools)
         else:
             text, special = body.prompt or "", body.add_special_tokens is not False
             tokens = await asyncio.to_thread(lambda: tokenizer.encode(text, add_special_tokens=special))

@@ -1,0 +1,67 @@
+"""How the served model writes calls of tools and reasoning, and the parsers for its answers."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Self
+
+from tiny_llm_checkpoints.answer_parser import AnswerParser
+from tiny_llm_checkpoints.chat_template import ChatTemplate
+from tiny_llm_checkpoints.reasoning_parser import ReasoningFormat, ReasoningParser, reasoning_named
+from tiny_llm_checkpoints.tokenizer import Tokenizer
+from tiny_llm_checkpoints.tool_formats import ToolFormat, format_named
+from tiny_llm_checkpoints.tool_parser import ToolParser
+
+from .config import ServerConfig
+from .tool_use import ToolUse
+
+_TAIL = 16  # tokens at the end of a prompt in which a template may begin the reasoning
+
+
+class ChatFormat(NamedTuple):
+    """The forms of one model's answers; None: unknown, or not used."""
+
+    tools: ToolFormat | None
+    reasoning: ReasoningFormat | None
+
+    @classmethod
+    def of(cls, template: ChatTemplate, config: ServerConfig) -> Self:
+        """Return what the operator has chosen, or else what the template shows."""
+        tools, reasoning = template.tool_format, template.reasoning
+        if config.tool_call_parser != "auto":
+            named = config.tool_call_parser
+            tools = None if named == "none" else format_named(named, template.source)
+        if config.reasoning_parser != "auto":
+            named = config.reasoning_parser
+            reasoning = None if named == "none" else reasoning_named(named)
+        return cls(tools, reasoning)
+
+    def visible_tokens(self, use: ToolUse) -> tuple[str, ...]:
+        """Return the markers that the parsers need in the text even if they are control tokens."""
+        of_tools = self.tools.markers if self.tools is not None and use.callable else ()
+        of_reasoning = () if self.reasoning is None else (self.reasoning.begin, self.reasoning.end)
+        return (*of_tools, *of_reasoning)
+
+    def begins_reasoning(self, prompt: Sequence[int], tokenizer: Tokenizer, continued: str | None) -> bool:
+        """Return whether a prompt ends within reasoning, so that the answer starts there.
+
+        continued: the last message's text if the answer continues it; otherwise None.
+        """
+        if self.reasoning is None:
+            return False
+        begin, end = self.reasoning.begin, self.reasoning.end
+        if continued is not None:
+            return continued.rfind(begin) > continued.rfind(end)
+        tail = tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
+        return tail.rstrip().endswith(begin)
+
+    def parser(self, use: ToolUse, *, in_reasoning: bool) -> AnswerParser | None:
+        """Make the parser of one answer; None if the answer is only content."""
+        reasoning = None if self.reasoning is None else ReasoningParser(self.reasoning, is_open=in_reasoning)
+        tools = None
+        if self.tools is not None and use.callable:
+            tools = ToolParser(
+                self.tools,
+                [tool.name for tool in use.callable],
+                as_generated=use.is_forced,
+                max_calls=None if use.parallel else 1,
+            )
+        return None if reasoning is None and tools is None else AnswerParser(reasoning, tools)
