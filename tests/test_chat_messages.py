@@ -10,8 +10,8 @@ import pytest
 from chat_templates import CHATML, GEMMA, LLAMA2, LLAMA3, MACROS, NAMES, PARTS, REASONING, TEMPLATES
 from test_typed_control_tokens import built
 from tiny_llm_checkpoints.chat_messages import read_messages
-from tiny_llm_checkpoints.plain_json import MAX_VALUES, MessageError
 from tiny_llm_checkpoints.chat_template import ChatTemplate
+from tiny_llm_checkpoints.plain_json import MAX_VALUES, MessageError
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "Hi"}

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from chat_templates import BARE, CHATML, NAMES, REASONING, TEMPLATES
-from tiny_llm_checkpoints.plain_json import MessageError
 from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.embedded import embedded_model_path
 from tiny_llm_checkpoints.gguf_format import read_gguf_header
 from tiny_llm_checkpoints.gguf_tokenizer import gguf_tokenizer
 from tiny_llm_checkpoints.hf_tokenizer import hf_tokenizer
+from tiny_llm_checkpoints.plain_json import MessageError
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 FOLDERS = Path(__file__).parent / "goldens" / "tokenizers"

@@ -204,7 +204,7 @@ class ServerOptions:
     tool_call_parser: Annotated[
         str,
         typer.Option(
-            help="The form in which the model writes calls of tools: hermes (also Qwen's), llama3_json, mistral "
+            help="The form in which the model writes calls of tools: hermes (also Qwen), llama3_json, mistral "
             "or smollm2. auto: the form that the chat template shows; smollm2 if it knows no tools. none: "
             "refuse requests with tools.",
             metavar="NAME",
@@ -215,8 +215,8 @@ class ServerOptions:
         str,
         typer.Option(
             help="The form of the model's reasoning, which answers have as reasoning_content: deepseek_r1 "
-            "(<think>; every answer starts with it), qwen3 (<think>) or mistral ([THINK]). auto: the form that "
-            "the chat template shows. none: reasoning is a part of the content.",
+            "(<think>; every answer starts with it), qwen3 (<think>) or mistral ([THINK]). auto: the form "
+            "that the chat template shows. none: reasoning is a part of the content.",
             metavar="NAME",
             rich_help_panel=_ANSWERS,
         ),
