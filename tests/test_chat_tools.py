@@ -21,6 +21,7 @@ from chat_templates import (
     TOOL_TEMPLATES,
 )
 from test_typed_control_tokens import built
+from tiny_llm_checkpoints.chat_messages import MAX_CALL_CHARS
 from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.chat_tool_calls import MAX_CALLS
 from tiny_llm_checkpoints.chat_tools import MAX_TOOL_CHARS, MAX_TOOLS, read_tools
@@ -287,6 +288,13 @@ def test_a_bad_call_is_refused_by_its_place(message: Any, field: str, reason: st
     with pytest.raises(MessageError, match=reason) as caught:
         prompt(HERMES_TOOLS, [USER, message])
     assert caught.value.field == f"messages[1].{field}"
+
+
+def test_the_calls_of_a_conversation_are_limited_together() -> None:
+    call = called(json.dumps({"numbers": [0] * 9000}))
+    with pytest.raises(MessageError, match=f"more than {MAX_CALL_CHARS} characters together") as caught:
+        prompt(HERMES_TOOLS, [USER, *[answered(call)] * 100])
+    assert caught.value.field == f"messages[{1 + MAX_CALL_CHARS // 72_015}].tool_calls"
 
 
 def test_a_message_with_calls_cannot_be_continued() -> None:

@@ -42,6 +42,9 @@ def filled(before: bytes, filling: bytes, after: bytes) -> bytes:
     return before + filling * ((SIZE - len(before) - len(after)) // len(filling)) + after
 
 
+TOOL = b'{"type":"function","function":{"name":"f","parameters":{"enum":'
+ARGUMENTS = MESSAGES + b'{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":"'
+
 FEW, SOME, MANY = 49_000, 95_000, 990_000  # just within the limits on values
 
 HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
@@ -100,6 +103,32 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "content of an object": (CHAT, lambda: named(b'"k%d":1', MESSAGES + CONTENT + b"{", b"}}]}", SOME)),
     "tools": (CHAT, lambda: times(b"{}", MESSAGES + b'],"tools":[', b"]}", FEW)),
     "tool_calls": (CHAT, lambda: times(b"{}", MESSAGES + CONTENT + b'"x","tool_calls":[', b"]}]}", FEW)),
+    "tools of many values": (
+        CHAT,
+        lambda: times(TOOL + b"[" + b"1," * 6000 + b"1]}}}", MESSAGES + b'],"tools":[', b"]}", 128),
+    ),
+    "tools of long schemas": (CHAT, lambda: filled(MESSAGES + b'],"tools":[' + TOOL + b'"', b"x", b'"}}}]}')),
+    "tools of deep schemas": (
+        CHAT,
+        lambda: MESSAGES + b'],"tools":[' + TOOL + b'{"not":' * 120 + b"{}" + b"}" * 123 + b"]}",
+    ),
+    "arguments of lists": (CHAT, lambda: filled(ARGUMENTS, b"[],", b'"}}]}]}')),
+    "arguments within arguments": (CHAT, lambda: filled(ARGUMENTS, b"[", b'"}}]}]}')),
+    "arguments of quotes": (CHAT, lambda: filled(ARGUMENTS, rb"\"", b'"}}]}]}')),
+    "a long name of a call": (
+        CHAT,
+        lambda: filled(ARGUMENTS.partition(b'"f"')[0] + b'"', b"f", b'"}}]}]}'),
+    ),
+    "many calls of lists": (
+        CHAT,
+        lambda: times(
+            b'{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":"{\\"a\\":['
+            + b"[]," * 9000
+            + b'[]]}"}}]}',
+            MESSAGES,
+            b"]}",
+        ),
+    ),
     "a long role": (CHAT, lambda: filled(MESSAGES + b'{"role":"', b"r", b'","content":"x"}]}')),
     "a long model": (COMPLETE, lambda: filled(ONE + b'"model":"', b"m", b'"}')),
     "a list of models": (COMPLETE, lambda: times(b"1", ONE + b'"model":[', b"]}", MANY)),

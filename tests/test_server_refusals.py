@@ -26,7 +26,7 @@ __all__ = ["client", "llm", "served"]
     [
         (CHAT, {"messages": []}, "messages", "^messages: must not be empty$"),
         (CHAT, {}, "messages", "^messages is required$"),
-        (CHAT, {"messages": FRANCE, "tools": [{}]}, "tools", "tools is not supported"),
+        (CHAT, {"messages": FRANCE, "functions": [{}]}, "functions", "functions is not supported"),
         (CHAT, {"messages": FRANCE, "store": 0}, "store", "must be true or false$"),
         (CHAT, {"messages": FRANCE, "n": 17}, "n", r"at most 16 \(--max-n\), not 17"),
         (CHAT, {"messages": FRANCE, "n": 0}, "n", "^n: must be at least 1$"),
@@ -56,12 +56,12 @@ __all__ = ["client", "llm", "served"]
         (CHAT, {"messages": FRANCE, "stop": [3]}, "stop.0", "^stop.0: must be a string$"),
         (CHAT, {"messages": FRANCE, "temperature": "x"}, "temperature", "^temperature: must be a number$"),
         (CHAT, {"messages": FRANCE, "top_p": 0}, "top_p", "^top_p: must be above 0$"),
-        (CHAT, {"messages": FRANCE, "tools": [1] * 1001}, "tools", "^tools: must have at most 1000 items$"),
+        (CHAT, {"messages": FRANCE, "tools": [1] * 129}, "tools", "^tools: must have at most 128 items$"),
         (
             CHAT,
             {"messages": FRANCE, "tool_choice": 1},
             "tool_choice",
-            "^tool_choice: must be 'none' or 'auto'$",
+            "^tool_choice: must be none, auto, required or a function, not 1$",
         ),
         (CHAT, {"messages": FRANCE, "response_format": {"type": "x"}}, "response_format.type", "'text'"),
         (CHAT, {"messages": FRANCE, "max_tokens": 9000}, "max_tokens", "exceed the context of 8192"),
@@ -155,12 +155,12 @@ def test_a_request_that_never_fits_has_no_retry_after() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"functions": [{"name": "f"}]},
         {"response_format": {"type": "json_object"}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
         {"guided_json": {}},
     ],
-    ids=["tools", "json_object", "json_schema", "guided_json"],
+    ids=["functions", "json_object", "json_schema", "guided_json"],
 )
 def test_unsupported_features_are_refused_with_the_same_code(
     client: httpx.Client, fields: dict[str, Any]
@@ -175,11 +175,10 @@ def test_unsupported_features_are_refused_with_the_same_code(
     assert "not supported" in error["message"]
 
 
-def test_a_tool_call_without_content_is_refused_because_of_the_tool_call(client: httpx.Client) -> None:
-    called = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    message = {"role": "assistant", "content": None, "tool_calls": [called]}
+def test_a_function_call_without_content_is_refused_because_of_the_call(client: httpx.Client) -> None:
+    message = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
     error = client.post(CHAT, json={"messages": [*FRANCE, message, *FRANCE]}).json()["error"]
-    assert (error["param"], error["code"]) == ("messages[1].tool_calls", "unsupported_field")
+    assert (error["param"], error["code"]) == ("messages[1].function_call", "unsupported_field")
     assert "content" not in error["message"]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from .chat_tool_calls import ToolCall, read_tool_calls
 from .errors import shown
-from .plain_json import MessageError, check_json, check_value, kind_of
+from .plain_json import MessageError, check_json, check_value, kind_of, size_of
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 IGNORED = ("annotations", "cache_control", "prompt_cache_breakpoint")  # these do not change the prompt
@@ -23,6 +23,7 @@ UNSUPPORTED = {
     "videos": "videos are not supported",
 }
 MAX_FIELDS = 100  # per message
+MAX_CALL_CHARS = 1_000_000  # in the arguments of all calls of a conversation, roughly
 EXAMPLE = '; for example [{"role": "user", "content": "Hello"}]'
 _MAY_BE_EMPTY = ("assistant", "tool")  # roles whose content may be null or missing
 
@@ -54,7 +55,14 @@ def read_messages(messages: Any, *, roles: Collection[str] | None = None) -> lis
         raise MessageError("messages", f"must be a list of messages, not {kind_of(messages)}{EXAMPLE}")
     if not messages:
         raise MessageError("messages", "must contain at least one message")
-    return [_read(message, f"messages[{place}]", roles) for place, message in enumerate(messages)]
+    found, left = [], MAX_CALL_CHARS
+    for place, message in enumerate(messages):
+        found.append(_read(message, f"messages[{place}]", roles))
+        left -= sum(size_of(call.arguments) for call in found[-1].calls)
+        if left < 0:
+            reason = f"the calls up to here have more than {MAX_CALL_CHARS} characters together"
+            raise MessageError(f"messages[{place}].tool_calls", reason)
+    return found
 
 
 def _read(message: Any, field: str, roles: Collection[str] | None) -> ChatMessage:
