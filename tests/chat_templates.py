@@ -94,10 +94,12 @@ TEMPLATES = {
 # Templates with tools, one for each form of calls. Each is the shortest that behaves like its family's.
 
 _TOOL_TURN = (  # a tool's result, in the user's place
-    "{% elif m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n"
+    "{% elif m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n"
+    "</tool_response><|im_end|>\n"
 )
 HERMES_TOOLS = (
-    "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}\n</tools>"
+    "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}\n{{ tool | tojson }}{% endfor %}"
+    "\n</tools>"
     '\nAnswer with <tool_call>\n{"name": ..., "arguments": ...}\n</tool_call><|im_end|>\n{% endif %}'
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{{ m.content or '' }}"
     "{% for call in m.tool_calls or [] %}{% set call = call.function or call %}\n<tool_call>\n"
@@ -139,7 +141,8 @@ SMOLLM2_TOOLS = (
     "{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{% if m.tool_calls %}<tool_call>["
     '{% for call in m.tool_calls %}{"name": "{{ call.function.name }}", "arguments": '
-    "{{ call.function.arguments | tojson }}}{{ '' if loop.last else ', ' }}{% endfor %}]</tool_call>{% endif %}"
+    "{{ call.function.arguments | tojson }}}{{ '' if loop.last else ', ' }}{% endfor %}]</tool_call>"
+    "{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT_ARGUMENTS = (  # as in DeepSeek's: joins the arguments' text, and knows calls by a content of null

@@ -38,4 +38,3 @@ def script_answers(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> Script:
         texts[:] = [llm.tokenizer.encode(text, special_tokens=special_tokens) for text in written]
 
     return answer
-

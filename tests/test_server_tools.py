@@ -191,7 +191,9 @@ def test_log_probabilities_cover_all_tokens_of_an_answer_with_calls(
     answer(CALL)
     num_tokens = len(llm.tokenizer.encode(CALL))
     streamed = [
-        token for event in stream(client, logprobs=True, temperature=0) for token in (event["logprobs"] or {"content": []})["content"]
+        token
+        for event in stream(client, logprobs=True, temperature=0)
+        for token in (event["logprobs"] or {"content": []})["content"]
     ]
     whole = ask(client, logprobs=True, temperature=0)["logprobs"]["content"]
     assert len(whole) == num_tokens + 1
@@ -375,14 +377,22 @@ def test_a_user_who_types_the_marker_does_not_open_the_reasoning(
         ({"tools": "f"}, "tools", "must be a list"),
         ({"tools": [{}], "tool_choice": "none"}, "tools[0].type", "must be 'function'"),
         ({"tool_choice": "required"}, "tool_choice", "tools is required"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "tools is required"),
+        (
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice",
+            "tools is required",
+        ),
         (
             {"tools": [WEATHER, NOW], "tool_choice": {"type": "function", "function": {"name": "then"}}},
             "tool_choice",
             "'then' is not the name of a tool: get_weather, now",
         ),
         ({"tools": [NOW], "tool_choice": "always"}, "tool_choice", "not 'always'"),
-        ({"tools": [NOW], "tool_choice": 1}, "tool_choice", "must be none, auto, required or a function, not 1"),
+        (
+            {"tools": [NOW], "tool_choice": 1},
+            "tool_choice",
+            "must be none, auto, required or a function, not 1",
+        ),
         ({"tools": [NOW], "tool_choice": {}}, "tool_choice", "is not supported; supported: function"),
         ({"tools": [NOW], "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "'allowed_tools' is not"),
         ({"tools": [NOW], "tool_choice": {"type": "function"}}, "tool_choice", "must name a function"),

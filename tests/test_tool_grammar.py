@@ -1,4 +1,4 @@
-"""Grammars of calls: a model under one can only write calls in its form, with arguments that follow the schema.
+"""Grammars of calls: under one, a model writes calls only in its form, with arguments that follow the schema.
 
 Oracles: llguidance, which enforces the grammars, and jsonschema. The vocabulary is the 256 bytes, and the
 markers as control tokens.
@@ -40,8 +40,8 @@ class Vocabulary:
 TOKENIZER = LLTokenizer(TokenizerWrapper(Vocabulary()))
 
 
-def function(name: str, parameters: Any = None) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+def function(name: str, parameters: Any = None, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **fields}}
 
 
 TOOLS = read_tools(
@@ -88,7 +88,9 @@ def accepts(grammar: str, text: str, control: dict[str, int]) -> bool:
 def test_a_grammar_allows_only_calls_with_valid_arguments(
     form: ToolFormat, control: dict[str, int], reasoning: Reasoning | None
 ) -> None:
-    grammar = tool_grammar(form, TOOLS, parallel=True, control_tokens=control, reasoning=reasoning)
+    grammar = tool_grammar(
+        form, TOOLS, is_forced=True, parallel=True, control_tokens=control, reasoning=reasoning
+    )
     start = "Hm, <b>\n</think>\n\n" if reasoning is not None and reasoning.is_open else ""
     assert accepts(grammar, start + form.written(ONE), control)
     assert accepts(grammar, start + form.written(TWO), control)
@@ -111,9 +113,32 @@ def test_a_grammar_allows_only_calls_with_valid_arguments(
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_grammar_may_allow_one_call_only(form: ToolFormat) -> None:
-    grammar = tool_grammar(form, TOOLS, parallel=False, control_tokens={})
+    grammar = tool_grammar(form, TOOLS, is_forced=True, parallel=False, control_tokens={})
     assert accepts(grammar, form.written(ONE), {})
     assert not accepts(grammar, form.written(TWO), {})
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("control", [{}, CONTROL], ids=["text", "tokens"])
+@pytest.mark.parametrize("reasoning", REASONING, ids=["direct", "may reason", "reasons"])
+def test_strict_tools_bind_only_the_calls_of_a_free_answer(
+    form: ToolFormat, control: dict[str, int], reasoning: Reasoning | None
+) -> None:
+    strict = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    tools = read_tools([function("f", strict, strict=True), function("g", strict)])
+    grammar = tool_grammar(
+        form, tools, is_forced=False, parallel=True, control_tokens=control, reasoning=reasoning
+    )
+    start = "Hm\n</think>\n\n" if reasoning is not None and reasoning.is_open else ""
+    before = start + ("Let me <look>: {} [1]. " if form.begin else "")
+    good, free = Call("f", '{"n": 1}'), Call("g", '{"n": "x"}')
+    for text in ("", "No call.", "A list: [1] {", " \n<b>"):
+        assert accepts(grammar, start + text, control)
+    assert accepts(grammar, before + form.written([good]), control)
+    assert accepts(grammar, before + form.written([free, good]), control)
+    for bad in (Call("f", "{}"), Call("f", '{"n": "x"}'), Call("h", "{}"), Call("g", "1")):
+        assert not accepts(grammar, before + form.written([bad]), control)
+        assert not accepts(grammar, before + form.written([good, bad]), control)
 
 
 SCHEMAS: list[dict[str, Any]] = [
@@ -155,7 +180,7 @@ def test_what_a_grammar_allows_is_parsed_and_valid(form: ToolFormat) -> None:
     ended = 0
     for number, schema in enumerate(SCHEMAS):
         tools = read_tools([function("f", schema)])
-        grammar = tool_grammar(form, tools, parallel=True, control_tokens=CONTROL)
+        grammar = tool_grammar(form, tools, is_forced=True, parallel=True, control_tokens=CONTROL)
         for seed in range(10):
             text = drawn(grammar, random.Random(100 * number + seed))
             if text is None:

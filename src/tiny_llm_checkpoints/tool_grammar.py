@@ -1,4 +1,4 @@
-"""Grammars that let a model write only calls of tools, with arguments that follow the tools' schemas.
+"""Grammars that let a model write calls of tools only with arguments that follow the tools' schemas.
 
 They are Lark in llguidance's dialect. `%json` embeds a JSON schema; a control token is named by its id, as in
 `<[151657]>`. Knows nothing of how a grammar is enforced.
@@ -17,6 +17,7 @@ from .tool_formats import ToolFormat
 # JSON as `tojson` writes it in templates, which is the form that models have learned.
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _COMBINING = ("$ref", "allOf", "anyOf", "oneOf", "patternProperties", "if")
+_ANY = {"type": "object", "x-guidance": _LAYOUT}
 _SPACE = "/[ \\n]{0,4}/"
 
 
@@ -32,19 +33,27 @@ def tool_grammar(
     form: ToolFormat,
     tools: Sequence[Tool],
     *,
+    is_forced: bool,
     parallel: bool,
     control_tokens: Mapping[str, int],
     reasoning: Reasoning | None = None,
 ) -> str:
-    """Return a grammar of one or more calls of these tools, and of nothing else except reasoning before them.
+    """Return a grammar of answers that may call these tools.
 
-    parallel: allow several calls. control_tokens: the ids of the vocabulary's control tokens, by name.
+    is_forced: the answer is one or more calls, with arguments that follow the schemas. Otherwise it is text,
+    or text and then calls, and only the arguments of strict tools follow their schemas. parallel: allow
+    several calls. control_tokens: the ids of the vocabulary's control tokens, by name. reasoning: what may
+    precede all of that.
     """
-    rules = ["start: calls", *_calls(form, tools, parallel, control_tokens)]
+    schemas = [arguments_schema(tool) if is_forced or tool.is_strict else _ANY for tool in tools]
+    rules = [] if is_forced else [*_free_text(form, control_tokens)]
+    has_begun = not is_forced and form.begin not in ("", *control_tokens)
+    rules += _calls(form, tools, schemas, parallel, control_tokens, has_begun)
+    start = "calls" if is_forced else "answer"
     if reasoning is not None:
-        rules[0] = f"start: reasoning{'' if reasoning.is_open else '?'} calls"
+        start = f"reasoning{'' if reasoning.is_open else '?'} {start}"
         rules += _thoughts(reasoning, control_tokens)
-    return "\n".join(rules) + "\n"
+    return "\n".join([f"start: {start}", *rules]) + "\n"
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
@@ -60,21 +69,46 @@ def arguments_schema(tool: Tool) -> dict[str, Any]:
     return {**schema, "x-guidance": _LAYOUT}
 
 
+def _free_text(form: ToolFormat, control_tokens: Mapping[str, int]) -> Iterator[str]:
+    """The rules of an answer that may be text.
+
+    Where a text has the marker of calls, calls must follow; an answer in a form without markers is text if it
+    does not begin as JSON does.
+    """
+    if not form.begin:
+        yield "answer: TEXT | calls"
+        yield "TEXT: /(\\s*[^\\s{\\[](?s:.*))?/"
+        return
+    marker = _pattern(form.begin)
+    yield f"TEXT: /(?s:.*)/ & ~/(?s:.*){marker}(?s:.*)/"
+    if form.begin in control_tokens:
+        yield "answer: TEXT calls?"
+    else:
+        yield "answer: TEXT | text_before calls"
+        yield f"text_before[lazy]: /(?s:.*){marker}/"
+
+
 def _calls(
-    form: ToolFormat, tools: Sequence[Tool], parallel: bool, control_tokens: Mapping[str, int]
+    form: ToolFormat,
+    tools: Sequence[Tool],
+    schemas: Sequence[Mapping[str, Any]],
+    parallel: bool,
+    control_tokens: Mapping[str, int],
+    has_begun: bool,
 ) -> Iterator[str]:
-    """The rules of the calls."""
+    """The rules of the calls. has_begun: the marker that starts them stands before them."""
 
     def literal(text: str) -> str:
         return _literal(text, form.markers, control_tokens)
 
     more = f"({literal(form.separator)} call)*" if parallel else ""
-    yield f"calls: {literal(form.opening)} call {more} {literal(form.closing)}"
+    opening = form.opening.removeprefix(form.begin) if has_begun else form.opening
+    yield f"calls: {literal(opening)} call {more} {literal(form.closing)}"
     yield "call: " + " | ".join(f"call_{place}" for place in range(len(tools)))
     for place, tool in enumerate(tools):
         head, tail = literal(form.head_of(tool.name)), literal(form.tail)
         yield f"call_{place}: {head} arguments_{place} {tail}"
-        yield f"arguments_{place}: %json {json.dumps(arguments_schema(tool))}"
+        yield f"arguments_{place}: %json {json.dumps(schemas[place])}"
 
 
 def _literal(text: str, markers: Sequence[str], control_tokens: Mapping[str, int]) -> str:
@@ -96,5 +130,9 @@ def _thoughts(reasoning: Reasoning, control_tokens: Mapping[str, int]) -> Iterat
     if form.end in control_tokens:
         yield f"thoughts: /(?s:.*)/ <[{control_tokens[form.end]}]>"
     else:
-        end = re.escape(form.end).replace("/", "\\/")
-        yield f"thoughts[lazy]: /(?s:.*){end}/"
+        yield f"thoughts[lazy]: /(?s:.*){_pattern(form.end)}/"
+
+
+def _pattern(text: str) -> str:
+    """A text as a part of a regular expression between slashes."""
+    return re.escape(text).replace("/", "\\/")

@@ -204,9 +204,8 @@ class ServerOptions:
     tool_call_parser: Annotated[
         str,
         typer.Option(
-            help="The form in which the model writes calls of tools: hermes (also Qwen), llama3_json, mistral "
-            "or smollm2. auto: the form that the chat template shows; smollm2 if it knows no tools. none: "
-            "refuse requests with tools.",
+            help="The form of the model's calls of tools: hermes (also Qwen), llama3_json, mistral, smollm2. "
+            "auto: the form that the chat template shows; smollm2 if it has no tools. none: refuse tools.",
             metavar="NAME",
             rich_help_panel=_ANSWERS,
         ),

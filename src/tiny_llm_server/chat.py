@@ -98,6 +98,9 @@ class _Work:
         prompt = service.encode_chat(body, [tool.fields for tool in use.offered], service.max_model_len)
         continued = text_of(body.messages[-1]) if body.continue_final_message else None
         in_reasoning = form.begins_reasoning(prompt, service.llm.tokenizer, continued)
+        grammar = form.grammar(use, service.llm.tokenizer, in_reasoning=in_reasoning)
+        if grammar is not None:
+            raise refused("tool_choice: required calls are not supported", "tool_choice", "unsupported_field")
         self.visible = form.visible_tokens(use)
         self._choices = [
             ChatChoiceState(

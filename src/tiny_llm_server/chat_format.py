@@ -8,6 +8,7 @@ from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.reasoning_parser import ReasoningFormat, ReasoningParser, reasoning_named
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 from tiny_llm_checkpoints.tool_formats import ToolFormat, format_named
+from tiny_llm_checkpoints.tool_grammar import Reasoning, tool_grammar
 from tiny_llm_checkpoints.tool_parser import ToolParser
 
 from .config import ServerConfig
@@ -53,6 +54,19 @@ class ChatFormat(NamedTuple):
         tail = tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
         return tail.rstrip().endswith(begin)
 
+    def grammar(self, use: ToolUse, tokenizer: Tokenizer, *, in_reasoning: bool) -> str | None:
+        """Return the grammar that an answer must follow; None if it is free."""
+        if self.tools is None or not use.is_constrained:
+            return None
+        return tool_grammar(
+            self.tools,
+            use.callable,
+            is_forced=use.is_forced,
+            parallel=use.parallel,
+            control_tokens=tokenizer.control_token_ids(),
+            reasoning=None if self.reasoning is None else Reasoning(self.reasoning, in_reasoning),
+        )
+
     def parser(self, use: ToolUse, *, in_reasoning: bool) -> AnswerParser | None:
         """Make the parser of one answer; None if the answer is only content."""
         reasoning = None if self.reasoning is None else ReasoningParser(self.reasoning, is_open=in_reasoning)
@@ -61,7 +75,7 @@ class ChatFormat(NamedTuple):
             tools = ToolParser(
                 self.tools,
                 [tool.name for tool in use.callable],
-                as_generated=use.is_forced,
+                as_generated=use.is_constrained,
                 max_calls=None if use.parallel else 1,
             )
         return None if reasoning is None and tools is None else AnswerParser(reasoning, tools)

@@ -26,6 +26,11 @@ class ToolUse:
     is_named: bool = False
     parallel: bool = True
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether a grammar must enforce the arguments."""
+        return self.is_forced or any(tool.is_strict for tool in self.callable)
+
 
 def tool_use(body: ChatCompletionRequest) -> ToolUse:
     """Check a request's tools and its choice. With the choice "none", the model is not told of any tools.
