@@ -97,6 +97,15 @@ def test_a_template_may_take_arguments_as_text_and_a_content_of_null() -> None:
     assert template(TEXT_ARGUMENTS).tool_format is None
 
 
+def test_a_template_that_prints_the_arguments_gets_a_text() -> None:
+    """An object would appear in Python's notation."""
+    source = (
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}{{ call.function.name }}"
+        "{{ call.function.arguments }}{% endfor %}{{ m.content }}{% endfor %}"
+    )
+    assert 'get_weather{"city": "Paris"}It rains.' in prompt(source, [USER, answered(), RESULT])
+
+
 def test_arguments_may_be_sent_as_an_object_or_left_empty() -> None:
     sent = prompt(HERMES_TOOLS, [USER, answered(called({"city": "Paris"}))])
     assert sent == prompt(HERMES_TOOLS, [USER, answered()])

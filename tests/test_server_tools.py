@@ -171,18 +171,22 @@ def test_each_choice_has_its_own_calls(client: httpx.Client, answer: Script) -> 
 
 def test_later_calls_are_dropped_without_parallel_calls(client: httpx.Client, answer: Script) -> None:
     answer('<tool_call>[{"name": "now"}, {"name": "get_weather"}]</tool_call>')
-    for choice in (ask(client, parallel_tool_calls=False), ask(client)):
-        names = [call["function"]["name"] for call in choice["message"]["tool_calls"]]
-        assert names == ["now", "get_weather"][: len(names)]
+    for parallel, expected in ((False, ["now"]), (True, ["now", "get_weather"])):
+        choice = ask(client, parallel_tool_calls=parallel)
+        assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == expected
         assert choice["message"]["content"] is None
-    assert names == ["now", "get_weather"]
+        assert choice["finish_reason"] == "tool_calls"
 
 
-def test_an_answer_that_max_tokens_ends_says_so(client: httpx.Client, answer: Script) -> None:
+def test_an_answer_that_max_tokens_ends_says_so(client: httpx.Client, llm: LLM, answer: Script) -> None:
     answer(CALL)
     choice = ask(client, max_tokens=8)
     assert choice["finish_reason"] == "length"
     assert CALL.startswith(choice["message"]["content"])
+    answer(f"{CALL} and so on")
+    choice = ask(client, max_tokens=len(llm.tokenizer.encode(CALL)) + 1)
+    assert choice["finish_reason"] == "length"
+    assert len(choice["message"]["tool_calls"]) == 1
 
 
 def test_log_probabilities_cover_all_tokens_of_an_answer_with_calls(

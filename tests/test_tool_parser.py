@@ -156,6 +156,7 @@ def test_llamas_calls_may_stand_side_by_side(text: str) -> None:
         (HERMES, '<tool_call>{"name": "f", "arguments": {"a": NaN}}'),
         (HERMES, "<tool_call>{'name': 'f', 'arguments': {}}"),
         (HERMES, '<tool_call>{"name": "f", "arguments": {"a": "x'),
+        (HERMES, '<tool_call>{"name": "f", "arguments": {"a": "x\ny"}}'),
         (HERMES, "<tool_call>"),
         (HERMES, "a <tool_cal"),
         (HERMES, "</tool_call> \n"),

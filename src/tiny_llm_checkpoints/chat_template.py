@@ -310,7 +310,7 @@ class ChatTemplate:
         """Whether the template renders the probe's text only if the content is a list of parts."""
         for takes_parts in (False, True):
             self._takes_parts[role] = takes_parts
-            turns = [{**one, "content": self._content(one["role"], (one["content"],))} for one in probe]
+            turns = [self._as_template(message) for message in read_messages(probe)]
             try:
                 if _PROBE_TEXT in self._probe(turns, {}):
                     return takes_parts
