@@ -128,7 +128,7 @@ def test_a_disconnect_is_logged_as_an_abort(client: httpx.Client, log: list[str]
     ("request_of", "logged"),
     [
         (("POST", CHAT, {"messages": FRANCE, "n": 0}), f"POST {CHAT} 400 in T: invalid_request_error (n)"),
-        (("POST", CHAT, {"messages": FRANCE, "audio": {}}), "400 in T: unsupported_field (audio)"),
+        (("POST", CHAT, {"messages": FRANCE, "functions": [{}]}), "400 in T: unsupported_field (functions)"),
         (("POST", CHAT, {"messages": FRANCE, "xyzzy": 1}), "400 in T: unsupported_field"),
         (
             ("POST", COMPLETE, {"prompt": "x", "logit_bias": {"xyzzy": "a"}}),
