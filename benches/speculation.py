@@ -19,20 +19,20 @@ only if a step's rows pay.
 """
 
 import random
-from time import perf_counter
 from typing import Any, NamedTuple
 
-import harness
-from tiny_llm import LLM, SamplingParams
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.speculation import Speculation
 
+import harness
+from tiny_llm import LLM, SamplingParams
+
 TEXT = (
-    "The lighthouse at Cape Morrow was built in 1874 by a small crew of stonemasons. For almost a century its "
-    "lamp was lit every evening by a keeper who lived in the cottage below. In 1968 the lamp was made "
+    "The lighthouse at Cape Morrow was built in 1874 by a small crew of stonemasons. For almost a century "
+    "its lamp was lit every evening by a keeper who lived in the cottage below. In 1968 the lamp was made "
     "automatic, and the last keeper, Edwin Hale, moved to the village. The cottage stood empty until 1991, "
-    "when the town council turned it into a museum. Today about nine thousand visitors climb the stairs every "
-    "year, and a volunteer tells them the story of the great storm of 1903."
+    "when the town council turned it into a museum. Today about nine thousand visitors climb the stairs "
+    "every year, and a volunteer tells them the story of the great storm of 1903."
 )
 MISSPELLED = TEXT.replace("almost", "allmost").replace("visitors", "visiters").replace("museum", "musem")
 RECORD = """\
