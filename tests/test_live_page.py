@@ -13,6 +13,7 @@ from browser import visiting
 from live_pages import (  # noqa: F401 (fixtures)
     FRANCE,
     MINUTE,
+    NUM_BLOCKS,
     STORY,
     as_events,
     browser_fixture,
@@ -32,7 +33,7 @@ from live_pages import (  # noqa: F401 (fixtures)
     start_load,
     stop_load,
 )
-from served import Served, until
+from served import Served, serving, until
 from tiny_llm import LLM
 
 COUNT_ANNOUNCEMENTS = """() => {
@@ -42,6 +43,20 @@ COUNT_ANNOUNCEMENTS = """() => {
     observer.observe(region, { childList: true, characterData: true, subtree: true });
   }
 }"""
+
+
+def test_guessed_tokens_are_counted_if_the_engine_speculates(page: Any, browser: Any) -> None:
+    expect(page.locator("#figure-guesses")).to_be_hidden()
+    llm = LLM(num_blocks=NUM_BLOCKS, speculative_config={})
+    with serving(lambda: llm) as here, visiting(browser, here.url) as other:
+        expect_connected(other)
+        send(other, "Repeat these words: one two three four five six seven eight nine ten eleven twelve.", 60)
+        expect_answered(other)
+        right = llm.engine.stats.drafts.num_accepted_tokens
+        wrong = llm.engine.stats.drafts.num_draft_tokens - right
+        assert right > 0
+        expect(other.locator("#figure-guesses")).to_have_text(f"{right} accepted")
+        expect(other.locator("#figure-guesses + dd")).to_have_text(f"{wrong} rejected")
 
 
 def test_a_load_shows_shared_blocks_copies_and_preemption_in_every_round(page: Any, llm: LLM) -> None:

@@ -60,7 +60,7 @@ def measure_step_costs(model: Model, layout: PageLayout, kv_dtype: mx.Dtype, max
     Takes at most about `MAX_SECONDS`, and one repetition of one row at least.
     """
     wanted = [rows for rows in ROWS if rows <= max_rows]
-    allocator = BlockAllocator(layout.max_blocks(CONTEXT + wanted[-1]) + len(layout.groups))
+    allocator = BlockAllocator(len(layout.groups) * -(-(CONTEXT + wanted[-1]) // layout.block_size))
     pool = KVPool.for_model(model.config, allocator.num_blocks, layout.block_size, kv_dtype)
     tables = layout.tables(allocator)
     for table in tables:
