@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from browser import visiting
+from guessing import guessing_llm
 from live_pages import (  # noqa: F401 (fixtures)
     FRANCE,
     MINUTE,
@@ -47,7 +48,7 @@ COUNT_ANNOUNCEMENTS = """() => {
 
 def test_guessed_tokens_are_counted_if_the_engine_speculates(page: Any, browser: Any) -> None:
     expect(page.locator("#figure-guesses")).to_be_hidden()
-    llm = LLM(num_blocks=NUM_BLOCKS, speculative_config={})
+    llm = guessing_llm(num_blocks=NUM_BLOCKS)
     with serving(lambda: llm) as here, visiting(browser, here.url) as other:
         expect_connected(other)
         send(other, "Repeat these words: one two three four five six seven eight nine ten eleven twelve.", 60)

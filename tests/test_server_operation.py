@@ -7,6 +7,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from guessing import guessing_llm
 from served import serving
 from smollm2_server import CHAT, COMPLETE, client, llm, scraped, served
 from tiny_llm import LLM, ConfigError
@@ -120,7 +121,7 @@ def test_metrics_count_guessed_tokens_if_the_engine_speculates() -> None:
     with serving(lambda: LLM(num_blocks=64), config) as here, here.client() as client:
         expected = client.post(COMPLETE, json=body).json()
         assert not [name for name in scraped(client) if "spec_decode" in name]
-    with serving(lambda: LLM(num_blocks=64, speculative_config={}), config) as here, here.client() as client:
+    with serving(lambda: guessing_llm(num_blocks=64), config) as here, here.client() as client:
         assert client.post(COMPLETE, json=body).json()["choices"] == expected["choices"]
         found = scraped(client)
     drafted, accepted = (

@@ -23,16 +23,17 @@ from tiny_llm.speculation import (
     AcceptanceRates,
     Speculation,
     best_lengths,
+    can_pay,
     num_accepted,
 )
 from tiny_llm.speculative_config import SpeculativeConfig
 from tiny_llm.step_costs import ROWS, StepCosts, measure_step_costs
 
+from guessing import FREE, guessing_llm
 from tiny_llm import LLM, batch_manager
 from tiny_llm_checkpoints.errors import ConfigError
 from tiny_model import gemma_model, tiny_model
 
-FREE = StepCosts.of([(1, 1.0), (64, 1.0)])  # more rows cost nothing
 LINEAR = StepCosts.of([(1, 1.0), (64, 64.0)])  # each row costs a whole step
 
 # Prompt lookup.
@@ -152,6 +153,22 @@ def test_the_lengths_give_most_tokens_a_second(
     assert found == pytest.approx(
         fastest if fastest > LEAST_GAIN * plain * 1.000001 else speeds[0], rel=1e-5
     ) or (fastest == pytest.approx(LEAST_GAIN * plain, rel=1e-5))
+
+
+@given(
+    lengths=st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    prompt_rows=st.integers(0, 30),
+    budget=st.integers(0, 20),
+    seconds=st.lists(st.floats(0.01, 1.0), min_size=2, max_size=8),
+)
+def test_if_nothing_can_pay_then_nothing_is_drafted(
+    lengths: list[int], prompt_rows: int, budget: int, seconds: list[float]
+) -> None:
+    """And if something can, then it is: with right guesses of those lengths."""
+    costs = StepCosts.of(list(zip(ROWS, seconds, strict=False)))
+    num_rows, most = len(lengths) + prompt_rows, min(sum(lengths), budget)
+    drafted = best_lengths([[1.0] * length for length in lengths], num_rows, budget, costs)
+    assert can_pay(len(lengths), num_rows, most, costs) == any(drafted)
 
 
 def test_rates_of_long_matches_are_learned_apart_from_those_of_short_ones() -> None:
@@ -326,7 +343,7 @@ def test_a_stop_string_within_a_draft_ends_the_answer_there() -> None:
     """The other completion goes on; nothing after the stop string is delivered."""
     text = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10. " * 3
     params = SamplingParams(temperature=0, max_tokens=24, n=2, stop=["5, 6"], logprobs=1)
-    with LLM() as plain, LLM(speculative_config={"num_speculative_tokens": 8}) as guessing:
+    with LLM() as plain, guessing_llm() as guessing:
         [expected], [got] = plain.generate(text, params), guessing.generate(text, params)
         drafts = guessing.engine.stats.drafts
     assert got.outputs == expected.outputs

@@ -70,6 +70,24 @@ def best_lengths(gains: Seq[Seq[float]], num_rows: int, max_drafted: int, costs:
     return lengths
 
 
+def can_pay(num_decodes: int, num_rows: int, max_drafted: int, costs: StepCosts) -> bool:
+    """Return False if `best_lengths` would draft nothing even if all guesses were right.
+
+    Between two measured numbers of rows the costs are on a line, so only these numbers and the most rows need
+    to be compared.
+
+    >>> kinked = StepCosts.of([(1, 1.0), (2, 1.0), (9, 8.0)])  # the second row is free
+    >>> can_pay(1, 1, 8, kinked), can_pay(4, 4, 8, kinked)
+    (True, False)
+    """
+    per_second = num_decodes / costs.of_step(max(1, num_decodes))
+    tokens, most = per_second * costs.of_step(num_rows), num_rows + max_drafted
+    compared = {most, *(rows for rows in costs.rows if num_rows < rows < most)}
+    return any(
+        (tokens + rows - num_rows) / costs.of_step(rows) > LEAST_GAIN * per_second for rows in compared
+    )
+
+
 class AcceptanceRates:
     """How often guesses are right, by the number of tokens that match before them: moving averages.
 
@@ -123,9 +141,11 @@ class _Speculating:
 class Speculation:
     """Drafts by prompt lookup, as many tokens as pay. costs: what a step costs.
 
-    Every step makes a guess for every sequence, whether or not it is drafted: comparing it with the tokens
-    that come costs nothing and tells how good guesses are. So a sequence starts to draft when its text begins
-    to repeat, and stops when that ends. A new sequence starts with the average rates of all before it.
+    A step makes a guess for every sequence, whether or not it is drafted: comparing it with the tokens that
+    come is cheap and tells how good guesses are. So a sequence starts to draft when its text begins to
+    repeat, and stops when that ends. A new sequence starts with the average rates of all before it. A step
+    that has so many rows that no draft could pay makes no guesses. The index of n-grams takes about 450 bytes
+    for each token of a sequence.
     """
 
     def __init__(self, config: SpeculativeConfig, costs: StepCosts) -> None:
@@ -140,6 +160,9 @@ class Speculation:
         decodes: sequences of which the step computes only the newest token. num_rows: all rows of the step.
         max_drafted: the maximum number of drafted tokens, all sequences together.
         """
+        most = min(max_drafted, len(decodes) * self._config.num_speculative_tokens)
+        if not can_pay(len(decodes), num_rows, most, self.costs):
+            return [[]] * len(decodes)
         states = [self._after_new_tokens(sequence) for sequence in decodes]
         gains = [state.rates.gains(state.guess) for state in states]
         lengths = best_lengths(gains, num_rows, max_drafted, self.costs)
