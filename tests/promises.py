@@ -336,6 +336,9 @@ class PartlyRight:
         with kernels_on(self._threads, self._alone.instruction_set):  # `Alone` uses one thread
             return drafts
 
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """What a step costs changes nothing."""
+
     def _draft(self, sequence: Sequence, most: int) -> list[int]:
         params = replace(sequence.params, n=1, seed=sequence.seed)
         answer = self._alone.answer(sequence.prompt, params).tokens

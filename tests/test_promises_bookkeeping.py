@@ -204,7 +204,7 @@ class BatchMachine(RuleBasedStateMachine):
             draft = self.manager.sequence(seq_id).draft
             for token in (*draft[: self.next_token % (len(draft) + 1)], self.fresh_token()):
                 self.manager.commit({seq_id: token})
-        self.manager.settle_drafts()
+        self.manager.settle_drafts(1.0)
         drafted = self.manager.draft_stats
         self.manager.happened["guesses accepted"] = drafted.num_accepted_tokens
         self.manager.happened["guesses rejected"] = drafted.num_draft_tokens - drafted.num_accepted_tokens
@@ -237,6 +237,9 @@ class BatchMachine(RuleBasedStateMachine):
             drafts.append([self.fresh_token() for _ in range(most)])
             max_drafted -= len(drafts[-1])
         return drafts
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """What a step costs changes nothing."""
 
     def fresh_token(self) -> int:
         """A token that no other sequence has: a token read from a page shows which sequence wrote it."""

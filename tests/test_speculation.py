@@ -3,6 +3,7 @@ tested with the other promises."""
 
 from collections.abc import Sequence as Seq
 from itertools import pairwise
+from random import Random
 
 import mlx.core as mx
 import pytest
@@ -92,6 +93,50 @@ def test_an_empty_text_gives_no_guess() -> None:
 def test_costs_never_fall_with_more_rows(seconds: list[float], rows: int) -> None:
     costs = StepCosts.of([(row, second) for row, second in zip(ROWS, seconds, strict=False)])
     assert costs.of_step(rows) <= costs.of_step(rows + 1) + 1e-12
+
+
+@given(
+    seconds=st.lists(st.floats(0.001, 1.0), min_size=1, max_size=6),
+    steps=st.lists(st.tuples(st.integers(1, 40), st.floats(0.0001, 10.0)), max_size=60),
+    rows=st.integers(1, 100),
+)
+def test_costs_stay_in_order_while_steps_correct_them(
+    seconds: list[float], steps: list[tuple[int, float]], rows: int
+) -> None:
+    costs = StepCosts.of(list(zip(ROWS, seconds, strict=False)))
+    for num_rows, took in steps:
+        costs.observe(num_rows, took)
+    assert costs.seconds == sorted(costs.seconds)
+    assert min(costs.seconds) > 0
+    assert costs.of_step(rows) <= costs.of_step(rows + 1) + 1e-9
+
+
+TRUE = StepCosts.of([(1, 1.0), (2, 1.0), (4, 2.0), (8, 4.0), (16, 8.0), (32, 16.0), (64, 32.0)])
+
+
+@pytest.mark.parametrize(
+    ("streams", "measured", "pays"),
+    [
+        (16, (4.0, 4.0, 6.0, 16.0, 30.0, 30.0, 90.0), False),
+        (1, (1.0, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0), True),
+    ],
+)
+def test_costs_that_were_measured_while_the_machine_was_busy_are_corrected_by_later_steps(
+    streams: int, measured: Seq[float], pays: bool
+) -> None:
+    """Oracle: the true costs; all texts repeat themselves, and all guesses are right."""
+    costs, random = StepCosts.of(list(zip(TRUE.rows, measured, strict=True))), Random(5)
+    policy, text = Speculation(SpeculativeConfig(), costs), [*range(100, 140)] * 40
+    sequences, drafted = [sequence_of(text[:80], [text[80]], max_len=9999) for _ in range(streams)], []
+    for _ in range(150):
+        drafts = policy.drafts(sequences, streams, 200)
+        drafted.append(sum(map(len, drafts)))
+        policy.observe(streams + drafted[-1], TRUE.of_step(streams + drafted[-1]) * random.uniform(0.9, 1.3))
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            start = sequence.num_tokens
+            sequence.outputs += text[start : start + len(draft) + 1]
+    assert any(drafted[:15]) != pays, "the wrong costs decide at first"
+    assert all(drafted[-15:]) == pays or sum(map(bool, drafted[-15:])) == (14 if pays else 1)
 
 
 @pytest.mark.parametrize("make", [tiny_model, gemma_model])
@@ -226,9 +271,13 @@ class Always:
 
     def __init__(self, *tokens: int) -> None:
         self.tokens = tokens
+        self.observed: list[int] = []
 
     def drafts(self, decodes: Seq[Sequence], num_rows: int, max_drafted: int) -> list[tuple[int, ...]]:
         return [self.tokens[:max_drafted] for _ in decodes]
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        self.observed.append(num_rows)
 
 
 def decoding(drafting: Always, **options: int) -> PagedBatchManager:
@@ -264,7 +313,7 @@ def test_rejected_guesses_give_their_pages_back_in_the_same_step(
     assert manager.allocator.num_free == 5
     for token in tokens:
         manager.commit({"a": token})
-    manager.settle_drafts()
+    manager.settle_drafts(1.0)
     sequence = manager.sequence("a")
     assert (sequence.num_computed, sequence.table.num_tokens, sequence.draft) == (computed, computed, [])
     assert manager.allocator.num_free == free
@@ -285,8 +334,25 @@ def test_a_sequence_that_ends_within_its_draft_frees_everything() -> None:
     manager.process_batch()
     manager.commit({"a": 8})
     manager.finish("a")
-    manager.settle_drafts()
+    manager.settle_drafts(1.0)
     assert manager.allocator.num_free + manager.prefix.num_idle == 8
+
+
+def test_only_the_time_of_steps_without_prompts_is_observed() -> None:
+    drafting = Always(8, 9, 10)
+    manager = decoding(drafting, pages=20)
+    manager.settle_drafts(1.0)
+    assert drafting.observed == []
+    manager.process_batch()
+    manager.commit({"a": 8})
+    manager.settle_drafts(1.0)
+    assert drafting.observed == [4]
+    manager.add_request([1, 2, 3], "b", SamplingParams(max_tokens=2))
+    manager.process_batch()
+    for seq_id in "ab":
+        manager.commit({seq_id: 1})
+    manager.settle_drafts(1.0)
+    assert drafting.observed == [4]
 
 
 def test_counts_of_drafts_are_also_kept_by_position() -> None:

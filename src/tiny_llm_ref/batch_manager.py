@@ -140,8 +140,11 @@ class BatchManager(Protocol):
     def commit(self, tokens: Mapping[str, int]) -> None:
         """Append each sequence's sampled token, by sequence id; KeyError for an unknown or ended sequence."""
 
-    def settle_drafts(self) -> None:
-        """After the step's tokens are committed: free the memory of drafted tokens that were rejected."""
+    def settle_drafts(self, seconds: float) -> None:
+        """After the step's tokens are committed: free the memory of drafted tokens that were rejected.
+
+        seconds: how long the step took, from scheduling to the last token.
+        """
 
     def finish(self, seq_id: str) -> None:
         """End one sequence and free its memory; KeyError if it is unknown or has ended."""

@@ -234,7 +234,7 @@ class DenseBatchManager(QueueViews[Sequence]):
         for seq_id, token in tokens.items():
             self._queues[seq_id].outputs.append(token)
 
-    def settle_drafts(self) -> None:
+    def settle_drafts(self, seconds: float) -> None:
         """Nothing to free: without pages there is no speculation."""
 
     def finish(self, seq_id: str) -> None:

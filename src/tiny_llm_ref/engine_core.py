@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
+from time import perf_counter
 
 import mlx.core as mx
 
@@ -126,6 +127,7 @@ class EngineCore:
 
         Errors of requests and of the step are not raised: see `take_failures`.
         """
+        start = perf_counter()
         self._faults.prepare_step()
         try:
             logits = self.manager.process_batch()
@@ -142,7 +144,7 @@ class EngineCore:
         outputs = self._sample(logits)
         self._advance_searches(logits)
         committed = [output for output in outputs if self._commit(output)]
-        self.manager.settle_drafts()
+        self.manager.settle_drafts(perf_counter() - start)
         return committed
 
     def take_failures(self) -> list[Failure]:

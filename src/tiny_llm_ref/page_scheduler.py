@@ -48,6 +48,7 @@ class PageScheduler:
         self.num_swapped_out = 0
         self.prefix_stats = PrefixStats()
         self.draft_stats = DraftStats()
+        self._decodes_only = False  # the current plan has only decodes, and their drafts
         self._queues = queues
         self._allocator = allocator
         self._layout = layout
@@ -97,8 +98,13 @@ class PageScheduler:
                 self.prefix_stats = PrefixStats(queries + len(sequence.prompt), hits + found)
         self._current_plan, self._running_before = Plan(), []
 
-    def settle_drafts(self, plan: Plan[PagedSequence]) -> None:
-        """After the tokens of a plan are committed: keep the accepted tokens' pages, release the others."""
+    def settle_drafts(self, plan: Plan[PagedSequence], seconds: float) -> None:
+        """After the tokens of a plan are committed: keep the accepted tokens' pages, release the others.
+
+        seconds: how long the step took.
+        """
+        if self._decodes_only:
+            self.drafting.observe(sum(chunk.stop - chunk.start for chunk in plan.chunks), seconds)
         for sequence in plan.drafted:
             start, draft = sequence.num_computed, sequence.draft
             self.prefix.released(sequence.settle_draft())
@@ -235,6 +241,7 @@ class PageScheduler:
     def _plan_drafts(self, plan: Plan[PagedSequence]) -> None:
         """Extend the chunks of decodes by drafts, as far as budget and pages are left by everything else."""
         places = [i for i, chunk in enumerate(plan.chunks) if _may_draft(chunk)]
+        self._decodes_only = 0 < len(places) == len(plan.chunks)
         if not places:
             return
         num_rows = sum(chunk.stop - chunk.start for chunk in plan.chunks)

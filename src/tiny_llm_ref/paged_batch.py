@@ -263,9 +263,12 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         for seq_id, token in tokens.items():
             self._queues[seq_id].outputs.append(token)
 
-    def settle_drafts(self) -> None:
-        """After the step's tokens are committed: release the pages of drafted tokens that were rejected."""
-        self._scheduler.settle_drafts(self.last_plan)
+    def settle_drafts(self, seconds: float) -> None:
+        """After the step's tokens are committed: release the pages of drafted tokens that were rejected.
+
+        seconds: how long the step took.
+        """
+        self._scheduler.settle_drafts(self.last_plan, seconds)
 
     def advance(self, request_id: str, steps: Seq[BeamStep]) -> None:
         """Replace a search's beams by those of `steps`, best first: each forks the beam that it continues.

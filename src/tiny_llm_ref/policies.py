@@ -114,6 +114,9 @@ class DraftPolicy(Protocol):
         step. max_drafted: the maximum number of drafted tokens, all sequences together.
         """
 
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """Note how long a step of decodes and drafts took."""
+
 
 class NoSpeculation:
     """Drafts nothing."""
@@ -121,6 +124,9 @@ class NoSpeculation:
     def drafts(self, decodes: Seq[Sequence], num_rows: int, max_drafted: int) -> Seq[Seq[int]]:
         """An empty draft for each sequence."""
         return [()] * len(decodes)
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """Nothing depends on it."""
 
 
 def in_order_of_arrival(number: int, priority: int) -> int:

@@ -22,6 +22,7 @@ from .step_costs import StepCosts
 
 FIRST_RATES = (0.0, 0.2, 0.3, 0.5, 0.8, 0.9, 0.95)  # assumed before anything was observed
 WEIGHT = 0.2  # of a new observation in a rate
+PROBE_EVERY = 16  # steps: one of them does the opposite of what seems best, so that its cost stays known
 LEAST_GAIN = 1.05  # a step with drafts must be this many times as fast, because the costs are estimates
 
 
@@ -88,6 +89,18 @@ def can_pay(num_decodes: int, num_rows: int, max_drafted: int, costs: StepCosts)
     )
 
 
+def opposite(lengths: Seq[int], gains: Seq[Seq[float]], max_drafted: int) -> list[int]:
+    """Return no drafts if there are any, and otherwise one token, the best guess; lengths as `best_lengths`.
+
+    >>> opposite([2, 1], [[0.9, 0.8], [0.5]], 8), opposite([0, 0], [[0.4, 0.1], [0.5]], 8)
+    ([0, 0], [0, 1])
+    """
+    firsts = [of_sequence[0] if of_sequence else 0.0 for of_sequence in gains]
+    chosen = firsts.index(max(firsts))
+    drafts_one = not any(lengths) and max_drafted > 0 and firsts[chosen] > 0
+    return [int(drafts_one and i == chosen) for i in range(len(gains))]
+
+
 class AcceptanceRates:
     """How often guesses are right, by the number of tokens that match before them: moving averages.
 
@@ -151,6 +164,7 @@ class Speculation:
     def __init__(self, config: SpeculativeConfig, costs: StepCosts) -> None:
         self._config = config
         self.costs = costs
+        self._num_steps = 0
         self._rates = AcceptanceRates()
         self._states: WeakKeyDictionary[Sequence, _Speculating] = WeakKeyDictionary()
 
@@ -160,13 +174,21 @@ class Speculation:
         decodes: sequences of which the step computes only the newest token. num_rows: all rows of the step.
         max_drafted: the maximum number of drafted tokens, all sequences together.
         """
+        self._num_steps += 1
+        is_probe = self._num_steps % PROBE_EVERY == 0
         most = min(max_drafted, len(decodes) * self._config.num_speculative_tokens)
-        if not can_pay(len(decodes), num_rows, most, self.costs):
+        if not is_probe and not can_pay(len(decodes), num_rows, most, self.costs):
             return [[]] * len(decodes)
         states = [self._after_new_tokens(sequence) for sequence in decodes]
         gains = [state.rates.gains(state.guess) for state in states]
         lengths = best_lengths(gains, num_rows, max_drafted, self.costs)
+        if is_probe:
+            lengths = opposite(lengths, gains, max_drafted)
         return [state.guess.tokens[:length] for state, length in zip(states, lengths, strict=True)]
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """Correct the costs by a step that computed only decodes and drafts."""
+        self.costs.observe(num_rows, seconds)
 
     def _after_new_tokens(self, sequence: Sequence) -> _Speculating:
         """Compare a sequence's last guess with the tokens that came since, and make the next guess."""
