@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from random import Random
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -35,7 +36,7 @@ from tiny_llm.preemption import NewestFirst
 from tiny_llm.prefix_sharing import PrefixSharing
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.scheduler import AgedPriority
-from tiny_llm.sequence import PagedSequence, SequenceState, TokenLogprobs, completion_ids
+from tiny_llm.sequence import PagedSequence, Sequence, SequenceState, TokenLogprobs, completion_ids
 from tiny_llm.sliding_window import WindowedTable
 from tiny_llm.step import Plan, StepLogits
 from tiny_llm.windowed_prefix import WindowedPrefixSharing
@@ -268,7 +269,8 @@ class Scenario:
     """Requests and the engine that serves them. `spare_blocks` are added to what the largest request needs.
 
     prefix: whether prefix caching is on. swap_blocks: blocks on the host for preempted sequences. grows:
-    whether the pool starts with one block. compacted_at: the steps after which the pool is compacted.
+    whether the pool starts with one block. compacted_at: the steps after which the pool is compacted. drafts:
+    the most tokens that are guessed for a sequence in a step; 0: no speculation.
     """
 
     arrivals: tuple[Arrival, ...]
@@ -283,6 +285,7 @@ class Scenario:
     swap_blocks: int = 0
     grows: bool = False
     compacted_at: tuple[int, ...] = ()
+    drafts: int = 0
 
 
 class Answer(NamedTuple):
@@ -311,6 +314,55 @@ def policies(
     return Policies(
         NewestFirst() if preempts else NoPreemption(), prefixes, swap_blocks, AgedPriority(patience).key
     )
+
+
+class PartlyRight:
+    """Drafts that know the answers, and are wrong from a place on that depends on sequence and position.
+
+    alone: the completions computed alone.
+    """
+
+    def __init__(self, alone: "Alone", most: int, threads: int) -> None:
+        self._alone = alone
+        self._most = most
+        self._threads = threads
+
+    def drafts(self, decodes: Seq[Sequence], num_rows: int, max_drafted: int) -> list[list[int]]:
+        drafts = []
+        for sequence in decodes:
+            most = min(self._most, max_drafted, sequence.max_len - sequence.num_tokens - 1)
+            drafts.append(self._draft(sequence, most) if most > 0 else [])
+            max_drafted -= len(drafts[-1])
+        with kernels_on(self._threads, self._alone.instruction_set):  # `Alone` uses one thread
+            return drafts
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """What a step costs changes nothing."""
+
+    def _draft(self, sequence: Sequence, most: int) -> list[int]:
+        params = replace(sequence.params, n=1, seed=sequence.seed)
+        answer = self._alone.answer(sequence.prompt, params).tokens
+        place, random = len(sequence.outputs), Random(f"{sequence.seq_id} {sequence.num_tokens}")
+        assert tuple(sequence.outputs) == answer[:place], "other tokens than alone"
+        right = list(answer[place : place + random.randint(0, most)])
+        wrong = [random.randrange(3, 100) for _ in range(random.randint(0, most - len(right)))]
+        return [*right, *wrong]
+
+
+class Alone:
+    """Completions computed alone on one thread, each once."""
+
+    def __init__(self, model: Model, instruction_set: str) -> None:
+        self.instruction_set = instruction_set
+        self._model = model
+        self._answers: dict[str, Answer] = {}
+
+    def answer(self, prompt: tuple[int, ...], params: SamplingParams) -> Answer:
+        key = repr((prompt, params))
+        if key not in self._answers:
+            with kernels_on(1, self.instruction_set):
+                self._answers[key] = answer_alone(self._model, prompt, params)
+        return self._answers[key]
 
 
 def smallest_pool(scenario: "Scenario", groups: Seq[LayerGroup]) -> int:
@@ -424,6 +476,7 @@ def scenarios(
         swap_blocks=draw(st.sampled_from([0, 0, 1000, 1000, 7])),
         grows=draw(st.sampled_from([True, False, False])),
         compacted_at=draw(st.sampled_from([(), (), (2, 3, 9), tuple(range(0, 60, 2))])),
+        drafts=draw(st.sampled_from([0, 0, 1, 3, 9])),
     )
 
 
@@ -585,29 +638,36 @@ def check_scenario(model: Model, scenario: Scenario) -> Counter[str]:
     """
     groups = group_layers(model.config.windows)
     blocks = scenario.spare_blocks + smallest_pool(scenario, groups)
+    alone = Alone(model, scenario.instruction_set)
+    chosen = policies(scenario.preempts, scenario.prefix, groups, scenario.swap_blocks)
+    if scenario.drafts:
+        chosen = replace(chosen, drafting=PartlyRight(alone, scenario.drafts, scenario.threads))
     manager = Watched(
         blocks,
         scenario.block_size,
         scenario.max_seqs,
         model=model,
         max_batched_tokens=max(scenario.max_tokens, scenario.max_seqs),
-        policies=policies(scenario.preempts, scenario.prefix, groups, scenario.swap_blocks),
+        policies=chosen,
         min_pages=1 if scenario.grows else None,
     )
     with kernels_on(scenario.threads, scenario.instruction_set):
         served = _serve(manager, scenario)
     check_all_returned(manager)
+    drafted = manager.draft_stats
+    manager.happened["guesses accepted"] = drafted.num_accepted_tokens
+    manager.happened["guesses rejected"] = drafted.num_draft_tokens - drafted.num_accepted_tokens
     with kernels_on(1, scenario.instruction_set):
         for index, arrival in enumerate(scenario.arrivals):
             if isinstance(arrival.params, BeamSearchParams):
                 _check_beams(model, str(index), arrival, served, manager.happened)
             else:
-                _check_completions(model, str(index), arrival, served, manager.happened)
+                _check_completions(alone, str(index), arrival, served, manager.happened)
     return manager.happened
 
 
 def _check_completions(
-    model: Model, request_id: str, arrival: Arrival, served: "Served", happened: Counter[str]
+    alone: Alone, request_id: str, arrival: Arrival, served: "Served", happened: Counter[str]
 ) -> None:
     """Check that each completion of a request that was not cancelled equals the one computed alone."""
     assert isinstance(arrival.params, SamplingParams)
@@ -618,11 +678,12 @@ def _check_completions(
             happened["cancelled requests"] += 1
             continue
         params = replace(arrival.params, n=1, seed=served.seeds[request_id] + i)
-        alone = answer_alone(model, arrival.prompt, params)
+        expected = alone.answer(arrival.prompt, params)
         if answer.finish_reason == "error":
-            alone = Answer(*(column[: len(answer.tokens)] for column in alone[:4]), "error")  # type: ignore[arg-type]
+            columns = (column[: len(answer.tokens)] for column in expected[:4])
+            expected = Answer(*columns, "error")  # type: ignore[arg-type]
             happened["failed completions"] += 1
-        check_same(seq_id, answer, alone)
+        check_same(seq_id, answer, expected)
         happened["answers compared"] += 1
 
 
@@ -717,13 +778,16 @@ def _serve(manager: Watched, scenario: Scenario) -> Served:
             if arrival.cancelled_at == step:
                 engine.cancel(str(index))
         for output in engine.step():
-            got = (output.token, output.logprobs, rows[output.seq_id], output.prompt_logprobs)
-            answers[output.seq_id].append(got)
-            reasons[output.seq_id] = output.finish_reason
-            arrival, num_tokens = scenario.arrivals[int(output.request_id)], len(answers[output.seq_id])
-            if output.finish_reason is None and arrival.fails(output.request_id, output.seq_id, num_tokens):
-                engine.finish(output.seq_id)
-                reasons[output.seq_id] = "error"
+            arrival = scenario.arrivals[int(output.request_id)]
+            for one, row in zip((*output.earlier, output), rows[output.seq_id], strict=False):
+                answers[output.seq_id].append((one.token, one.logprobs, row, one.prompt_logprobs))
+                reasons[output.seq_id] = one.finish_reason
+                num_tokens = len(answers[output.seq_id])
+                if one.finish_reason is None and arrival.fails(output.request_id, output.seq_id, num_tokens):
+                    reasons[output.seq_id] = "error"
+                    if output.finish_reason is None:
+                        engine.finish(output.seq_id)
+                    break
         check_pages(manager)
         if step in scenario.compacted_at:
             _compact(manager)
@@ -767,18 +831,21 @@ def _step_bound(scenario: Scenario) -> int:
     return max(arrival.step for arrival in scenario.arrivals) + work + 1
 
 
-def _recorded_logits(manager: PagedBatchManager) -> dict[str, bytes]:
-    """The bytes of the last step's logits by sequence id, refilled by each `process_batch`."""
-    recorded: dict[str, bytes] = {}
+def _recorded_logits(manager: PagedBatchManager) -> dict[str, list[bytes]]:
+    """The bytes of each row of the last step by sequence id, refilled by each `process_batch`.
+
+    A sequence has one row, and one more for each token of its draft.
+    """
+    recorded: dict[str, list[bytes]] = {}
     process_batch = manager.process_batch
 
     def recording() -> StepLogits:
         logits = process_batch()
         rows = None if logits.rows is None else np.array(logits.rows)
         recorded.clear()
-        recorded.update(
-            {seq_id: rows[row].tobytes() for seq_id, row in logits.row_of.items() if rows is not None}
-        )
+        for seq_id, first in logits.row_of.items() if rows is not None else ():
+            count = 1 + len(manager.sequence(seq_id).draft)
+            recorded[seq_id] = [rows[row].tobytes() for row in range(first, first + count)]
         return logits
 
     manager.process_batch = recording  # type: ignore[method-assign]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny_llm.engine_core
+import tiny_llm.token_output
 from tiny_llm.token_output import Choice, TokenOutput
 
 from tiny_llm import LLM
@@ -17,7 +17,7 @@ def script_answers(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> Script:
 
     An answer ends as if the model had written its end token, unless `max_tokens` ends it before.
     """
-    make_output = tiny_llm.engine_core.make_output
+    make_output = tiny_llm.token_output.make_output
     texts: list[list[int]] = []
     [end, *_] = llm.model_config.eos_token_ids
 
@@ -32,7 +32,7 @@ def script_answers(monkeypatch: pytest.MonkeyPatch, llm: LLM) -> Script:
         is_full = sequence.num_tokens + 1 >= sequence.max_len
         return output._replace(token=tokens[place], finish_reason="length" if is_full else None)
 
-    monkeypatch.setattr(tiny_llm.engine_core, "make_output", scripted)
+    monkeypatch.setattr(tiny_llm.token_output, "make_output", scripted)
 
     def answer(*written: str, special_tokens: bool = False) -> None:
         texts[:] = [llm.tokenizer.encode(text, special_tokens=special_tokens) for text in written]

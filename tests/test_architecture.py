@@ -41,7 +41,9 @@ def in_code(cell: str) -> list[str]:
 
 
 def test_the_page_takes_at_most_fifteen_minutes_to_read() -> None:
-    assert len(PAGE.split()) <= 2500
+    """Not counted: the definitions of links at the end, which are not shown."""
+    shown = re.sub(r"^\[\d{4}\]: .*$", "", PAGE, flags=re.MULTILINE)
+    assert len(shown.split()) <= 2500
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

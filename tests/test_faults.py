@@ -140,7 +140,7 @@ POINTS: list[tuple[Any, str]] = [
     (PagedQueues, "join"),
     (engine_core, "choose_token"),
     (engine_core, "choose_together"),
-    (engine_core, "make_output"),
+    (engine_core, "make_outputs"),
     (engine_core, "record_prompt_logprobs"),
     (engine_core, "likeliest"),
     (token_output, "sample_token"),

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from browser import visiting
+from guessing import guessing_llm
 from live_pages import (  # noqa: F401 (fixtures)
     FRANCE,
     MINUTE,
+    NUM_BLOCKS,
     STORY,
     as_events,
     browser_fixture,
@@ -32,7 +34,7 @@ from live_pages import (  # noqa: F401 (fixtures)
     start_load,
     stop_load,
 )
-from served import Served, until
+from served import Served, serving, until
 from tiny_llm import LLM
 
 COUNT_ANNOUNCEMENTS = """() => {
@@ -42,6 +44,20 @@ COUNT_ANNOUNCEMENTS = """() => {
     observer.observe(region, { childList: true, characterData: true, subtree: true });
   }
 }"""
+
+
+def test_guessed_tokens_are_counted_if_the_engine_speculates(page: Any, browser: Any) -> None:
+    expect(page.locator("#figure-guesses")).to_be_hidden()
+    llm = guessing_llm(num_blocks=NUM_BLOCKS)
+    with serving(lambda: llm) as here, visiting(browser, here.url) as other:
+        expect_connected(other)
+        send(other, "Repeat these words: one two three four five six seven eight nine ten eleven twelve.", 60)
+        expect_answered(other)
+        right = llm.engine.stats.drafts.num_accepted_tokens
+        wrong = llm.engine.stats.drafts.num_draft_tokens - right
+        assert right > 0
+        expect(other.locator("#figure-guesses")).to_have_text(f"{right} accepted")
+        expect(other.locator("#figure-guesses + dd")).to_have_text(f"{wrong} rejected")
 
 
 def test_a_load_shows_shared_blocks_copies_and_preemption_in_every_round(page: Any, llm: LLM) -> None:

@@ -5,6 +5,7 @@ which token of which stream was written to it, and every sequence must read its 
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from tiny_llm.errors import RequestTooLargeError
+from tiny_llm.errors import DoubleFreeError, RequestTooLargeError
 from tiny_llm.layer_groups import group_layers
 from tiny_llm.page_layout import PageLayout
 from tiny_llm.paged_attention import BlockTable
@@ -56,6 +57,7 @@ class BatchMachine(RuleBasedStateMachine):
         self.broken = False
         self.searches: set[str] = set()
         self.reported: set[str] = set()
+        self.most_drafted = 0
 
     def build(
         self,
@@ -77,7 +79,7 @@ class BatchMachine(RuleBasedStateMachine):
             max_seqs,
             max_batched_tokens=max(max_seqs, budget),
             max_model_len=blocks * block_size,
-            policies=policies(self.preempts, prefix, groups, swap_blocks),
+            policies=replace(policies(self.preempts, prefix, groups, swap_blocks), drafting=self),
             min_pages=1 if grows else None,
             groups=groups,
             watch=self.pool.perform,
@@ -93,6 +95,7 @@ class BatchMachine(RuleBasedStateMachine):
         grows=st.sampled_from([False, False, True]),
         windows=st.sampled_from(WINDOWS),
         swap_blocks=st.sampled_from([100, 0, 5]),
+        most_drafted=st.sampled_from([0, 1, 3, 8]),
     )
     def configure(
         self,
@@ -104,7 +107,9 @@ class BatchMachine(RuleBasedStateMachine):
         grows: bool,
         windows: tuple[int | None, ...],
         swap_blocks: int,
+        most_drafted: int,
     ) -> None:
+        self.most_drafted = most_drafted
         if self.is_fixed:
             blocks, block_size, max_seqs, budget, prefix, grows = 6, 4, 5, 16, True, False
         self.manager = self.build(blocks, block_size, max_seqs, budget, prefix, grows, windows, swap_blocks)
@@ -195,7 +200,14 @@ class BatchMachine(RuleBasedStateMachine):
             assert self.manager.running[0].rank < first.rank, "the first by priority was preempted"
         self.ready = [seq_id for seq_id in computed if seq_id.split("/")[0] not in self.searches]
         self.search([seq_id for seq_id in computed if seq_id not in self.ready])
-        self.manager.commit({seq_id: self.fresh_token() for seq_id in self.ready})
+        for seq_id in self.ready:
+            draft = self.manager.sequence(seq_id).draft
+            for token in (*draft[: self.next_token % (len(draft) + 1)], self.fresh_token()):
+                self.manager.commit({seq_id: token})
+        self.manager.settle_drafts(1.0)
+        drafted = self.manager.draft_stats
+        self.manager.happened["guesses accepted"] = drafted.num_accepted_tokens
+        self.manager.happened["guesses rejected"] = drafted.num_draft_tokens - drafted.num_accepted_tokens
         for seq_id in list(self.ready):
             sequence = self.manager.sequence(seq_id)
             if sequence.num_tokens >= sequence.max_len:
@@ -216,6 +228,18 @@ class BatchMachine(RuleBasedStateMachine):
             width = len(beams) + beams[0].num_forks
             parents = [beams[0].seq_id, *(beam.seq_id for beam in beams)][:width]
             self.manager.advance(request_id, [BeamStep(parent, self.fresh_token()) for parent in parents])
+
+    def drafts(self, decodes: Sequence[PagedSequence], num_rows: int, max_drafted: int) -> list[list[int]]:
+        """Guess fresh tokens; `step` decides how many of them are right."""
+        drafts = []
+        for sequence in decodes:
+            most = min(self.most_drafted, max_drafted, sequence.max_len - sequence.num_tokens - 1)
+            drafts.append([self.fresh_token() for _ in range(most)])
+            max_drafted -= len(drafts[-1])
+        return drafts
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """What a step costs changes nothing."""
 
     def fresh_token(self) -> int:
         """A token that no other sequence has: a token read from a page shows which sequence wrote it."""
@@ -243,7 +267,7 @@ def run_machine(
 
 def assert_machine_catches() -> None:
     """Fail unless the machine fails, as it must for a mutant of the engine; examples are not shrunk."""
-    with pytest.raises((AssertionError, ValueError)):
+    with pytest.raises((AssertionError, KeyError, ValueError, DoubleFreeError)):
         _ = [run_machine(True, is_fixed, phases=(Phase.generate,)) for is_fixed in (True, False)]
 
 
@@ -263,6 +287,8 @@ def test_pages_are_conserved_after_any_events() -> None:
         "prefix hits under windows",
         "blocks swapped out",
         "blocks swapped in",
+        "guesses accepted",
+        "guesses rejected",
     ):
         assert happened[name] >= 30, f"the machine hardly tests anything: {happened}"
     assert happened["pool growths"] >= 5, f"the pool hardly ever grew: {happened}"
@@ -308,6 +334,19 @@ def test_a_cancel_that_does_not_release_its_table_is_caught(monkeypatch: pytest.
             manager._queues.end(seq_id)
 
     monkeypatch.setattr(PagedBatchManager, "cancel", cancel)
+    assert_machine_catches()
+
+
+def test_pages_of_rejected_guesses_that_stay_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockTable, "remove_tokens", lambda table, num_tokens: [])
+    assert_machine_catches()
+
+
+def test_a_page_with_an_accepted_guess_that_is_released_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = BlockTable.remove_tokens
+    monkeypatch.setattr(
+        BlockTable, "remove_tokens", lambda table, n: remove(table, min(n + 1, table.num_tokens))
+    )
     assert_machine_catches()
 
 

@@ -4,7 +4,7 @@ The oracle is the engine itself, serving the same completion alone: equal means 
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
 
@@ -23,12 +23,13 @@ from tiny_llm.paged_attention import BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.paged_kernel import Attended, PackedBatch
 from tiny_llm.prefix_cache import KeptBlock, PartMatch, PrefixCache
-from tiny_llm.sampler import adjust_logits, sample_token
+from tiny_llm.prefix_sharing import PrefixSharing
+from tiny_llm.sampler import adjust_logits, sample_token, uniform
 from tiny_llm.sampling_params import SamplingParams
 from tiny_llm.sequence import PagedSequence
 from tiny_llm.step import Plan
 from tiny_llm.swap import SwapSpace
-from tiny_llm.token_output import Choice
+from tiny_llm.token_output import Choice, Place
 
 import tiny_llm_kernels
 from promises import (
@@ -89,6 +90,8 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
     @example(SWAPPED)
     @example(SWAPPED_OFTEN)
     @example(MANY_ROWS)
+    @example(replace(SWAPPED, drafts=5))
+    @example(replace(ALIKE, drafts=9))
     def every_completion_equals_the_one_alone(scenario: Scenario) -> None:
         seen = check_scenario(make(), scenario)
         for name in sorted(seen):
@@ -107,6 +110,8 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
         "beams forked",
         "blocks moved",
         "pool growths",
+        "guesses accepted",
+        "guesses rejected",
     ]
     now_and_then = ["searches compared", "partial block hits", "failed completions"]
     pressure = ["preemptions", "preemptions after output", "sequences swapped out", "blocks swapped in"]
@@ -316,27 +321,27 @@ def test_penalties_that_forget_the_outputs_before_a_preemption_are_caught(
         release_pages(sequence)
         sequence.forgotten = len(sequence.outputs)  # type: ignore[attr-defined]
 
-    def choose(sequence: PagedSequence, row: mx.array, eos: frozenset[int]) -> Choice:
-        return penalized(sequence, row, sequence.outputs[getattr(sequence, "forgotten", 0) :])
+    def choose(place: Place, row: mx.array, eos: frozenset[int]) -> Choice:
+        return penalized(place, row, place.outputs[getattr(place.sequence, "forgotten", 0) :])
 
     monkeypatch.setattr(PagedSequence, "release_pages", forget)
     monkeypatch.setattr("tiny_llm.engine_core.choose_token", choose)
     assert_caught_by_check()
 
 
-def penalized(sequence: PagedSequence, row: mx.array, counted: list[int]) -> Choice:
+def penalized(place: Place, row: mx.array, counted: Sequence[int]) -> Choice:
     """A choice with penalties for outputs that are not the sequence's."""
-    params, seed, index = sequence.params, sequence.seed, len(sequence.outputs)
-    token = sample_token(adjust_logits(row, params, sequence.prompt, counted, ()), params, seed, index)
-    return Choice(sequence, row, token, row[token])
+    params, seed, index = place.sequence.params, place.sequence.seed, len(place.outputs)
+    token = sample_token(adjust_logits(row, params, place.sequence.prompt, counted, ()), params, seed, index)
+    return Choice(place, row, token, row[token])
 
 
 def test_penalties_of_one_row_that_affect_another_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    before: list[list[int]] = [[]]
+    before: list[Sequence[int]] = [[]]
 
-    def choose(sequence: PagedSequence, row: mx.array, eos: frozenset[int]) -> Choice:
-        before.append(sequence.outputs)
-        return penalized(sequence, row, before[-2])
+    def choose(place: Place, row: mx.array, eos: frozenset[int]) -> Choice:
+        before.append(place.outputs)
+        return penalized(place, row, before[-2])
 
     monkeypatch.setattr("tiny_llm.engine_core.choose_token", choose)
     assert_caught_by_check()
@@ -390,6 +395,54 @@ def test_a_swap_of_the_wrong_blocks_is_caught(monkeypatch: pytest.MonkeyPatch) -
 def test_beams_that_share_more_than_their_common_prefix_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiny_llm.paged_queues._common_length", lambda lists: len(lists[0]) - 1)
     assert_caught_by_check(st.just(SQUEEZED))
+
+
+def test_pages_of_wrong_guesses_that_are_not_released_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockTable, "remove_tokens", lambda table, num_tokens: [])
+    assert_caught_by_check(guessing())
+
+
+def test_wrong_guesses_that_count_as_computed_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def settle(sequence: PagedSequence) -> list[int]:
+        sequence.num_computed += len(sequence.draft)
+        sequence.draft = []
+        return []
+
+    monkeypatch.setattr(PagedSequence, "settle_draft", settle)
+    assert_caught_by_check(guessing())
+
+
+def test_guesses_that_are_drawn_with_the_same_random_number_are_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        Place, "uniform", property(lambda place: uniform(place.sequence.seed, len(place.sequence.outputs)))
+    )
+    assert_caught_by_check(st.just(replace(SWAPPED, drafts=6)))
+
+
+def test_penalties_that_ignore_guesses_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Place, "outputs", property(lambda place: place.sequence.outputs))
+    assert_caught_by_check(guessing())
+
+
+def test_guesses_that_enter_the_prefix_cache_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a step are cached before its guesses are checked."""
+    keep = PrefixSharing.keep
+
+    def too_early(sharing: PrefixSharing, sequence: PagedSequence, start: int) -> None:
+        guessed = len(sequence.draft)
+        sequence.num_computed += guessed
+        keep(sharing, sequence, start)
+        sequence.num_computed -= guessed
+
+    monkeypatch.setattr(PrefixSharing, "keep", too_early)
+    assert_caught_by_check(guessing())
+
+
+def guessing() -> st.SearchStrategy[Scenario]:
+    """Scenarios with speculation."""
+    return scenarios().map(lambda scenario: replace(scenario, drafts=6))
 
 
 def colliding_scenarios() -> st.SearchStrategy[Scenario]:

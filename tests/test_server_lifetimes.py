@@ -16,7 +16,7 @@ import httpx2 as httpx
 import mlx.core as mx
 import pytest
 from tiny_llm.output_processor import CompletionText
-from tiny_llm.token_output import TokenOutput
+from tiny_llm.token_output import Place, TokenOutput
 
 from served import SECONDS, Served, serving, until
 from smollm2_server import CHAT, COMPLETE, FRANCE, client, generate_text, llm, scraped, served
@@ -129,9 +129,9 @@ def break_sampler(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[mx.array]
     """Apply `break_it` to the fourth row of logits of the request with the seed 666."""
     choose = engine_core.choose_token
 
-    def chosen(sequence: Any, row: mx.array, eos: Any) -> Any:
-        is_target = sequence.seed == 666 and len(sequence.outputs) == 3
-        return choose(sequence, break_it(row) if is_target else row, eos)
+    def chosen(place: Place, row: mx.array, eos: Any) -> Any:
+        is_target = place.sequence.seed == 666 and len(place.outputs) == 3
+        return choose(place, break_it(row) if is_target else row, eos)
 
     monkeypatch.setattr(engine_core, "choose_token", chosen)
 
@@ -140,12 +140,12 @@ def break_rows(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[mx.array], m
     """Apply `break_it` to the same row among the rows from which tokens are chosen together."""
     choose = engine_core.choose_together
 
-    def chosen(rows: mx.array, choices: Any) -> Any:
-        broken = [row for one, row in choices if one.seed == 666 and len(one.outputs) == 3]
+    def chosen(rows: mx.array, places: Any) -> Any:
+        broken = [one.row for one in places if one.sequence.seed == 666 and len(one.outputs) == 3]
         if broken:
             is_broken = mx.array([row in broken for row in range(len(rows))])
             rows = mx.where(is_broken[:, None], break_it(rows), rows)
-        return choose(rows, choices)
+        return choose(rows, places)
 
     monkeypatch.setattr(engine_core, "choose_together", chosen)
 

@@ -7,6 +7,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from guessing import guessing_llm
 from served import serving
 from smollm2_server import CHAT, COMPLETE, client, llm, scraped, served
 from tiny_llm import LLM, ConfigError
@@ -106,6 +107,33 @@ def test_metrics_count_requests_tokens_and_times(client: httpx.Client) -> None:
     assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
     assert 0 <= after["vllm:kv_cache_usage_perc"] <= 1
     assert all(math.isfinite(value) for value in after.values())
+
+
+def test_metrics_count_guessed_tokens_if_the_engine_speculates() -> None:
+    """Oracle: the same request to an engine that does not."""
+    body = {
+        "prompt": "1, 2, 3, 4, 5, 6, 7, 8, 9, 10. " * 3,
+        "temperature": 0,
+        "max_tokens": 24,
+        "stream": False,
+    }
+    config = ServerConfig(served_model_name="smollm2")
+    with serving(lambda: LLM(num_blocks=64), config) as here, here.client() as client:
+        expected = client.post(COMPLETE, json=body).json()
+        assert not [name for name in scraped(client) if "spec_decode" in name]
+    with serving(lambda: guessing_llm(num_blocks=64), config) as here, here.client() as client:
+        assert client.post(COMPLETE, json=body).json()["choices"] == expected["choices"]
+        found = scraped(client)
+    drafted, accepted = (
+        found[f"vllm:spec_decode_num_{which}_tokens_total"] for which in ("draft", "accepted")
+    )
+    assert 0 < accepted <= drafted
+    assert found["vllm:spec_decode_num_drafts_total"] <= drafted
+    positions = [f"vllm:spec_decode_num_accepted_tokens_per_pos_total{{position={i}}}" for i in range(7)]
+    counts = [found.get(name, 0) for name in positions]
+    assert sum(counts) == accepted
+    assert counts == sorted(counts, reverse=True)
+    assert found["vllm:generation_tokens_total"] == expected["usage"]["completion_tokens"]
 
 
 def test_version_lists_tiny_llm_mlx_and_kernels(client: httpx.Client) -> None:

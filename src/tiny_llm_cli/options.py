@@ -6,6 +6,7 @@ because importing the engine to ask for them would make `--help` slow.
 """
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -31,6 +32,17 @@ def parse_bytes(text: str | int) -> int:
             "1024; KB, MB, GB and TB are powers of 1000; a number without a unit is in bytes)"
         )
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_object(text: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parse a JSON object: `{"temperature": 0.2}`."""
+    try:
+        value = json.loads(text) if isinstance(text, str) else text
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(value, Mapping):
+        raise typer.BadParameter(f'{text!r} is not a JSON object, such as {{"name": "value"}}')
+    return value
 
 
 class Bias(NamedTuple):
@@ -191,6 +203,18 @@ class EngineOptions:
             rich_help_panel=_TUNING,
         ),
     ] = "paged"
+    speculative_config: Annotated[
+        Any,
+        typer.Option(
+            help="Guess tokens and check several of them in one step where that is faster; answers stay the "
+            'same. A JSON object with vLLM\'s names, for example \'{"method": "ngram", '
+            '"num_speculative_tokens": 7}\'; others are prompt_lookup_max and prompt_lookup_min.',
+            show_default="no speculation",
+            metavar="JSON",
+            parser=parse_object,
+            rich_help_panel=_TUNING,
+        ),
+    ] = None
     chat_template_content_format: Annotated[
         str,
         typer.Option(

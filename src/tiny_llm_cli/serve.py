@@ -1,9 +1,7 @@
 """`tiny-llm serve`: OpenAI's API over HTTP."""
 
-import json
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +10,7 @@ import typer
 
 from .engine import load_silently
 from .model_check import check_model
-from .options import EngineOptions, parse_bytes, takes_groups
+from .options import EngineOptions, parse_bytes, parse_object, takes_groups
 
 if TYPE_CHECKING:
     from tiny_llm_server import ServerConfig
@@ -24,17 +22,6 @@ _KEY_VARIABLE = "TINY_LLM_API_KEY"  # holds one key, whatever characters are in 
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 _DEMO_BLOCKS = 96
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-def parse_object(text: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Parse a JSON object: `{"temperature": 0.2}`."""
-    try:
-        value = json.loads(text) if isinstance(text, str) else text
-    except ValueError as error:
-        raise typer.BadParameter(f"{text!r} is not JSON: {error}") from None
-    if not isinstance(value, Mapping):
-        raise typer.BadParameter(f'{text!r} is not a JSON object: write for example {{"temperature": 0.2}}')
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tiny_llm_checkpoints.errors import TinyLLMError as TinyLLMError
     from tiny_llm_checkpoints.model_config import ModelConfig as ModelConfig
 
+    from .batch_manager import DraftStats as DraftStats
     from .beam_search import BeamSearchPageManager as BeamSearchPageManager
     from .beam_search import BeamSearchParams as BeamSearchParams
     from .beam_search import fork_sequence as fork_sequence
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from .prompts import TextPrompt as TextPrompt
     from .prompts import TokensPrompt as TokensPrompt
     from .sampling_params import SamplingParams as SamplingParams
+    from .speculative_config import SpeculativeConfig as SpeculativeConfig
 
 _MODULE_OF = {
     "LLM": ".llm",
@@ -83,6 +85,8 @@ _MODULE_OF = {
     "ConfigError": "tiny_llm_checkpoints.errors",
     "EngineCore": ".engine_core",
     "EngineStats": ".engine_core",
+    "DraftStats": ".batch_manager",
+    "SpeculativeConfig": ".speculative_config",
     "PoolChange": ".block_events",
     "SequenceView": ".block_events",
     "BlockAllocator": ".paged_attention",

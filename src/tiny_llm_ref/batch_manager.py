@@ -6,6 +6,7 @@ dense and the paged manager differ in where they store keys and values; the engi
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from itertools import zip_longest
 from typing import NamedTuple, Protocol
 
 from tiny_llm_checkpoints.sizes import counted
@@ -41,6 +42,31 @@ class PrefixStats(NamedTuple):
     hits: int = 0
 
 
+class DraftStats(NamedTuple):
+    """Counts of speculative decoding: drafts, their tokens, and those that were accepted.
+
+    accepted_at: entry i counts the drafts of which at least i + 1 tokens were accepted.
+    """
+
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_at: tuple[int, ...] = ()
+
+    def plus(self, num_tokens: int, num_accepted: int) -> "DraftStats":
+        """Return the counts with one more draft of `num_tokens` tokens."""
+        counts = zip_longest(self.accepted_at, [1] * num_accepted, fillvalue=0)
+        return DraftStats(
+            self.num_drafts + 1,
+            self.num_draft_tokens + num_tokens,
+            self.num_accepted_tokens + num_accepted,
+            tuple(map(sum, counts)),
+        )
+
+
+NO_DRAFTS = DraftStats()
+
+
 class BatchManager(Protocol):
     """Runs many requests at once. Only one thread may use it."""
 
@@ -51,6 +77,10 @@ class BatchManager(Protocol):
     @property
     def prefix_stats(self) -> PrefixStats:
         """How many prompt tokens there were, and how many of them came from the prefix cache."""
+
+    @property
+    def draft_stats(self) -> DraftStats:
+        """How many tokens were drafted, and how many of them were accepted."""
 
     @property
     def waiting(self) -> Seq[Sequence]:
@@ -109,6 +139,12 @@ class BatchManager(Protocol):
 
     def commit(self, tokens: Mapping[str, int]) -> None:
         """Append each sequence's sampled token, by sequence id; KeyError for an unknown or ended sequence."""
+
+    def settle_drafts(self, seconds: float) -> None:
+        """After the step's tokens are committed: free the memory of drafted tokens that were rejected.
+
+        seconds: how long the step took, from scheduling to the last token.
+        """
 
     def finish(self, seq_id: str) -> None:
         """End one sequence and free its memory; KeyError if it is unknown or has ended."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .batch_manager import Capacity, PrefixStats, max_sequence_length
+from .batch_manager import Capacity, DraftStats, PrefixStats, max_sequence_length
 from .chunked_prefill import plan_chunks
 from .flash_attention import flash_attention
 from .model import Model
@@ -91,6 +91,7 @@ class DenseBatchManager(QueueViews[Sequence]):
     num_preemptions = 0
     num_swapped = 0
     prefix_stats = PrefixStats()
+    draft_stats = DraftStats()
 
     def __init__(
         self,
@@ -232,6 +233,9 @@ class DenseBatchManager(QueueViews[Sequence]):
         """Append each sequence's sampled token, by sequence id; the next step computes its key and value."""
         for seq_id, token in tokens.items():
             self._queues[seq_id].outputs.append(token)
+
+    def settle_drafts(self, seconds: float) -> None:
+        """Nothing to free: without pages there is no speculation."""
 
     def finish(self, seq_id: str) -> None:
         """End one sequence, waiting or running, and free its slot if it has one.

@@ -2,6 +2,7 @@
 
 import os
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from operator import index
@@ -14,6 +15,7 @@ from tiny_llm_checkpoints.suggestions import check_fields, suggests_fields
 
 from .errors import is_integer
 from .layer_groups import group_layers, layers_per_block
+from .speculative_config import SpeculativeConfig
 
 GIB = 1024**3
 KV_CACHE_DTYPES = ("float32", "float16", "bfloat16")
@@ -82,6 +84,9 @@ class EngineConfig:
     generation_config: the source of the sampling parameters that a caller leaves out. "auto": the model's
         recommendation (generation_config.json, general.sampling of a GGUF file, or a table for the packaged
         models); "vllm": the engine's own defaults; otherwise a folder with a generation_config.json.
+    speculative_config: speculative decoding, which guesses tokens and computes several of them in one step if
+        that is faster. It never changes an answer. A `SpeculativeConfig` or a mapping of its fields, such as
+        {"method": "ngram", "num_speculative_tokens": 4}; None: no speculation.
     """
 
     block_size: int = 16
@@ -101,6 +106,7 @@ class EngineConfig:
     batching: str = "paged"
     seed: int = 0
     generation_config: str = "auto"
+    speculative_config: SpeculativeConfig | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.generation_config, str) or not self.generation_config:
@@ -130,6 +136,18 @@ class EngineConfig:
         _one_of("activation_bits", self.activation_bits, ACTIVATION_BITS)
         _one_of("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
         _one_of("batching", self.batching, BATCHING)
+        self._check_speculation()
+
+    def _check_speculation(self) -> None:
+        """Make `speculative_config` a `SpeculativeConfig`, unless it is None. Raises `ConfigError`."""
+        if self.speculative_config is None:
+            return
+        object.__setattr__(self, "speculative_config", SpeculativeConfig.of(self.speculative_config))
+        if self.batching == "dense":
+            raise ConfigError(
+                "speculative_config needs batching='paged': batching='dense' cannot take back tokens "
+                "that were guessed wrong"
+            )
 
     def _check_number(self, name: str, least: int) -> None:
         """Raise `ConfigError` unless a field is an integer in range; convert numpy's integers to int."""

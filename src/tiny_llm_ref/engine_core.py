@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import groupby
+from time import perf_counter
 
 import mlx.core as mx
 
-from .batch_manager import BatchManager
+from .batch_manager import NO_DRAFTS, BatchManager, DraftStats
 from .beam_search import BeamSearch, BeamSearchParams
 from .errors import ends_process
 from .faults import Failure, FaultIsolation
@@ -23,12 +25,13 @@ from .sequence import Sequence, completion_ids
 from .step import StepLogits
 from .token_output import (
     Choice,
+    Place,
     TokenOutput,
     choose_together,
     choose_token,
     filters_of,
     likeliest,
-    make_output,
+    make_outputs,
     record_prompt_logprobs,
 )
 
@@ -44,7 +47,7 @@ class EngineStats:
     requests whose prompt is complete; prefix_cache_hits: those that were found in the pool. num_host_blocks:
     capacity of the host memory for swapped-out blocks. num_tokens: tokens computed in all steps. steps_of:
     a histogram: how many steps computed 1 token, 2, 3 to 4, 5 to 8, ... tokens. num_waiting_requests:
-    requests that have a waiting sequence.
+    requests that have a waiting sequence. drafts: the counts of speculative decoding.
     """
 
     num_running: int
@@ -60,6 +63,7 @@ class EngineStats:
     num_tokens: int = 0
     steps_of: tuple[int, ...] = ()
     num_waiting_requests: int = 0
+    drafts: DraftStats = NO_DRAFTS
 
 
 @dataclass
@@ -119,10 +123,11 @@ class EngineCore:
         return search
 
     def step(self) -> list[TokenOutput]:
-        """Run one step; returns its outputs, one token each, at most one for each running sequence.
+        """Run one step; returns its outputs, at most one for each running sequence.
 
         Errors of requests and of the step are not raised: see `take_failures`.
         """
+        start = perf_counter()
         self._faults.prepare_step()
         try:
             logits = self.manager.process_batch()
@@ -138,7 +143,9 @@ class EngineCore:
         self._record_prompt_logprobs(logits)
         outputs = self._sample(logits)
         self._advance_searches(logits)
-        return [output for output in outputs if self._commit(output)]
+        committed = [output for output in outputs if self._commit(output)]
+        self.manager.settle_drafts(perf_counter() - start)
+        return committed
 
     def take_failures(self) -> list[Failure]:
         """The requests that have failed since the last call."""
@@ -189,6 +196,7 @@ class EngineCore:
             num_tokens=self._num_tokens,
             steps_of=tuple(self._steps_of),
             num_waiting_requests=manager.num_waiting_requests,
+            drafts=manager.draft_stats,
         )
 
     # The results of a step. An error here fails only its own request.
@@ -217,46 +225,51 @@ class EngineCore:
         with suppress(Exception):  # the faulty one is found below, when each is evaluated on its own
             mx.eval([(choice.token, choice.check) for choice in choices])
         outputs = []
-        for choice in choices:
-            with self._blaming(choice.sequence.request_id):
-                outputs.append(make_output(choice, self._eos))
+        for sequence, of_sequence in groupby(choices, key=lambda choice: choice.sequence):
+            with self._blaming(sequence.request_id):
+                outputs.append(make_outputs(list(of_sequence), self._eos))
         return outputs
 
     def _choose(self, logits: StepLogits) -> list[Choice]:
-        """Choose the next token of every ready sequence, in order; those with the same filters together."""
-        choices: dict[str, Choice | None] = {}
-        together: dict[tuple[float, ...], list[tuple[Sequence, int]]] = {}
-        for sequence in self._ready(logits):
-            if sequence.request_id in self._searches:
-                continue
-            with self._blaming(sequence.request_id):
-                choice = choose_token(sequence, logits[sequence.seq_id], self._eos)
-                choices[sequence.seq_id] = choice  # None keeps its place in the order
+        """Choose the token of every place, in order; those with the same filters together."""
+        choices: dict[Place, Choice | None] = {}
+        together: dict[tuple[float, ...], list[Place]] = {}
+        for place in self._places(logits):
+            with self._blaming(place.sequence.request_id):
+                assert logits.rows is not None
+                choice = choose_token(place, logits.rows[place.row], self._eos)
+                choices[place] = choice  # None keeps its place in the order
                 if choice is None:
-                    group = together.setdefault(filters_of(sequence.params), [])
-                    group.append((sequence, logits.row_of[sequence.seq_id]))
+                    together.setdefault(filters_of(place.sequence.params), []).append(place)
         for group in together.values():
-            choices.update(
-                {choice.sequence.seq_id: choice for choice in self._choose_together(logits, group)}
-            )
+            choices.update({choice.place: choice for choice in self._choose_together(logits, group)})
         return [choice for choice in choices.values() if choice is not None]
 
-    def _choose_together(self, logits: StepLogits, group: list[tuple[Sequence, int]]) -> list[Choice]:
+    def _places(self, logits: StepLogits) -> Iterator[Place]:
+        """The places whose tokens are chosen: one for each ready sequence, and one for each drafted token."""
+        for sequence in self._ready(logits):
+            if sequence.request_id not in self._searches:
+                first = logits.row_of[sequence.seq_id]
+                for ahead in range(1 + len(sequence.draft)):
+                    yield Place(sequence, first + ahead, ahead)
+
+    def _choose_together(self, logits: StepLogits, group: list[Place]) -> list[Choice]:
         """Choose the tokens of a group; one after the other if that fails, to find the request at fault."""
         assert logits.rows is not None
         with suppress(Exception):
             return choose_together(logits.rows, group)
         choices = []
-        for sequence, row in group:
-            with self._blaming(sequence.request_id):
-                choices += choose_together(logits.rows, [(sequence, row)])
+        for place in group:
+            with self._blaming(place.sequence.request_id):
+                choices += choose_together(logits.rows, [place])
         return choices
 
     def _commit(self, output: TokenOutput) -> bool:
         """Append a token to its sequence; end the sequence with its last token. False: its request failed."""
         if self.manager.has_sequence(output.seq_id):
             with self._blaming(output.request_id):
-                self.manager.commit({output.seq_id: output.token})
+                for token in (*(one.token for one in output.earlier), output.token):
+                    self.manager.commit({output.seq_id: token})
                 if output.finish_reason is not None:
                     self.manager.finish(output.seq_id)
                 return True

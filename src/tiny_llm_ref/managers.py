@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from functools import partial
 
 from tiny_llm_checkpoints.errors import ConfigError
@@ -13,13 +14,17 @@ from .engine_config import EngineConfig
 from .kv_pool import DTYPES
 from .layer_groups import LayerGroup, group_layers
 from .model import Model
+from .page_layout import PageLayout
 from .paged_attention import BlockAllocator
 from .paged_batch import PagedBatchManager
-from .policies import NoPreemption, NoPrefixSharing, Policies, PrefixPolicy
+from .policies import DraftPolicy, NoPreemption, NoPrefixSharing, NoSpeculation, Policies, PrefixPolicy
 from .preemption import NewestFirst
 from .prefix_sharing import PrefixSharing
 from .resources import requiring
 from .scheduler import AgedPriority
+from .speculation import Speculation
+from .speculative_config import SpeculativeConfig
+from .step_costs import measure_step_costs
 from .windowed_prefix import WindowedPrefixSharing
 
 
@@ -43,6 +48,7 @@ def without_model(config: EngineConfig, model: ModelConfig) -> PagedBatchManager
 
 def _paged_manager(config: EngineConfig, described: ModelConfig, model: Model | None) -> PagedBatchManager:
     dtype = DTYPES[config.kv_cache_dtype]
+    policies = replace(_policies(config, described), drafting=_drafting(config, model))
     return PagedBatchManager(
         config.pool_blocks(described, dtype.size),
         config.block_size,
@@ -51,10 +57,22 @@ def _paged_manager(config: EngineConfig, described: ModelConfig, model: Model | 
         max_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.model_len(described, dtype.size),
         kv_dtype=dtype,
-        policies=_policies(config, described),
+        policies=policies,
         min_pages=config.min_num_blocks,
         groups=group_layers(described.windows),
     )
+
+
+def _drafting(config: EngineConfig, model: Model | None) -> DraftPolicy:
+    """The drafting policy that a configuration asks for; it measures what a step of the model costs."""
+    speculative = config.speculative_config
+    if speculative is None or model is None:
+        return NoSpeculation()
+    layout = PageLayout(
+        tuple(group_layers(model.config.windows)), config.block_size, config.max_num_batched_tokens
+    )
+    costs = measure_step_costs(model, layout, DTYPES[config.kv_cache_dtype], config.max_num_batched_tokens)
+    return Speculation(SpeculativeConfig.of(speculative), costs)
 
 
 def _policies(config: EngineConfig, model: ModelConfig) -> Policies:

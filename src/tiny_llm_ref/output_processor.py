@@ -94,6 +94,17 @@ class CompletionText:
             self._cut_at(found)
         return TextDelta(self.index, self._stream(), (output.token,), self.finish_reason)
 
+    def push_all(self, outputs: Seq[TokenOutput]) -> TextDelta:
+        """Add tokens until one ends the completion; returns one delta for all of them."""
+        deltas: list[TextDelta] = []
+        for output in outputs:
+            deltas.append(self.push(output))
+            if self.finish_reason is not None:
+                break
+        text = "".join(delta.text for delta in deltas)
+        token_ids = tuple(token for delta in deltas for token in delta.token_ids)
+        return TextDelta(self.index, text, token_ids, self.finish_reason)
+
     def abort(self) -> TextDelta:
         """End an unfinished completion with "abort"; returns the text that was held back."""
         self._grow(self._detokenizer.flush())
@@ -113,10 +124,9 @@ class CompletionText:
             self._cumulative_logprob += place[token].logprob
         self.finish_reason = self.stop_reason = None
 
-    @property
-    def last_logprobs(self) -> tuple[dict[int, Logprob], ...] | None:
-        """The log-probabilities of the last token; None if they were not requested."""
-        return tuple(self._logprobs[-1:]) if self._wants_logprobs else None
+    def last_logprobs(self, num_tokens: int) -> tuple[dict[int, Logprob], ...] | None:
+        """The log-probabilities of the last `num_tokens` tokens, at least 1; None if not requested."""
+        return tuple(self._logprobs[-num_tokens:]) if self._wants_logprobs else None
 
     @property
     def output(self) -> CompletionOutput:
@@ -213,10 +223,11 @@ class RequestState:
         return any(one.token_ids or one.finish_reason for one in self._completions.values())
 
     def push(self, output: TokenOutput) -> RequestEvent:
-        """Add one token to one of the completions; returns its event.
+        """Add a step's token, or tokens, to one of the completions; returns its event.
 
-        A completion whose text cannot be decoded ends with finish_reason "error", and the others continue. If
-        all others have ended like that, the whole request fails, and the error is raised.
+        Tokens after the one that ends the completion, by a stop string, are dropped. A completion whose text
+        cannot be decoded ends with finish_reason "error", and the others continue. If all others have ended
+        like that, the whole request fails, and the error is raised.
         """
         if self._first_token is None:
             self._first_token = monotonic()
@@ -226,13 +237,16 @@ class RequestState:
         num_tokens = len(completion.token_ids)
         try:
             prompt_logprobs = self._new_prompt_logprobs(output)
-            delta = completion.push(output)
+            delta = (
+                completion.push_all((*output.earlier, output)) if output.earlier else completion.push(output)
+            )
         except BaseException as error:  # including a panic of the tokenizer's library
             completion.undo_push(num_tokens)
             if all(one.error is not None for one in self._completions.values() if one is not completion):
                 raise
             return self._event(completion, completion.fail(error))
-        return self._event(completion, delta, completion.last_logprobs, prompt_logprobs)
+        logprobs = completion.last_logprobs(len(delta.token_ids))
+        return self._event(completion, delta, logprobs, prompt_logprobs)
 
     def abort(self) -> list[RequestEvent]:
         """End every unfinished completion with "abort"; returns their last events."""

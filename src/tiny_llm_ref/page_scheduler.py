@@ -3,7 +3,9 @@
 Plain bookkeeping over ints. Allocates and frees pages; knows nothing of arrays, logits or text.
 """
 
-from .batch_manager import PrefixStats, tokens_wanted
+from collections.abc import Sequence as Seq
+
+from .batch_manager import DraftStats, PrefixStats, tokens_wanted
 from .chunked_prefill import share_budget
 from .errors import OutOfBlocksError, StuckRequestError
 from .page_layout import PageLayout
@@ -45,10 +47,13 @@ class PageScheduler:
         self.num_preemptions = 0
         self.num_swapped_out = 0
         self.prefix_stats = PrefixStats()
+        self.draft_stats = DraftStats()
+        self._decodes_only = False  # the current plan has only decodes, and their drafts
         self._queues = queues
         self._allocator = allocator
         self._layout = layout
         self._preemption = policies.preemption
+        self.drafting = policies.drafting
         self._max_seqs = max_seqs
         self._max_tokens = max_tokens
         self._max_blocks = max_blocks
@@ -74,6 +79,7 @@ class PageScheduler:
         for sequence, count in zip(running, counts, strict=True):
             if count and sequence in self._queues.running:
                 self._plan_chunk(sequence, count, plan)
+        self._plan_drafts(plan)
         return plan
 
     def computed(self, plan: Plan[PagedSequence]) -> None:
@@ -83,7 +89,7 @@ class PageScheduler:
                 self.swap_space.forget(sequence)
                 self.prefix.keep(sequence, 0)
         for sequence, start, stop, _ in plan.chunks:
-            sequence.num_computed = stop
+            sequence.num_computed = stop - len(sequence.draft)
             self.prefix.keep(sequence, start)
             self._release_passed(sequence)
             if start < len(sequence.prompt) <= stop and not sequence.outputs:
@@ -91,6 +97,20 @@ class PageScheduler:
                 found = sequence.num_cached_tokens
                 self.prefix_stats = PrefixStats(queries + len(sequence.prompt), hits + found)
         self._current_plan, self._running_before = Plan(), []
+
+    def settle_drafts(self, plan: Plan[PagedSequence], seconds: float) -> None:
+        """After the tokens of a plan are committed: keep the accepted tokens' pages, release the others.
+
+        seconds: how long the step took.
+        """
+        if self._decodes_only:
+            self.drafting.observe(sum(chunk.stop - chunk.start for chunk in plan.chunks), seconds)
+        for sequence in plan.drafted:
+            start, draft = sequence.num_computed, sequence.draft
+            self.prefix.released(sequence.settle_draft())
+            self.prefix.keep(sequence, start)
+            self._release_passed(sequence)
+            self.draft_stats = self.draft_stats.plus(len(draft), sequence.num_computed - start)
 
     def undo(self) -> list[str]:
         """After a step that failed, put all running sequences back into the queue.
@@ -218,6 +238,30 @@ class PageScheduler:
             self.prefix.released([copy.src for copy in copies])
             plan.chunks.append(Scheduled(sequence, start, start + count, copies))
 
+    def _plan_drafts(self, plan: Plan[PagedSequence]) -> None:
+        """Extend the chunks of decodes by drafts, as far as budget and pages are left by everything else."""
+        places = [i for i, chunk in enumerate(plan.chunks) if _may_draft(chunk)]
+        self._decodes_only = 0 < len(places) == len(plan.chunks)
+        if not places:
+            return
+        num_rows = sum(chunk.stop - chunk.start for chunk in plan.chunks)
+        decodes = [plan.chunks[i].sequence for i in places]
+        drafts = self.drafting.drafts(decodes, num_rows, self._max_tokens - num_rows)
+        for i, draft in zip(places, drafts, strict=True):
+            plan.chunks[i] = self._with_draft(plan.chunks[i], draft)
+
+    def _with_draft(self, chunk: Scheduled[PagedSequence], draft: Seq[int]) -> Scheduled[PagedSequence]:
+        """Return the chunk extended by a draft, or by as much of it as pages are available for."""
+        sequence, start, stop, copies = chunk
+        length = len(draft)
+        while length and sequence.blocks_to_append(length) > self.num_available:
+            length -= 1
+        if not length:
+            return chunk
+        self._free_blocks(sequence.blocks_to_append(length))
+        sequence.draft = list(draft[:length])
+        return Scheduled(sequence, start, stop + length, [*copies, *sequence.append_tokens(length)])
+
     def _release_passed(self, sequence: PagedSequence) -> None:
         """Release the blocks that the windows of a sequence have passed."""
         self.prefix.released(self._layout.release_passed(sequence.tables, sequence.num_computed))
@@ -298,3 +342,9 @@ class PageScheduler:
             f"{self._max_blocks} are available, and no running sequence will free any",
             sequence.request_id,
         )
+
+
+def _may_draft(chunk: Scheduled[PagedSequence]) -> bool:
+    """True if the chunk is a decode that continues a completion: its only token is the newest output."""
+    sequence = chunk.sequence
+    return chunk.start == sequence.num_tokens - 1 and bool(sequence.outputs) and not sequence.is_beam

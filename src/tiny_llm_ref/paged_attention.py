@@ -206,6 +206,23 @@ class BlockTable:
             self.blocks.append(self.allocator.allocate())
         return copies
 
+    def remove_tokens(self, num_tokens: int) -> list[int]:
+        """Remove the last `num_tokens` tokens; free and return the blocks that hold no other tokens.
+
+        Speculative decoding removes tokens that it had guessed wrong.
+
+        >>> table = BlockTable(BlockAllocator(num_blocks=8), block_size=4)
+        >>> _ = table.append_tokens(6)
+        >>> len(table.remove_tokens(2)), table.num_tokens, table.allocator.num_free
+        (1, 4, 7)
+        """
+        self.num_tokens -= num_tokens
+        kept = -(-self.num_tokens // self.block_size)
+        removed, self.blocks = self.blocks[kept:], self.blocks[:kept]
+        for block in reversed(removed):
+            self.allocator.free(block)
+        return removed
+
     def physical_indices(self) -> list[int]:
         """Return the ids of the table's blocks, in the order of its tokens, as a new list for a kernel.
 

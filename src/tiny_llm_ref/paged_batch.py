@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from tiny_llm_checkpoints.sizes import counted
 
-from .batch_manager import Capacity, PrefixStats, max_sequence_length
+from .batch_manager import Capacity, DraftStats, PrefixStats, max_sequence_length
 from .compaction import compact_memory
 from .errors import RequestTooLargeError
 from .kv_pool import KVPool
@@ -22,7 +22,7 @@ from .page_layout import PageLayout
 from .page_scheduler import PageScheduler
 from .paged_attention import BlockAllocator
 from .paged_queues import BeamStep, PagedQueues
-from .policies import Policies, PrefixPolicy
+from .policies import DraftPolicy, Policies, PrefixPolicy
 from .queues import QueueViews
 from .sampling_params import SamplingParams
 from .sequence import PagedSequence, completion_ids
@@ -263,6 +263,13 @@ class PagedBatchManager(QueueViews[PagedSequence]):
         for seq_id, token in tokens.items():
             self._queues[seq_id].outputs.append(token)
 
+    def settle_drafts(self, seconds: float) -> None:
+        """After the step's tokens are committed: release the pages of drafted tokens that were rejected.
+
+        seconds: how long the step took.
+        """
+        self._scheduler.settle_drafts(self.last_plan, seconds)
+
     def advance(self, request_id: str, steps: Seq[BeamStep]) -> None:
         """Replace a search's beams by those of `steps`, best first: each forks the beam that it continues.
 
@@ -316,6 +323,16 @@ class PagedBatchManager(QueueViews[PagedSequence]):
     def prefix_stats(self) -> PrefixStats:
         """How many prompt tokens there were, and how many of them came from the prefix cache."""
         return self._scheduler.prefix_stats
+
+    @property
+    def drafting(self) -> DraftPolicy:
+        """The policy that guesses tokens."""
+        return self._scheduler.drafting
+
+    @property
+    def draft_stats(self) -> DraftStats:
+        """How many tokens were drafted, and how many of them were accepted."""
+        return self._scheduler.draft_stats
 
     @property
     def capacity(self) -> Capacity:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .paged_attention import BlockAllocator
-from .sequence import PagedSequence
+from .sequence import PagedSequence, Sequence
 
 
 class PreemptionPolicy(Protocol):
@@ -104,6 +104,31 @@ class NoPrefixSharing:
         """Nothing to rename."""
 
 
+class DraftPolicy(Protocol):
+    """Guesses the next tokens of sequences, for speculative decoding."""
+
+    def drafts(self, decodes: Seq[Sequence], num_rows: int, max_drafted: int) -> Seq[Seq[int]]:
+        """Return a draft for each sequence, which may be empty.
+
+        decodes: the sequences of which the step computes only the newest token. num_rows: all rows of the
+        step. max_drafted: the maximum number of drafted tokens, all sequences together.
+        """
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """Note how long a step of decodes and drafts took."""
+
+
+class NoSpeculation:
+    """Drafts nothing."""
+
+    def drafts(self, decodes: Seq[Sequence], num_rows: int, max_drafted: int) -> Seq[Seq[int]]:
+        """An empty draft for each sequence."""
+        return [()] * len(decodes)
+
+    def observe(self, num_rows: int, seconds: float) -> None:
+        """Nothing depends on it."""
+
+
 def in_order_of_arrival(number: int, priority: int) -> int:
     """The priority key of first come, first served: the arrival number, regardless of the priority."""
     return number
@@ -116,10 +141,11 @@ class Policies:
     preemption: the preemption policy. prefix: a function or class that makes the prefix policy from the
     manager's allocator and block size. swap_blocks: blocks in host memory for preempted sequences; a sequence
     that does not fit is recomputed. priority_key: a function that makes a request's priority key from its
-    arrival number and its priority; the lowest key is served first.
+    arrival number and its priority; the lowest key is served first. drafting: guesses tokens.
     """
 
     preemption: PreemptionPolicy = field(default_factory=NoPreemption)
     prefix: Callable[[BlockAllocator, int], PrefixPolicy] = NoPrefixSharing
     swap_blocks: int = 0
     priority_key: Callable[[int, int], int] = in_order_of_arrival
+    drafting: DraftPolicy = field(default_factory=NoSpeculation)

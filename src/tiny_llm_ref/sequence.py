@@ -39,6 +39,8 @@ class Sequence:
     The tokens of a sequence are the prompt, then the outputs. Invariant: the keys and values of the first
     `num_computed` tokens are in memory.
 
+    draft: during a step, guesses of the tokens after the known ones (speculative decoding); otherwise empty.
+
     max_len: its length limit in tokens, prompt and outputs together. num_forks: the other completions of
     its request that are still to be forked from it. rank: its place in the order of service, the lowest
     first: its request's priority key, its request's number, and its index among the completions. outputs:
@@ -63,6 +65,7 @@ class Sequence:
     num_cached_tokens: int = 0
     scheduled: float | None = None
     state: SequenceState = SequenceState.WAITING
+    draft: list[int] = field(default_factory=list)
 
     def run(self) -> None:
         """Mark it as running, and note the time if it is the first time."""
@@ -90,13 +93,17 @@ class Sequence:
         return range(max(start, len(self.prompt_logprobs)), min(stop, len(self.prompt) - 1))
 
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Return the token ids at the positions start .. stop - 1."""
-        split = len(self.prompt)
-        return [*self.prompt[start:stop], *self.outputs[max(0, start - split) : max(0, stop - split)]]
+        """Return the token ids at the positions start .. stop - 1; after the known ones comes the draft."""
+        found = list(self.prompt[start:stop])
+        first = len(self.prompt)
+        for part in (self.outputs, self.draft):
+            found += part[max(0, start - first) : max(0, stop - first)]
+            first += len(part)
+        return found
 
     def fork(self, seq_id: str, seed: int) -> Self:
         """Return a copy that has computed the same tokens, with another id and seed."""
-        return replace(self, seq_id=seq_id, seed=seed, num_forks=0, outputs=list(self.outputs))
+        return replace(self, seq_id=seq_id, seed=seed, num_forks=0, outputs=list(self.outputs), draft=[])
 
 
 class SwappedTable(NamedTuple):
@@ -194,6 +201,16 @@ class PagedSequence(Sequence):
         """
         return [copy for table in self.tables for copy in table.append_tokens(num_new_tokens)]
 
+    def settle_draft(self) -> list[int]:
+        """Count the accepted tokens of the draft as computed, and release the pages of the others.
+
+        Call it when the step's tokens are committed: then all known tokens but the last are computed. Returns
+        the released blocks.
+        """
+        num_rejected = self.num_computed + len(self.draft) + 1 - self.num_tokens
+        self.num_computed, self.draft = self.num_tokens - 1, []
+        return [block for table in self.tables for block in table.remove_tokens(num_rejected)]
+
     def fork(self, seq_id: str, seed: int) -> Self:
         """Return a copy that shares every page computed so far, with another id and seed."""
         child = replace(
@@ -215,6 +232,7 @@ class PagedSequence(Sequence):
 
     def release_pages(self) -> None:
         """Release the tables, so that no token counts as computed. Prompt and outputs stay."""
+        self.draft = []
         for table in self.tables:
             table.release()
         self.num_computed = 0

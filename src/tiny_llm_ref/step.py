@@ -16,7 +16,8 @@ S = TypeVar("S", bound=Sequence)
 class StepLogits(Mapping[str, mx.array]):
     """The logits of a step by sequence id, kept as one array: `rows` [R, vocab_size].
 
-    row_of: the index in `rows` of each sequence's row; sequences that were just forked share one.
+    row_of: the index in `rows` of each sequence's row; sequences that were just forked share one. The rows
+    after the tokens of a sequence's draft follow it.
     prompt_rows: by sequence id, the indices in `rows` from which prompt log-probabilities are computed: one
     for each position that `Sequence.prompt_positions` returned, in order. num_tokens: tokens that the step
     computed.
@@ -50,7 +51,10 @@ class StepLogits(Mapping[str, mx.array]):
 
 
 class Scheduled(NamedTuple, Generic[S]):
-    """A chunk to compute: the positions start .. stop - 1 of a sequence, and the copies to make first."""
+    """A chunk to compute: the positions start .. stop - 1 of a sequence, and the copies to make first.
+
+    With speculation, the last positions may be those of the sequence's draft.
+    """
 
     sequence: S
     start: int
@@ -59,14 +63,14 @@ class Scheduled(NamedTuple, Generic[S]):
 
     @property
     def is_last(self) -> bool:
-        """True if the chunk ends at the last known token, so the next token can be sampled."""
-        return self.stop == self.sequence.num_tokens
+        """True if the chunk has the last known token, so the next token can be sampled."""
+        return self.stop >= self.sequence.num_tokens
 
     @property
     def logit_positions(self) -> list[int]:
-        """The positions that need logits: those of prompt log-probabilities, then the last one."""
+        """The positions that need logits: of prompt log-probabilities, of the last token, of the draft."""
         positions = list(self.sequence.prompt_positions(self.start, self.stop))
-        return [*positions, self.stop - 1] if self.is_last else positions
+        return [*positions, *range(self.sequence.num_tokens - 1, self.stop)]
 
 
 @dataclass
@@ -89,6 +93,11 @@ class Plan(Generic[S]):
     def copies(self) -> list[BlockCopy]:
         """The copies of all chunks; all sources are read before any target is written."""
         return [copy for chunk in self.chunks for copy in chunk.copies]
+
+    @property
+    def drafted(self) -> list[S]:
+        """The sequences that still have a draft."""
+        return [chunk.sequence for chunk in self.chunks if chunk.sequence.draft]
 
     @property
     def is_empty(self) -> bool:
@@ -118,10 +127,10 @@ class Plan(Generic[S]):
         logits, next_row = StepLogits(rows, {}), 0
         for chunk in self.chunks:
             first, next_row = next_row, next_row + len(chunk.logit_positions)
-            last = next_row - 1 if chunk.is_last else next_row
+            last = next_row - 1 - len(chunk.sequence.draft) if chunk.is_last else next_row
             if last > first:
                 logits.prompt_rows[chunk.sequence.seq_id] = range(first, last)
-            chunk.sequence.num_computed = chunk.stop
+            chunk.sequence.num_computed = chunk.stop - len(chunk.sequence.draft)
             logits.num_tokens += chunk.stop - chunk.start
             if chunk.is_last:
                 logits.row_of.update((sequence.seq_id, last) for sequence in fork(chunk.sequence))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from itertools import zip_longest
 from math import isnan
 from typing import NamedTuple, cast
 
@@ -23,7 +24,8 @@ class TokenOutput(NamedTuple):
     `stop_token_ids` that ended the sequence; None for an end-of-sequence token. prompt_logprobs: if they were
     requested, in the output for the sequence's first token; one entry for each prompt token except the first.
     num_cached_tokens: tokens of the prompt that came from the prefix cache. scheduled: when the sequence
-    first ran, in seconds on the monotonic clock.
+    first ran, in seconds on the monotonic clock. earlier: with speculation, the outputs of the same step that
+    come before this one, in order.
     """
 
     request_id: str
@@ -35,28 +37,60 @@ class TokenOutput(NamedTuple):
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     num_cached_tokens: int = 0
     scheduled: float | None = None
+    earlier: "tuple[TokenOutput, ...]" = ()
 
 
-class Choice(NamedTuple):
-    """A sequence's next token, not evaluated yet, and the row [V] that it was chosen from.
+class Place(NamedTuple):
+    """A place in a sequence whose token is chosen: after the known tokens and the first `ahead` of its draft.
 
-    check: NaN if the row has a NaN, so that no token can be chosen from it. place: None; or if the token was
-    chosen together with others, its index in `token` and `check`, which hold all of them.
+    row: the index of its row in a step's logits.
     """
 
     sequence: Sequence
+    row: int
+    ahead: int = 0
+
+    @property
+    def outputs(self) -> Seq[int]:
+        """The outputs before this place, if the draft is right so far."""
+        outputs = self.sequence.outputs
+        return [*outputs, *self.sequence.draft[: self.ahead]] if self.ahead else outputs
+
+    @property
+    def uniform(self) -> float:
+        """The random number of this place; 0 if the request is greedy."""
+        sequence = self.sequence
+        if sequence.params.greedy:
+            return 0.0
+        return uniform(sequence.seed, len(sequence.outputs) + self.ahead)
+
+
+class Choice(NamedTuple):
+    """The token of a place, not evaluated yet, and the row [V] that it was chosen from.
+
+    check: NaN if the row has a NaN, so that no token can be chosen from it. number: None; or if the token was
+    chosen together with others, its index in `token` and `check`, which hold all of them.
+    """
+
+    place: Place
     row: mx.array
     token: mx.array
     check: mx.array
-    place: int | None = None
+    number: int | None = None
+
+    @property
+    def sequence(self) -> Sequence:
+        """The sequence that gets the token."""
+        return self.place.sequence
 
 
-def choose_token(sequence: Sequence, row: mx.array, eos_token_ids: frozenset[int]) -> Choice | None:
-    """Choose the next token of a sequence from its row of logits [V].
+def choose_token(place: Place, row: mx.array, eos_token_ids: frozenset[int]) -> Choice | None:
+    """Choose the token of a place from its row of logits [V].
 
     Returns None if the compiled sampler can choose it from the row as it is: then use `choose_together`.
     """
-    params, outputs = sequence.params, sequence.outputs
+    sequence, outputs = place.sequence, place.outputs
+    params = sequence.params
     ends = end_token_ids(params, eos_token_ids)
     adjusted = adjust_logits(row, params, sequence.prompt, outputs, ends)
     compiled = is_reference(sample_token) and use_compiled()
@@ -65,22 +99,22 @@ def choose_token(sequence: Sequence, row: mx.array, eos_token_ids: frozenset[int
     token = sample_token(adjusted, params, sequence.seed, len(outputs))
     # If the row has a NaN, argmax and the compiled sampler choose it, so checking the chosen logit is enough.
     # MLX's own operators may draw any token from such a row, so then the sum of the row is checked.
-    return Choice(sequence, row, token, row[token] if params.greedy or compiled else mx.sum(row))
+    return Choice(place, row, token, row[token] if params.greedy or compiled else mx.sum(row))
 
 
-def choose_together(rows: mx.array, choices: Seq[tuple[Sequence, int]]) -> list[Choice]:
-    """Choose the next tokens of sequences with the same filters, those for which `choose_token` returns None.
+def choose_together(rows: mx.array, places: Seq[Place]) -> list[Choice]:
+    """Choose the tokens of places with the same filters, those for which `choose_token` returns None.
 
     One operator serves all of them: with one for each, Python and MLX would take longer than the kernel.
 
-    rows: [R, V], the logits of a step. choices: each sequence, and the index of its row.
+    rows: [R, V], the logits of a step.
     """
-    params = choices[0][0].params
+    params = places[0].sequence.params
     temperature = 0.0 if params.greedy else params.temperature
-    numbers = [0.0 if params.greedy else uniform(one.seed, len(one.outputs)) for one, _ in choices]
-    indices, filters = [row for _, row in choices], (params.min_p, params.top_k, params.top_p)
+    indices, numbers = [one.row for one in places], [one.uniform for one in places]
+    filters = (params.min_p, params.top_k, params.top_p)
     tokens, logits = compiled_kernel("sample")(rows, indices, temperature, *filters, numbers)
-    return [Choice(one, rows[row], tokens, logits, place) for place, (one, row) in enumerate(choices)]
+    return [Choice(one, rows[one.row], tokens, logits, number) for number, one in enumerate(places)]
 
 
 def filters_of(params: SamplingParams) -> tuple[float, ...]:
@@ -90,16 +124,17 @@ def filters_of(params: SamplingParams) -> tuple[float, ...]:
 
 def make_output(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:
     """Evaluate a choice. Raises `NotANumberError` if its row has a NaN."""
-    sequence, row, place = choice.sequence, choice.row, choice.place
-    check = float(choice.check) if place is None else _number_at(choice.check, place)
+    sequence, row, number = choice.sequence, choice.row, choice.number
+    num_tokens = sequence.num_tokens + choice.place.ahead
+    check = float(choice.check) if number is None else _number_at(choice.check, number)
     if isnan(check):
         raise NotANumberError(
-            f"sequence {sequence.seq_id!r}: the logits after {sequence.num_tokens} tokens are not numbers"
+            f"sequence {sequence.seq_id!r}: the logits after {num_tokens} tokens are not numbers"
         )
-    token = int(choice.token if place is None else _number_at(choice.token, place))
+    token = int(choice.token if number is None else _number_at(choice.token, number))
     params = sequence.params
     with_prompt = params.prompt_logprobs is not None and not sequence.outputs
-    full = sequence.num_tokens + 1 >= sequence.max_len
+    full = num_tokens + 1 >= sequence.max_len
     return TokenOutput(
         request_id=sequence.request_id,
         seq_id=sequence.seq_id,
@@ -111,6 +146,21 @@ def make_output(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:
         num_cached_tokens=sequence.num_cached_tokens,
         scheduled=sequence.scheduled,
     )
+
+
+def make_outputs(choices: Seq[Choice], eos_token_ids: frozenset[int]) -> TokenOutput:
+    """Evaluate the choices of one sequence, in the order of their places, and return its output.
+
+    With a draft there is a choice for each of its places; those after the first wrong guess, or after the
+    end of the sequence, are dropped.
+    """
+    outputs: list[TokenOutput] = []
+    for choice, guess in zip_longest(choices, choices[0].sequence.draft):
+        outputs.append(make_output(choice, eos_token_ids))
+        if outputs[-1].finish_reason is not None or outputs[-1].token != guess:
+            break
+    *earlier, last = outputs
+    return last._replace(earlier=tuple(earlier)) if earlier else last
 
 
 def _number_at(array: mx.array, place: int) -> float:

@@ -191,4 +191,6 @@ def _stats(stats: EngineStats) -> dict[str, int]:
         "prefix_hits": stats.prefix_cache_hits,
         "free": stats.num_free_blocks,
         "cached": stats.num_cached_blocks,
+        "guesses_right": stats.drafts.num_accepted_tokens,
+        "guesses_wrong": stats.drafts.num_draft_tokens - stats.drafts.num_accepted_tokens,
     }

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tiny_llm import LLM, RequestEvent, RequestUsage
+from tiny_llm import LLM, DraftStats, RequestEvent, RequestUsage
 
 FAST = (
     0.001,
@@ -232,6 +232,8 @@ class _EngineFigures(Collector):
             "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
             "num_preemptions": ("Preemptions of sequences.", stats.num_preemptions),
         }
+        if llm.engine_config.speculative_config is not None:
+            counters |= _speculation(stats.drafts)
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name()], value)
@@ -245,6 +247,27 @@ class _EngineFigures(Collector):
         )
         steps.add_metric([self._model_name()], _buckets(stats.steps_of), stats.num_tokens)
         yield steps
+        if llm.engine_config.speculative_config is not None:
+            yield self._accepted_by_position(stats.drafts)
+
+    def _accepted_by_position(self, drafts: DraftStats) -> Metric:
+        counter = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Accepted guessed tokens by their position in the draft, from 0.",
+            labels=["model_name", "position"],
+        )
+        for position, count in enumerate(drafts.accepted_at):
+            counter.add_metric([self._model_name(), str(position)], count)
+        return counter
+
+
+def _speculation(drafts: DraftStats) -> dict[str, tuple[str, int]]:
+    """The counters of speculative decoding: description and value by name."""
+    return {
+        "spec_decode_num_drafts": ("Drafts that were checked.", drafts.num_drafts),
+        "spec_decode_num_draft_tokens": ("Guessed tokens that were checked.", drafts.num_draft_tokens),
+        "spec_decode_num_accepted_tokens": ("Guessed tokens that were right.", drafts.num_accepted_tokens),
+    }
 
 
 def _buckets(steps_of: Sequence[int]) -> list[tuple[str, float]]:

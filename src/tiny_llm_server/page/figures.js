@@ -8,6 +8,7 @@ const NAMES = {
   waiting: ["Waiting", "Sequences that have not started or were preempted"],
   usage: ["Pool in use", "Blocks in block tables; cached blocks that are not in use can be evicted at any time"],
   hits: ["Prefix hit rate", "Share of prompt tokens found in the prefix cache, since the server started"],
+  guesses: ["Guesses", "Tokens guessed by speculative decoding: accepted, and rejected, since the server started"],
   preemptions: ["Preemptions", "Times a running sequence lost its blocks to others, since the server started"],
 };
 
@@ -34,6 +35,8 @@ export class Figures {
     this.#values.usage.after(this.#bar);
     this.#values.swapped = Object.assign(document.createElement("dd"), { className: "second" });
     this.#values.waiting.after(this.#values.swapped);
+    this.#values.wrong = Object.assign(document.createElement("dd"), { className: "second" });
+    this.#values.guesses.after(this.#values.wrong);
   }
 
   /** Start again, because the pool's state has been replaced. */
@@ -59,6 +62,10 @@ export class Figures {
     this.#set("swapped", stats.swapped ? `${stats.swapped} swapped` : "");
     this.#set("usage", `${held} of ${numBlocks}`);
     this.#set("hits", stats.prefix_queries ? percent(stats.prefix_hits / stats.prefix_queries) : "–");
+    const [right, wrong] = [stats.guesses_right ?? 0, stats.guesses_wrong ?? 0];
+    this.#values.guesses.parentElement.hidden = right + wrong === 0; // without speculation there are none
+    this.#set("guesses", `${right} accepted`);
+    this.#set("wrong", `${wrong} rejected`);
     this.#set("preemptions", `${stats.preemptions}`);
     this.#bar.style.setProperty("--held", percent(held / numBlocks));
     this.#bar.style.setProperty("--cached", percent((held + stats.cached) / numBlocks));

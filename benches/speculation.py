@@ -1,0 +1,176 @@
+"""What does speculation gain, and what does it cost where it cannot help? The same answers with and without.
+
+The embedded model gets real prompts. "copying" asks it to correct a text, to replace a name, to quote, and to
+turn a record into JSON: answers that repeat the prompt. "free" asks for stories and explanations. The load is
+one stream, then 4 and 16 requests together, greedy and at temperature 1. Two engines, with and without
+`speculative_config`, take turns: a round of the one, then a round of the other, in random order. The speed
+is that of the output tokens, from the first token of a round to its last; prompts are cached by then.
+
+  tokens/s    output tokens per second, median over the rounds: without and with speculation
+  ratio       with / without, median of the rounds' ratios, with its 95% confidence interval
+  drafted     tokens that were guessed, as a share of the output
+  accepted    the share of the guessed tokens that were right
+  equal       answers that are the same, token by token: all of them, or speculation is broken
+
+Also shown: what the engine measured at its start, the cost of a step by its number of rows. From 2 rows on,
+arithmetic bounds a step of this model, so each further row costs a third to a half of a step. Expected: at
+least 1.5 times the speed for copying at 1 stream, a gain at 4, and at least 0.97 everywhere: the gate drafts
+only if a step's rows pay.
+"""
+
+import random
+from typing import Any, NamedTuple
+
+from tiny_llm.paged_batch import PagedBatchManager
+from tiny_llm.speculation import Speculation
+
+import harness
+from tiny_llm import LLM, SamplingParams
+
+TEXT = (
+    "The lighthouse at Cape Morrow was built in 1874 by a small crew of stonemasons. For almost a century "
+    "its lamp was lit every evening by a keeper who lived in the cottage below. In 1968 the lamp was made "
+    "automatic, and the last keeper, Edwin Hale, moved to the village. The cottage stood empty until 1991, "
+    "when the town council turned it into a museum. Today about nine thousand visitors climb the stairs "
+    "every year, and a volunteer tells them the story of the great storm of 1903."
+)
+MISSPELLED = TEXT.replace("almost", "allmost").replace("visitors", "visiters").replace("museum", "musem")
+RECORD = """\
+id: 48213
+name: Margaret Ellison
+street: 17 Harbour Lane
+city: Port Alder
+postcode: PA4 7QT
+email: margaret.ellison@example.com
+phone: +44 1632 960153
+plan: annual
+member since: 2016-03-21
+last order: 2025-11-02
+note: leave the parcel with the neighbour at number 19"""
+PROMPTS = {
+    "copying": [
+        f"Correct the spelling of the following text. Copy it word by word.\n\n{MISSPELLED}",
+        f"Replace Edwin by Edward in this text and return the whole text:\n\n{TEXT}",
+        f"Summarize this text in quotes from it:\n\n{TEXT}",
+        f"Write this record as JSON:\n\n{RECORD}",
+    ],
+    "free": [
+        "Write a short story about a sailor who finds a map.",
+        "Explain to a child why the sky is blue.",
+        "What should I consider before I adopt a dog?",
+        "Describe a market in the early morning.",
+    ],
+}
+STREAMS = (1, 4, 16)
+CONFIG = {"method": "ngram"}
+
+
+class Load(NamedTuple):
+    """A kind of prompt, how many requests run together, and their temperature."""
+
+    kind: str
+    streams: int
+    temperature: float
+
+    @property
+    def name(self) -> str:
+        """The load in words."""
+        how = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"
+        return f"{self.kind}, {self.streams} at a time, {how}"
+
+
+class Ran(NamedTuple):
+    """One round: output tokens per second, and the tokens of each answer."""
+
+    speed: float
+    answers: list[tuple[int, ...]]
+
+
+def serve(llm: LLM, load: Load, tokens: int) -> Ran:
+    """Answer the load's prompts, all streams starting together; one stream answers them one by one."""
+    texts = PROMPTS[load.kind]
+    batches = [[text] for text in texts] if load.streams == 1 else [texts * (load.streams // len(texts))]
+    seconds, answers = 0.0, []
+    for batch in batches:
+        conversations = [[{"role": "user", "content": text}] for text in batch]
+        params = [
+            SamplingParams(temperature=load.temperature, seed=100 + i, max_tokens=tokens)
+            for i in range(len(batch))
+        ]
+        outputs = llm.chat(conversations, params, use_tqdm=False)
+        metrics = [output.metrics for output in outputs]
+        first = min(one.first_token for one in metrics if one and one.first_token)
+        seconds += max(one.finished for one in metrics if one and one.finished) - first
+        answers += [output.outputs[0].token_ids for output in outputs]
+    return Ran(sum(map(len, answers)) / seconds, answers)
+
+
+def compare(plain: LLM, guessing: LLM, load: Load, rounds: int, tokens: int) -> dict[str, Any]:
+    """Run a load on both engines in each round, in random order."""
+    order, engines = random.Random(1), {"without": plain, "with": guessing}
+    for llm in engines.values():  # prompts enter the prefix cache, memory is touched
+        serve(llm, load, tokens)
+    before = guessing.engine.stats.drafts
+    ran: dict[str, list[Ran]] = {"without": [], "with": []}
+    for _ in range(rounds):
+        for name in order.sample(list(engines), 2):
+            ran[name].append(serve(engines[name], load, tokens))
+    after = guessing.engine.stats.drafts
+    ratios = [two.speed / one.speed for one, two in zip(ran["without"], ran["with"], strict=True)]
+    pairs = [pair for one in ran["with"] for pair in zip(one.answers, ran["without"][0].answers, strict=True)]
+    drafted = after.num_draft_tokens - before.num_draft_tokens
+    return {
+        "load": load.name,
+        **{name: harness.summary([one.speed for one in of_name]) for name, of_name in ran.items()},
+        "ratio": harness.summary(ratios),
+        "interval": harness.interval(ratios),
+        "drafted": drafted / sum(len(answer) for one in ran["with"] for answer in one.answers),
+        "accepted": (after.num_accepted_tokens - before.num_accepted_tokens) / max(1, drafted),
+        "equal": sum(one == other for one, other in pairs) / len(pairs),
+    }
+
+
+def table(costs: dict[int, float], found: list[dict[str, Any]]) -> str:
+    """The result as text."""
+    shown = ", ".join(f"{rows}: {1e3 * seconds:.1f}" for rows, seconds in costs.items())
+    lines = [f"milliseconds of a step by its rows: {shown}", ""]
+    lines += [" " * 39 + "without    with  ratio  95% interval   drafted  accepted  equal"]
+    for one in found:
+        low, high = one["interval"]
+        lines.append(
+            f"{one['load']:38} {one['without']['median']:8.0f}{one['with']['median']:8.0f}"
+            f"{one['ratio']['median']:7.2f}  {low:.2f} to {high:.2f} {one['drafted']:9.0%}"
+            f"{one['accepted']:10.0%}{one['equal']:7.0%}"
+        )
+    return "\n".join(lines)
+
+
+def _costs(llm: LLM) -> dict[int, float]:
+    """The seconds of a step by its number of rows, as the engine measured them."""
+    manager = llm.core.manager
+    assert isinstance(manager, PagedBatchManager)
+    drafting = manager.drafting
+    assert isinstance(drafting, Speculation)
+    return dict(zip(drafting.costs.rows, drafting.costs.seconds, strict=True))
+
+
+def main() -> None:
+    """Compare all loads and print the result."""
+    parser = harness.parser(__doc__ or "")
+    parser.add_argument("--tokens", type=harness.positive, default=128, help="longest answer (default: 128)")
+    options = parser.parse_args()
+    with LLM() as plain, LLM(speculative_config=CONFIG) as guessing:
+        costs = _costs(guessing)
+        found = []
+        for temperature in (0.0, 1.0):
+            for kind in PROMPTS:
+                for streams in STREAMS:
+                    load = Load(kind, streams, temperature)
+                    harness.print_progress(load.name)
+                    found.append(compare(plain, guessing, load, options.repetitions, options.tokens))
+    result = {"step_seconds": costs, "loads": found}
+    harness.show(result, as_json=options.json, text=table(costs, found))
+
+
+if __name__ == "__main__":
+    main()
