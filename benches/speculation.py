@@ -2,20 +2,20 @@
 
 The embedded model gets real prompts. "copying" asks it to correct a text, to replace a name, to quote, and to
 turn a record into JSON: answers that repeat the prompt. "free" asks for stories and explanations. The load is
-one stream, then 4 and 16 requests together, greedy and at temperature 1. Two engines, with and without
-`speculative_config`, take turns: a round of the one, then a round of the other, in random order. The speed
-is that of the output tokens, from the first token of a round to its last; prompts are cached by then.
+one stream, then 4 and 16 requests together, greedy and at temperature 1. Each round runs two engines, without
+and with `speculative_config`, in random order. The speed is that of the output tokens, from the first token
+of a round to its last; a warm-up round has cached the prompts.
 
   tokens/s    output tokens per second, median over the rounds: without and with speculation
   ratio       with / without, median of the rounds' ratios, with its 95% confidence interval
-  drafted     tokens that were guessed, as a share of the output
-  accepted    the share of the guessed tokens that were right
+  drafted     guessed tokens that were checked, as a share of the output
+  accepted    the share of these that were right
   equal       answers that are the same, token by token: all of them, or speculation is broken
 
-Also shown: what the engine measured at its start, the cost of a step by its number of rows. From 2 rows on,
-arithmetic bounds a step of this model, so each further row costs a third to a half of a step. Expected: at
-least 1.5 times the speed for copying at 1 stream, a gain at 4, and at least 0.97 everywhere: the gate drafts
-only if a step's rows pay.
+Also shown: the cost of a step by its number of rows, as the engine measured it at its start. On a CPU, rows
+soon cost time: 8 rows take two to three times as long as 1. Expected: at least 1.5 times the speed for
+copying at 1 stream, a gain at 4, and at least 0.97 everywhere, because tokens are drafted only if their rows
+pay.
 """
 
 import random

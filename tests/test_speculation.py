@@ -355,6 +355,31 @@ def test_only_the_time_of_steps_without_prompts_is_observed() -> None:
     assert drafting.observed == [4]
 
 
+def test_the_last_draft_of_a_sequence_counts_too() -> None:
+    manager = decoding(Always(8, 9, 10))
+    manager.process_batch()
+    for token in (8, 9, 5):
+        manager.commit({"a": token})
+    manager.finish("a")
+    manager.settle_drafts(1.0)
+    assert manager.draft_stats == batch_manager.DraftStats(1, 3, 2, (1, 1))
+    manager.settle_drafts(1.0)
+    assert manager.draft_stats.num_drafts == 1
+
+
+def test_a_policy_without_decodes_drafts_nothing() -> None:
+    policy = Speculation(SpeculativeConfig(), FREE)
+    assert [policy.drafts([], 3, 9) for _ in range(40)] == [[]] * 40
+
+
+def test_a_common_slowdown_hardly_changes_the_ratios_of_costs() -> None:
+    """A longer context makes every step slower; only steps of one row are seen."""
+    costs = StepCosts.of([(1, 1.0), (2, 1.2), (4, 2.0), (8, 4.0)])
+    for _ in range(100):
+        costs.observe(1, 3.0)
+    assert costs.of_step(8) / costs.of_step(1) == pytest.approx(4, rel=0.3)
+
+
 def test_counts_of_drafts_are_also_kept_by_position() -> None:
     stats = batch_manager.DraftStats().plus(3, 2).plus(2, 0).plus(1, 1)
     assert stats == batch_manager.DraftStats(3, 6, 3, (2, 1))
@@ -373,7 +398,7 @@ def test_the_ngrams_sizes_follow_each_other() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"method": "eagle"}, "method must be one of ngram, not 'eagle'"),
+        ({"method": "eagle"}, "method must be 'ngram', not 'eagle'"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens must be a whole number from 1 to 64, not 0"),
         (
             {"num_speculative_tokens": True},

@@ -206,9 +206,10 @@ class EngineOptions:
     speculative_config: Annotated[
         Any,
         typer.Option(
-            help="Guess tokens and check several of them in one step where that is faster; answers stay the "
-            'same. A JSON object with vLLM\'s names, for example \'{"method": "ngram", '
-            '"num_speculative_tokens": 7}\'; others are prompt_lookup_max and prompt_lookup_min.',
+            help="Speculative decoding: guess tokens from earlier repeats in the text, and check several in "
+            'one step. Answers do not change. A JSON object, such as \'{"method": "ngram"}\', with '
+            "num_speculative_tokens (7; 1 to 64), prompt_lookup_max (4) and prompt_lookup_min (2; both 1 to "
+            "32).",
             show_default="no speculation",
             metavar="JSON",
             parser=parse_object,

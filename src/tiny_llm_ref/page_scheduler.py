@@ -4,6 +4,7 @@ Plain bookkeeping over ints. Allocates and frees pages; knows nothing of arrays,
 """
 
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 from .batch_manager import DraftStats, PrefixStats, tokens_wanted
 from .chunked_prefill import share_budget
@@ -13,8 +14,17 @@ from .paged_attention import BlockAllocator
 from .paged_queues import PagedQueues
 from .policies import Policies
 from .sequence import PagedSequence, SequenceState
+from .speculation import num_accepted
 from .step import Plan, Scheduled
 from .swap import SwapSpace
+
+
+class Drafted(NamedTuple):
+    """A draft that a step checks, and the number of outputs that its sequence had before."""
+
+    sequence: PagedSequence
+    tokens: list[int]
+    num_outputs: int
 
 
 class PageScheduler:
@@ -48,6 +58,7 @@ class PageScheduler:
         self.num_swapped_out = 0
         self.prefix_stats = PrefixStats()
         self.draft_stats = DraftStats()
+        self._drafted: list[Drafted] = []  # the drafts of the current plan
         self._decodes_only = False  # the current plan has only decodes, and their drafts
         self._queues = queues
         self._allocator = allocator
@@ -105,12 +116,15 @@ class PageScheduler:
         """
         if self._decodes_only:
             self.drafting.observe(sum(chunk.stop - chunk.start for chunk in plan.chunks), seconds)
-        for sequence in plan.drafted:
-            start, draft = sequence.num_computed, sequence.draft
-            self.prefix.released(sequence.settle_draft())
-            self.prefix.keep(sequence, start)
-            self._release_passed(sequence)
-            self.draft_stats = self.draft_stats.plus(len(draft), sequence.num_computed - start)
+        for sequence, draft, num_outputs in self._drafted:
+            accepted = num_accepted(draft, sequence.outputs[num_outputs:])
+            self.draft_stats = self.draft_stats.plus(len(draft), accepted)
+            if sequence.draft:  # the sequence has not ended
+                start = sequence.num_computed
+                self.prefix.released(sequence.settle_draft())
+                self.prefix.keep(sequence, start)
+                self._release_passed(sequence)
+        self._drafted = []
 
     def undo(self) -> list[str]:
         """After a step that failed, put all running sequences back into the queue.
@@ -241,6 +255,7 @@ class PageScheduler:
     def _plan_drafts(self, plan: Plan[PagedSequence]) -> None:
         """Extend the chunks of decodes by drafts, as far as budget and pages are left by everything else."""
         places = [i for i, chunk in enumerate(plan.chunks) if _may_draft(chunk)]
+        self._drafted = []
         self._decodes_only = 0 < len(places) == len(plan.chunks)
         if not places:
             return
@@ -260,6 +275,7 @@ class PageScheduler:
             return chunk
         self._free_blocks(sequence.blocks_to_append(length))
         sequence.draft = list(draft[:length])
+        self._drafted.append(Drafted(sequence, sequence.draft, len(sequence.outputs)))
         return Scheduled(sequence, start, stop + length, [*copies, *sequence.append_tokens(length)])
 
     def _release_passed(self, sequence: PagedSequence) -> None:

@@ -11,7 +11,7 @@ from tiny_llm_checkpoints.suggestions import check_fields, suggests_fields
 from .errors import is_integer
 
 METHODS = ("ngram",)
-MAX_DRAFT = 64  # tokens in a draft; more rows never pay
+MAX_DRAFT = 64  # tokens in a draft
 MAX_NGRAM = 32
 
 
@@ -34,8 +34,8 @@ class SpeculativeConfig:
         what followed there is the draft.
     num_speculative_tokens: the most tokens in a draft, from 1 to 64. A sequence drafts fewer, or none, if
         more would not pay.
-    prompt_lookup_max, prompt_lookup_min: the sizes in tokens of the n-grams that are looked up, the longest
-        first; from 1 to 32. If only one is given, the other has the same value; if none is, 4 and 2.
+    prompt_lookup_max, prompt_lookup_min: the longest and the shortest n-gram that is looked up, in tokens,
+        from 1 to 32. The defaults are 4 and 2; if only one is given, the other has the same value.
     """
 
     method: str = "ngram"
@@ -45,9 +45,8 @@ class SpeculativeConfig:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ConfigError(
-                f"speculative_config: method must be one of {', '.join(METHODS)}, not {shown(self.method)}"
-            )
+            known = " or ".join(map(repr, METHODS))
+            raise ConfigError(f"speculative_config: method must be {known}, not {shown(self.method)}")
         self._set_count("num_speculative_tokens", MAX_DRAFT)
         for name in ("prompt_lookup_max", "prompt_lookup_min"):
             if getattr(self, name) is not None:
@@ -69,7 +68,7 @@ class SpeculativeConfig:
 
     @classmethod
     def of(cls, given: "Mapping[str, object] | SpeculativeConfig") -> "SpeculativeConfig":
-        """Return the configuration that a mapping, such as a JSON object, describes; itself if it is one."""
+        """Return the configuration that a mapping describes; a `SpeculativeConfig` is returned unchanged."""
         if isinstance(given, SpeculativeConfig):
             return given
         if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):

@@ -95,11 +95,6 @@ class Plan(Generic[S]):
         return [copy for chunk in self.chunks for copy in chunk.copies]
 
     @property
-    def drafted(self) -> list[S]:
-        """The sequences that still have a draft."""
-        return [chunk.sequence for chunk in self.chunks if chunk.sequence.draft]
-
-    @property
     def is_empty(self) -> bool:
         """True if there is nothing to compute and nothing to swap."""
         return not (self.chunks or self.swapped_out or self.swapped_in)
