@@ -118,7 +118,7 @@ class BrokenModel:
 
 
 def test_an_error_of_a_pydantic_model_is_quoted() -> None:
-    with pytest.raises(SamplingParamsError, match="structured_outputs.json .*: no schema for a callable"):
+    with pytest.raises(SamplingParamsError, match="no schema for a callable"):
         StructuredOutputsParams(json=BrokenModel)
 
 
