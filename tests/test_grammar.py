@@ -360,7 +360,7 @@ def test_a_grammar_has_ended_exactly_when_only_the_end_token_is_left(form: dict[
         ({"grammar": ""}, "structured_outputs.grammar: Empty grammar"),
         (
             {"grammar": 'start: %json {"x-guidance": {"lenient": true}}'},
-            "structured_outputs.grammar must not have %json",
+            "structured_outputs.grammar at line 1: x-guidance may have whitespace_flexible, ",
         ),
         ({"grammar": ' {"grammars": []}'}, "structured_outputs.grammar must be a grammar in Lark's syntax"),
         ({"json": {}, "whitespace_pattern": "("}, "structured_outputs.whitespace_pattern: .*unclosed group"),

@@ -18,6 +18,7 @@ from .grammar import Grammar, reworded
 from .grammar_trials import TOO_COSTLY, GrammarTrials
 from .grammar_vocabulary import library_tokenizer
 from .json_schema import check_schema, closed, parsed, place_of_error
+from .lark_schemas import with_checked_schemas
 from .structured_outputs import FIELD, StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class GrammarCompiler:
         self._eos = sorted(token for token in eos_token_ids if token < min(vocab_size, tokenizer.vocab_size))
         self._lock = Lock()
         self._vocabulary: LLTokenizer | None = None
-        self._trials = GrammarTrials()
+        names = {token: name for name, token in tokenizer.control_token_ids().items()}
+        self._trials = GrammarTrials(tokenizer.vocab_size, names, self._eos)
         self._compiled: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
@@ -142,11 +144,9 @@ def _source(params: StructuredOutputsParams, field: str) -> str:
         choices = " | ".join(map(json.dumps, params.choice))
         return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {choices}")
     assert params.grammar is not None
-    if "%json" in params.grammar:  # the schema would not be checked
-        raise SamplingParamsError(f"{field} must not have %json: use the field json")
     if params.grammar.lstrip().startswith("{"):  # the library's own form, which may have schemas too
         raise SamplingParamsError(f"{field} must be a grammar in Lark's syntax, not {shown(params.grammar)}")
-    return LLMatcher.grammar_from_lark(params.grammar)
+    return LLMatcher.grammar_from_lark(with_checked_schemas(params.grammar, field, WHITESPACE))
 
 
 def _checked_schema(params: StructuredOutputsParams, field: str) -> Any:

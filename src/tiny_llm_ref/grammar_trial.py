@@ -1,9 +1,10 @@
 """A program that tries grammars: it compiles each and takes a few steps, within limits of its own process.
 
 The library llguidance can take minutes, gigabytes or the whole stack for a small schema. Here that ends only
-this process, which `GrammarTrials` starts anew. It reads one JSON object a line, with the library's `source`
-of a grammar and the `limits` of its parser, and writes one line: the reason for which the library refuses it,
-or "". It is run as a file, and so imports nothing of the package.
+this process, which `GrammarTrials` starts anew. It reads one JSON object a line. The first describes the
+vocabulary of a model (`_Vocabulary`). Each other one has the library's `source` of a grammar and the `limits`
+of its parser; the answer is one line: the reason for which the library refuses it, or "". The program is run
+as a file, and so imports nothing of the package.
 """
 
 import json
@@ -20,45 +21,70 @@ SECONDS = 0.5  # of processor time for a grammar
 MEMORY = 48 << 20  # bytes for a grammar
 STACK = 4 << 20  # bytes; half of what threads usually have, in which the grammar is compiled again
 STEPS = 32
-END = 256  # the token after the bytes
 
 
-class _Bytes:
-    """A vocabulary with a token for each byte."""
+class _Vocabulary:
+    """A model's control tokens under their ids, and a token for each byte.
+
+    num_tokens: the size of the model's vocabulary. control: the names of its control tokens, by id. ends: its
+    end-of-sequence tokens. A token for what is missing is added after the others.
+    """
 
     bos_token_id = None
-    eos_token_id = END
-    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
-    special_token_ids = (END,)
+
+    def __init__(self, num_tokens: int, control: dict[int, str], ends: list[int]) -> None:
+        others = (token for token in range(num_tokens + 256) if token not in control)
+        self.bytes = [next(others) for _ in range(256)]
+        self.tokens = [b""] * max(num_tokens, self.bytes[-1] + 1)
+        for byte, token in enumerate(self.bytes):
+            self.tokens[token] = bytes([byte])
+        for token, name in control.items():
+            self.tokens[token] = name.encode()
+        self.ends = ends or [len(self.tokens)]
+        if not ends:
+            self.tokens.append(b"<end>")
+        self.eos_token_id = self.ends[0]
+        self.special_token_ids = sorted({*control, *self.ends})
+        self.visible = [*self.bytes, *(token for token in control if token not in self.ends)]
 
     def __call__(self, text: bytes | str) -> list[int]:
         """The tokens of a text."""
-        return list(text.encode() if isinstance(text, str) else text)
+        return [self.bytes[byte] for byte in (text.encode() if isinstance(text, str) else text)]
 
 
-def reason_to_refuse(vocabulary: LLTokenizer, source: str, limits: dict[str, Any]) -> str:
-    """The library's reason for refusing a grammar, at once or after a few bytes; "" if there is none."""
-    matcher = LLMatcher(vocabulary, source, log_level=0, limits=LLParserLimits(**limits))
-    for step in range(STEPS):
-        mask = matcher.compute_bitmask()
-        if matcher.is_error() or matcher.is_stopped():
-            break
-        allowed = [byte for byte in range(END) if mask[byte // 8] >> byte % 8 & 1]
-        if not allowed or not matcher.consume_token(allowed[97 * step % len(allowed)]):
-            break
-    return matcher.get_error()
+class _Trial:
+    """Tries grammars with one vocabulary."""
+
+    def __init__(self, vocabulary: _Vocabulary) -> None:
+        self._visible = vocabulary.visible
+        self._tokenizer = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=vocabulary.ends)
+
+    def reason_to_refuse(self, source: str, limits: dict[str, Any]) -> str:
+        """The library's reason for refusing a grammar, at once or after a few tokens; "" if there is none."""
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(**limits))
+        for step in range(STEPS):
+            mask = matcher.compute_bitmask()
+            if matcher.is_error() or matcher.is_stopped():
+                break
+            allowed = [token for token in self._visible if mask[token // 8] >> token % 8 & 1]
+            if not allowed or not matcher.consume_token(allowed[97 * step % len(allowed)]):
+                break
+        return matcher.get_error()
 
 
 def serve() -> None:
-    """Answer each line of standard input."""
-    vocabulary = LLTokenizer(TokenizerWrapper(_Bytes()), eos_token=[END])
+    """Answer each line of standard input after the first, which has the vocabulary."""
+    given = json.loads(sys.stdin.readline())
+    control = {int(token): name for token, name in given["control"].items()}
+    trial = _Trial(_Vocabulary(given["num_tokens"], control, given["ends"]))
     _limit_memory()
     for line in sys.stdin:
         given = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # ends the process
-        reason = reason_to_refuse(vocabulary, given["source"], given["limits"])
+        reason = trial.reason_to_refuse(given["source"], given["limits"])
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(reason), flush=True)
+        sys.stdout.write(json.dumps(reason) + "\n")
+        sys.stdout.flush()
 
 
 def _limit_memory() -> None:

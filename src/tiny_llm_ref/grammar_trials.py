@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from select import select
 from subprocess import DEVNULL, PIPE, Popen
@@ -20,10 +21,12 @@ TOO_COSTLY = "it is too large or too deep: it takes more than 0.5 s, 48 MiB or t
 class GrammarTrials:
     """A process that tries grammars, started on first use and again after it has ended.
 
-    Any number of threads may use it; trials run one after the other.
+    num_tokens: the size of the vocabulary. control: the names of its control tokens by id, which grammars may
+    name. ends: its end-of-sequence tokens. Any number of threads may use it; trials run one after the other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_tokens: int, control: Mapping[int, str], ends: Seq[int]) -> None:
+        self._vocabulary = {"num_tokens": num_tokens, "control": dict(control), "ends": list(ends)}
         self._lock = Lock()
         self._process: Popen[str] | None = None
         self._owner = 0  # the id of the process that started it: a fork must not use its pipes
@@ -36,7 +39,7 @@ class GrammarTrials:
         """
         with self._lock:
             process = self._running()
-            answer = _asked(process, json.dumps({"source": source, "limits": dict(limits)}))
+            answer = _asked(process, {"source": source, "limits": dict(limits)})
             if answer is None:
                 self._end()
                 return TOO_COSTLY
@@ -54,6 +57,7 @@ class GrammarTrials:
         self._end()
         with requiring("the process that tries grammars"):
             self._process = _started()
+            _written(self._process, self._vocabulary)
         self._owner = os.getpid()
         finalize(self, _ended, self._process, self._owner)
         return self._process
@@ -78,14 +82,21 @@ def _started() -> "Popen[str]":
     )
 
 
-def _asked(process: "Popen[str]", line: str) -> str | None:
-    """The process's answer to a line; None if it has ended, or takes too long."""
+def _written(process: "Popen[str]", line: Mapping[str, object]) -> bool:
+    """Write a line to the process; False if it has ended."""
     assert process.stdin is not None
-    assert process.stdout is not None
     try:
-        process.stdin.write(line + "\n")
+        process.stdin.write(json.dumps(line) + "\n")
         process.stdin.flush()
     except OSError:
+        return False
+    return True
+
+
+def _asked(process: "Popen[str]", line: Mapping[str, object]) -> str | None:
+    """The process's answer to a line; None if it has ended, or takes too long."""
+    assert process.stdout is not None
+    if not _written(process, line):
         return None
     is_ready = select([process.stdout], [], [], PATIENCE)[0]
     answer = process.stdout.readline() if is_ready else ""

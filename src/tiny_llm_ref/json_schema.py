@@ -13,6 +13,7 @@ from .errors import SamplingParamsError
 
 Schema = Mapping[str, Any]
 
+MAX_DEPTH = 64  # levels of a schema; the library parses at most 127
 MAX_EXACT = 2**53  # the library reads bounds as 64-bit floats, which have all integers up to here
 MAX_PLACES = 500  # subschemas in which the place of an error is searched
 
@@ -160,6 +161,21 @@ def place_of_error(schema: Schema, reason: str, reason_for: Callable[[Schema], s
         if reason_for(own) == reason:
             return place
     return None
+
+
+def depth_of(value: object) -> int:
+    """The number of levels of a JSON value; counts without recursion."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [inner for outer in level for inner in _inside(outer)]
+    return depth
+
+
+def _inside(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def parsed(text: object) -> Schema:

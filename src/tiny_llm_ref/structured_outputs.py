@@ -12,6 +12,7 @@ from tiny_llm_checkpoints.errors import shown
 from tiny_llm_checkpoints.suggestions import did_you_mean, suggests_fields
 
 from .errors import SamplingParamsError, described
+from .json_schema import MAX_DEPTH, depth_of
 from .parameter_checks import check, flag, listed, refuse, text
 
 FIELD = "structured_outputs"  # the field of `SamplingParams`, with which each error message starts
@@ -21,7 +22,6 @@ JSON_OPTIONS = ("disable_any_whitespace", "disable_additional_properties", "whit
 MAX_CHARACTERS = 1 << 18  # in a schema, an expression, a grammar, or all choices together
 MAX_PATTERN = 1024  # characters of a whitespace pattern
 MAX_CHOICES = 4096
-MAX_DEPTH = 64  # levels of a schema; the grammar library parses at most 127
 
 
 @suggests_fields
@@ -34,6 +34,8 @@ class StructuredOutputsParams:
     regex: the whole text matches this regular expression, in the syntax of Rust's `regex` crate.
     choice: the text is one of these strings.
     grammar: the text is a sentence of this grammar, in llguidance's dialect of Lark, with a rule `start`.
+        It may embed JSON schemas (`%json {...}`) and name tokens (`<[12]>`, `<|name|>`), even control tokens.
+        An end-of-sequence token ends the text wherever the grammar names it.
     json_object: True: the text is a JSON object.
 
     The other fields are for `json` and `json_object`. Without them, white space between two tokens of JSON is
@@ -135,7 +137,7 @@ def _json(name: str, given: object) -> str:
     except Exception as error:  # from JSON, or from a pydantic model
         raise SamplingParamsError(f"{name} is not a JSON schema: {described(error)[:200]}") from None
     check(isinstance(schema, dict), name, "a JSON schema, which is an object", schema)
-    if _depth(schema) > MAX_DEPTH:
+    if depth_of(schema) > MAX_DEPTH:
         raise SamplingParamsError(f"{name} must have at most {MAX_DEPTH} levels")
     return text(name, compact, MAX_CHARACTERS)
 
@@ -143,21 +145,6 @@ def _json(name: str, given: object) -> str:
 def _refuse_constant(constant: str) -> None:
     """Refuse NaN and Infinity, which Python reads and JSON does not have."""
     raise ValueError(f"{constant} is not JSON")
-
-
-def _depth(value: object) -> int:
-    """The number of levels of a JSON value; counts without recursion."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [inner for outer in level for inner in _inside(outer)]
-    return depth
-
-
-def _inside(value: object) -> list[object]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
 
 
 def _pattern(name: str, given: object) -> str:
