@@ -14,6 +14,7 @@ from tiny_llm_checkpoints.gguf_tokenizer import byte_level_bpe
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 END = "<|end|>"
+TOY_LETTERS = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))]
 BY_BYTE = {byte: letter for letter, byte in BYTE_OF.items()}
 ALMOST_ENDS = b'"}],'  # bytes that bring a JSON text closer to its end
 
@@ -29,6 +30,13 @@ def byte_tokenizer() -> Tokenizer:
 def byte_compiler() -> GrammarCompiler:
     """Compiles grammars for `byte_tokenizer`."""
     return GrammarCompiler(byte_tokenizer(), 257, [256])
+
+
+@cache
+def toy_compiler(vocab_size: int, num_tokens: int, eos: int) -> GrammarCompiler:
+    """Compiles grammars for a toy vocabulary: a visible character or byte for each token, from "!" on."""
+    tokenizer = Tokenizer(byte_level_bpe(TOY_LETTERS[:num_tokens], [], "smollm"))
+    return GrammarCompiler(tokenizer, vocab_size, [eos])
 
 
 def byte_grammar(**form: Any) -> Grammar:

@@ -140,12 +140,12 @@ def break_rows(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[mx.array], m
     """Apply `break_it` to the same row among the rows from which tokens are chosen together."""
     choose = engine_core.choose_together
 
-    def chosen(rows: mx.array, choices: Any) -> Any:
+    def chosen(rows: mx.array, choices: Any, eos: Any) -> Any:
         broken = [row for one, row in choices if one.seed == 666 and len(one.outputs) == 3]
         if broken:
             is_broken = mx.array([row in broken for row in range(len(rows))])
             rows = mx.where(is_broken[:, None], break_it(rows), rows)
-        return choose(rows, choices)
+        return choose(rows, choices, eos)
 
     monkeypatch.setattr(engine_core, "choose_together", chosen)
 

@@ -15,6 +15,7 @@ from .batch_manager import BatchManager
 from .beam_search import BeamSearch, BeamSearchParams
 from .errors import ends_process
 from .faults import Failure, FaultIsolation
+from .grammar import Grammar
 from .paged_batch import PagedBatchManager
 from .paged_queues import BeamStep
 from .sampler import log_probabilities
@@ -26,7 +27,7 @@ from .token_output import (
     TokenOutput,
     choose_together,
     choose_token,
-    filters_of,
+    group_of,
     likeliest,
     make_output,
     record_prompt_logprobs,
@@ -89,15 +90,22 @@ class EngineCore:
         self._ended_searches: list[str] = []
         self._faults = FaultIsolation(manager)
 
-    def add_request(self, request_id: str, tokens: list[int], params: SamplingParams) -> bool:
+    def add_request(
+        self, request_id: str, tokens: list[int], params: SamplingParams, grammar: Grammar | None = None
+    ) -> bool:
         """Queue a request; False if it cannot be queued now. Raises ValueError if it can never be queued.
 
         A request without a seed gets one here, from the engine's seed and the request's arrival number.
+        grammar: that of `params.structured_outputs`, at its start; from now on it belongs to the sequence.
         """
+        if (grammar is None) != (params.structured_outputs is None):
+            raise ValueError("structured_outputs needs its compiled grammar, and only it has one")
         if params.priority and not isinstance(self.manager, PagedBatchManager):
             raise ValueError(f"priority ({params.priority}) needs batching='paged'")
         seed = params.seed if params.seed is not None else self._seed + (self._num_admitted << 20)
         queued = self.manager.add_request(tokens, request_id, params, seed)
+        if queued and grammar is not None:
+            self.manager.sequence(completion_ids(request_id, params.n)[0]).grammar = grammar
         self._num_admitted += queued
         return queued
 
@@ -233,7 +241,7 @@ class EngineCore:
                 choice = choose_token(sequence, logits[sequence.seq_id], self._eos)
                 choices[sequence.seq_id] = choice  # None keeps its place in the order
                 if choice is None:
-                    group = together.setdefault(filters_of(sequence.params), [])
+                    group = together.setdefault(group_of(sequence), [])
                     group.append((sequence, logits.row_of[sequence.seq_id]))
         for group in together.values():
             choices.update(
@@ -245,11 +253,11 @@ class EngineCore:
         """Choose the tokens of a group; one after the other if that fails, to find the request at fault."""
         assert logits.rows is not None
         with suppress(Exception):
-            return choose_together(logits.rows, group)
+            return choose_together(logits.rows, group, self._eos)
         choices = []
         for sequence, row in group:
             with self._blaming(sequence.request_id):
-                choices += choose_together(logits.rows, [(sequence, row)])
+                choices += choose_together(logits.rows, [(sequence, row)], self._eos)
         return choices
 
     def _commit(self, output: TokenOutput) -> bool:

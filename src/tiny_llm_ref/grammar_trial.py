@@ -58,7 +58,8 @@ def serve() -> None:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # ends the process
         reason = reason_to_refuse(vocabulary, given["source"], given["limits"])
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(reason), flush=True)
+        sys.stdout.write(json.dumps(reason) + "\n")
+        sys.stdout.flush()
 
 
 def _limit_memory() -> None:

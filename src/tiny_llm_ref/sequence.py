@@ -10,6 +10,7 @@ from itertools import zip_longest
 from time import monotonic
 from typing import NamedTuple, Self
 
+from .grammar import Grammar
 from .paged_attention import BlockCopy, BlockTable
 from .prefix_cache import TokenBlocks
 from .sampling_params import SamplingParams
@@ -46,7 +47,7 @@ class Sequence:
     the prompt's token i + 1; the list grows while the prompt is computed, and forks share it. num_computed:
     the number of tokens, from the first, whose keys and values are in memory. num_cached_tokens: tokens of
     the prompt that were found in the prefix cache. scheduled: when it first ran, in seconds on the monotonic
-    clock.
+    clock. grammar: what its outputs must be a text of, after all outputs so far; None: any text.
     """
 
     seq_id: str
@@ -63,6 +64,7 @@ class Sequence:
     num_cached_tokens: int = 0
     scheduled: float | None = None
     state: SequenceState = SequenceState.WAITING
+    grammar: Grammar | None = None
 
     def run(self) -> None:
         """Mark it as running, and note the time if it is the first time."""
@@ -96,7 +98,10 @@ class Sequence:
 
     def fork(self, seq_id: str, seed: int) -> Self:
         """Return a copy that has computed the same tokens, with another id and seed."""
-        return replace(self, seq_id=seq_id, seed=seed, num_forks=0, outputs=list(self.outputs))
+        grammar = None if self.grammar is None else self.grammar.fork()
+        return replace(
+            self, seq_id=seq_id, seed=seed, num_forks=0, outputs=list(self.outputs), grammar=grammar
+        )
 
 
 class SwappedTable(NamedTuple):
