@@ -72,3 +72,10 @@ def random_text(grammar: Grammar, seed: int, most: int = 400) -> bytes | None:
         text.append(token)
         grammar.accept(token)
     return bytes(text) if grammar.has_ended else None
+
+
+def chained_schemas(count: int) -> dict[str, Any]:
+    """A schema whose definitions refer to one another so deeply that a recursion runs out of stack."""
+    refs = [{"$ref": f"#/$defs/d{i + 1}"} for i in range(count)]
+    definitions = {f"d{i}": {"type": "object", "properties": {"a": ref}} for i, ref in enumerate(refs)}
+    return {"$defs": {**definitions, f"d{count}": {"type": "null"}}, "$ref": "#/$defs/d0"}

@@ -16,7 +16,15 @@ from tiny_llm.grammar_compiler import CACHED_GRAMMARS, GrammarCompiler
 from tiny_llm.grammar_vocabulary import library_tokenizer
 from tiny_llm.token_mask import TokenMask, stacked_masks
 
-from grammars import accepts, allowed_ids, byte_compiler, byte_grammar, byte_tokenizer, random_text
+from grammars import (
+    accepts,
+    allowed_ids,
+    byte_compiler,
+    byte_grammar,
+    byte_tokenizer,
+    chained_schemas,
+    random_text,
+)
 from tiny_llm import StructuredOutputsParams
 from tiny_llm_checkpoints.embedded import embedded_model_path
 from tiny_llm_checkpoints.gguf_format import read_gguf_header
@@ -380,13 +388,6 @@ def chain(count: int) -> str:
     """A grammar whose rules refer to one another, so deeply that a recursion runs out of stack."""
     rules = "\n".join(f'r{i}: "a" r{i + 1} | r{i + 1}' for i in range(count))
     return f'start: r0\n{rules}\nr{count}: "x"'
-
-
-def chained_schemas(count: int) -> dict[str, Any]:
-    """The same as a schema."""
-    refs = [{"$ref": f"#/$defs/d{i + 1}"} for i in range(count)]
-    definitions = {f"d{i}": {"type": "object", "properties": {"a": ref}} for i, ref in enumerate(refs)}
-    return {"$defs": {**definitions, f"d{count}": {"type": "null"}}, "$ref": "#/$defs/d0"}
 
 
 def doubling_schemas(count: int) -> dict[str, Any]:

@@ -48,7 +48,12 @@ def router(service: Service) -> APIRouter:
         work = _Work(service, body, service.cache_salt(body, request))
         prompt = await asyncio.to_thread(service.encode_chat, body, service.max_model_len)
         run = await service.begin(
-            [prompt], work.params, work.id, "messages", may_shorten=service.may_shorten(body)
+            [prompt],
+            work.params,
+            work.id,
+            "messages",
+            form_field=body.form_field,
+            may_shorten=service.may_shorten(body),
         )
         track(request, run.stats)
         if body.stream:
