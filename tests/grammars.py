@@ -14,6 +14,7 @@ from tiny_llm_checkpoints.gguf_tokenizer import byte_level_bpe
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 END = "<|end|>"
+TOY_LETTERS = [chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))]
 BY_BYTE = {byte: letter for letter, byte in BYTE_OF.items()}
 ALMOST_ENDS = b'"}],'  # bytes that bring a JSON text closer to its end
 
@@ -29,6 +30,13 @@ def byte_tokenizer() -> Tokenizer:
 def byte_compiler() -> GrammarCompiler:
     """Compiles grammars for `byte_tokenizer`."""
     return GrammarCompiler(byte_tokenizer(), 257, [256])
+
+
+@cache
+def toy_compiler(vocab_size: int, num_tokens: int, eos: int) -> GrammarCompiler:
+    """Compiles grammars for a toy vocabulary: a visible character or byte for each token, from "!" on."""
+    tokenizer = Tokenizer(byte_level_bpe(TOY_LETTERS[:num_tokens], [], "smollm"))
+    return GrammarCompiler(tokenizer, vocab_size, [eos])
 
 
 def byte_grammar(**form: Any) -> Grammar:
@@ -64,3 +72,10 @@ def random_text(grammar: Grammar, seed: int, most: int = 400) -> bytes | None:
         text.append(token)
         grammar.accept(token)
     return bytes(text) if grammar.has_ended else None
+
+
+def chained_schemas(count: int) -> dict[str, Any]:
+    """A schema whose definitions refer to one another so deeply that a recursion runs out of stack."""
+    refs = [{"$ref": f"#/$defs/d{i + 1}"} for i in range(count)]
+    definitions = {f"d{i}": {"type": "object", "properties": {"a": ref}} for i, ref in enumerate(refs)}
+    return {"$defs": {**definitions, f"d{count}": {"type": "null"}}, "$ref": "#/$defs/d0"}
