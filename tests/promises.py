@@ -25,6 +25,7 @@ from tiny_llm.block_events import BlockWatch
 from tiny_llm.compaction import compact_pages
 from tiny_llm.engine_core import EngineCore
 from tiny_llm.errors import RequestTooLargeError
+from tiny_llm.grammar import Grammar
 from tiny_llm.layer_groups import LayerGroup, group_layers
 from tiny_llm.managers import sharing
 from tiny_llm.model import Model
@@ -39,9 +40,11 @@ from tiny_llm.scheduler import AgedPriority
 from tiny_llm.sequence import PagedSequence, Sequence, SequenceState, TokenLogprobs, completion_ids
 from tiny_llm.sliding_window import WindowedTable
 from tiny_llm.step import Plan, StepLogits
+from tiny_llm.structured_outputs import StructuredOutputsParams
 from tiny_llm.windowed_prefix import WindowedPrefixSharing
 
 import tiny_llm_kernels
+from grammars import toy_compiler
 from mirror import Mirror
 from tiny_llm import compaction
 from tiny_model import EOS, VOCAB, examples, random_prompt
@@ -414,7 +417,36 @@ def sampling(draw: st.DrawFn, most_tokens: int, vocab: int) -> SamplingParams:
         logit_bias=draw(st.sampled_from([None, None, {3: 4.0, vocab - 1: -100.0}, {EOS: 1.0}])),
         cache_salt=draw(st.sampled_from(["", "", "", "tenant"])),
         priority=draw(st.sampled_from([0, 0, 0, 0, -1, 2])),
+        structured_outputs=draw(st.sampled_from([*[None] * len(FORMS), *FORMS])),
     )
+
+
+# Short and long texts, with one way or many to go on; some must end, and some may.
+FORMS = [
+    StructuredOutputsParams(regex="[a-z]{2,}[0-9]?"),
+    StructuredOutputsParams(regex="(ab|ac|[x-z]{3}){2,4}"),
+    StructuredOutputsParams(regex="[!-~]*"),
+    StructuredOutputsParams(choice=["yes", "no", "nobody", "yesterday"]),
+    StructuredOutputsParams(grammar='start: "(" start ")" | /[a-f]+/'),
+    StructuredOutputsParams(
+        json={
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "b": {"type": "string", "maxLength": 3}},
+            "required": ["a", "b"],
+            "additionalProperties": False,
+        }
+    ),
+]
+
+
+def grammar_of(engine: EngineCore, params: SamplingParams) -> Grammar | None:
+    """The compiled form of a request's text; tokens are the characters from "!" on."""
+    if params.structured_outputs is None:
+        return None
+    assert isinstance(engine.manager, PagedBatchManager)
+    model = engine.manager._model
+    vocab_size = VOCAB if model is None else model.config.vocab_size
+    return toy_compiler(vocab_size, VOCAB, EOS).compile(params.structured_outputs)
 
 
 def threads(most: int) -> st.SearchStrategy[int]:
@@ -587,6 +619,27 @@ SWAPPED = Scenario(
 SWAPPED_OFTEN = replace(SWAPPED, block_size=2, spare_blocks=0)
 
 
+# Requests whose texts have a form, in a pool that is too small for all of them.
+STRUCTURED = replace(
+    SWAPPED,
+    arrivals=tuple(
+        Arrival(i // 2, tuple(random_prompt(9, i % 3)), replace(params, structured_outputs=FORMS[i]))
+        for i, params in enumerate(
+            (
+                SamplingParams(max_tokens=16, n=3, seed=5, temperature=1.5),
+                SamplingParams(max_tokens=14, n=2, seed=6, top_k=9, frequency_penalty=0.5),
+                SamplingParams(max_tokens=12, seed=7, ignore_eos=True, min_tokens=4, logprobs=2),
+                SamplingParams(max_tokens=12, temperature=0.0, logprobs=1),
+                SamplingParams(max_tokens=14, n=3, seed=8, temperature=1.5),
+                SamplingParams(max_tokens=16, temperature=0.0),
+            )
+        )
+    ),
+    max_seqs=11,
+    max_tokens=20,
+)
+
+
 # Prompts that are computed together: steps with enough rows for each thread to compute some on its own.
 MANY_ROWS = Scenario(
     arrivals=(
@@ -685,6 +738,7 @@ def _check_completions(
             happened["failed completions"] += 1
         check_same(seq_id, answer, expected)
         happened["answers compared"] += 1
+        happened["structured answers compared"] += params.structured_outputs is not None
 
 
 def _check_beams(
@@ -752,7 +806,8 @@ def _add(engine: EngineCore, request_id: str, arrival: Arrival) -> BeamSearch | 
     """Add an arriving request."""
     if isinstance(arrival.params, BeamSearchParams):
         return engine.add_beam_search(request_id, list(arrival.prompt), arrival.params)
-    assert engine.add_request(request_id, list(arrival.prompt), arrival.params)
+    grammar = grammar_of(engine, arrival.params)
+    assert engine.add_request(request_id, list(arrival.prompt), arrival.params, grammar)
     return None
 
 

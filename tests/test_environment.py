@@ -75,7 +75,8 @@ for name in names:
             mx.eval(k.quantized_matmul(x, weights, 64, bits=bits, activation_bits=activation_bits))
     x = mx.random.normal((50, 256))
     mx.eval(k.dense_matmul(x, x), k.rms_norm(x, mx.ones(256), 1e-5), k.swiglu(x, x), k.geglu(x, x))
-    mx.eval(k.sample(mx.random.normal((2, 50_000)), [1, 0], 1.0, 0.01, 50, 0.9, [0.5, 0.2]))
+    for masks in (None, mx.full((2, 1563), 7, mx.int32)):
+        mx.eval(k.sample(mx.random.normal((2, 50_000)), [1, 0], 1.0, 0.01, 50, 0.9, [0.5, 0.2], masks))
 print(len(names))
 """
 

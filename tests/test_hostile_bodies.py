@@ -3,6 +3,7 @@
 Bounds are about ten times what was measured on an idle machine of two cores.
 """
 
+import json
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import httpx2 as httpx
 import pytest
 
+from grammars import chained_schemas
 from served import SECONDS, until
 
 COMPLETE, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
@@ -23,6 +25,7 @@ ANSWER_SECONDS, HEALTH_SECONDS, MAX_GROWTH_MIB = 5.0, 2.0, 300
 
 PROMPT, MESSAGES, CONTENT = b'{"prompt":', b'{"messages":[', b'{"role":"user","content":'
 ONE = b'{"prompt":"x","max_tokens":1,'
+JSON_SCHEMA = b',"response_format":{"type":"json_schema","json_schema":{"name":"x","schema":'
 
 
 def times(element: bytes, before: bytes, after: bytes, max_count: int = SIZE) -> bytes:
@@ -44,6 +47,12 @@ def filled(before: bytes, filling: bytes, after: bytes) -> bytes:
 
 TOOL = b'{"type":"function","function":{"name":"f","parameters":{"enum":'
 ARGUMENTS = MESSAGES + b'{"role":"assistant","tool_calls":[{"function":{"name":"f","arguments":"'
+
+
+def costly(schema: bytes) -> bytes:
+    """A conversation whose answer must have the form of a schema."""
+    return MESSAGES + CONTENT + b'"x"}]' + JSON_SCHEMA + schema + b"}}}"
+
 
 FEW, SOME, MANY = 49_000, 95_000, 990_000  # just within the limits on values
 
@@ -88,6 +97,33 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "unknown options": (COMPLETE, lambda: named(b'"u%d":1', ONE + b'"stream_options":{', b"}}", SOME)),
     "a long unknown field": (COMPLETE, lambda: filled(ONE + b'"', b"u", b'":1}')),
     "response_format": (CHAT, lambda: named(b'"u%d":1', MESSAGES + b'],"response_format":{', b"}}", SOME)),
+    "a schema of many properties": (
+        CHAT,
+        lambda: named(
+            b'"p%d":{}', MESSAGES + CONTENT + b'"x"}]' + JSON_SCHEMA + b'{"properties":{', b"}}}}}", FEW
+        ),
+    ),
+    "a deep schema": (
+        CHAT,
+        lambda: (
+            MESSAGES + CONTENT + b'"x"}]' + JSON_SCHEMA + b'{"items":' * 150 + b"{}" + b"}" * 150 + b"}}}"
+        ),
+    ),
+    "a schema that takes the stack": (CHAT, lambda: costly(json.dumps(chained_schemas(1500)).encode())),
+    "a schema that takes an hour": (
+        CHAT,
+        lambda: costly(
+            b'{"allOf":[' + b",".join(b'{"type":"string","pattern":"a%d"}' % i for i in range(40)) + b"]}"
+        ),
+    ),
+    "many choices": (
+        COMPLETE,
+        lambda: times(b'"ab"', ONE + b'"structured_outputs":{"choice":[', b"]}}", MANY),
+    ),
+    "a long regular expression": (
+        COMPLETE,
+        lambda: filled(ONE + b'"structured_outputs":{"regex":"', b"a?", b'"}}'),
+    ),
     "metadata of objects": (CHAT, lambda: named(b'"u%d":{}', MESSAGES + b'],"metadata":{', b"}}", FEW)),
     "messages of numbers": (CHAT, lambda: times(b"1", MESSAGES, b"]}", MANY)),
     "messages of nothing": (CHAT, lambda: times(b"{}", MESSAGES, b"]}", FEW)),

@@ -586,6 +586,79 @@ def test_rows_that_are_sampled_together_get_the_tokens_that_each_gets_by_itself(
     assert chosen.tolist() == [logits[row, token].item() for row, token in zip(rows, alone, strict=True)]
 
 
+def masked(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """The logits with -inf for every token that is not allowed."""
+    return np.where(allowed, logits, -np.inf).astype(np.float32)
+
+
+def words_of(allowed: np.ndarray) -> mx.array:
+    """Masks [n, V] of booleans as words; the bits after the last token are 1, which must not matter."""
+    padded = np.pad(allowed, ((0, 0), (0, -allowed.shape[1] % 32)), constant_values=True)
+    return mx.array(np.packbits(padded, axis=1, bitorder="little").view(np.int32))
+
+
+@given(
+    size=st.sampled_from([1, 7, 8, 31, 32, 33, 100, 5000]),
+    rows=st.lists(st.integers(0, 2), min_size=1, max_size=5),
+    how=st.sampled_from([(0.0, 0.0, 0, 1.0), (1.0, 0.0, 0, 1.0), (0.7, 0.05, 0, 1.0), (1.3, 0.0, 5, 0.8)]),
+    share=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    threads=st.sampled_from(THREADS),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_masked_row_gets_the_token_of_the_row_with_minus_infinity_in_place_of_other_tokens(
+    size: int, rows: list[int], how: tuple[float, float, int, float], share: float, threads: int, seed: int
+) -> None:
+    """Oracle: the kernel without masks. A row that is listed several times has several masks."""
+    rng = np.random.default_rng(seed)
+    logits = np.round(3 * rng.standard_normal((3, size)), 1).astype(np.float32)
+    allowed = rng.random((len(rows), size)) < share
+    numbers = [float(number) for number in rng.random(len(rows))]
+    kernels.set_num_threads(threads)
+    tokens, chosen = kernels.sample(mx.array(logits), rows, *how, numbers, words_of(allowed))
+    expected = [
+        kernels.sample(mx.array(masked(logits[row], one))[None], [0], *how, [number])[0].item()
+        for row, one, number in zip(rows, allowed, numbers, strict=True)
+    ]
+    assert tokens.tolist() == expected
+    assert chosen.tolist() == [logits[row, token] for row, token in zip(rows, expected, strict=True)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("place", [0, 9, 39])
+def test_a_mask_hides_an_infinity_and_never_a_nan(temperature: float, place: int) -> None:
+    allowed = np.arange(40)[None] != place
+    for broken, expected in ((np.nan, {place}), (np.inf, set(range(40)) - {place})):
+        logits = normal(40).astype(np.float32)
+        logits[place] = broken
+        row = mx.array(logits)[None]
+        token, chosen = kernels.sample(row, [0], temperature, 0.0, 0, 1.0, [0.5], words_of(allowed))
+        assert token.item() in expected
+        assert np.isnan(chosen.item()) == np.isnan(broken)
+
+
+def test_a_mask_of_all_tokens_changes_nothing() -> None:
+    logits = mx.array(normal(4000).reshape(4, 1000).astype(np.float32))
+    how = (1.0, 0.01, 40, 0.9, [0.1, 0.4, 0.6, 0.9])
+    everything = mx.full((4, 32), -1, mx.int32)
+    plain, allowed = (kernels.sample(logits, range(4), *how, masks) for masks in (None, everything))
+    assert plain[0].tolist() == allowed[0].tolist()
+    assert plain[1].tolist() == allowed[1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("masks", "named"),
+    [
+        (mx.zeros((1, 2), mx.uint32), "masks must be int32"),
+        (mx.zeros((1, 1), mx.int32), r"\[1, 2\], got \[1, 1\]"),
+        (mx.zeros((2, 2), mx.int32), r"\[1, 2\], got \[2, 2\]"),
+        (mx.zeros(2, mx.int32), r"got \[2\]"),
+    ],
+)
+def test_sample_rejects_masks_of_another_type_or_shape(masks: mx.array, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        kernels.sample(mx.zeros((1, 33)), [0], 1.0, 0.0, 0, 1.0, [0.5], masks)
+
+
 # ---- the processor's limit ----
 
 

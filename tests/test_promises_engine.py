@@ -5,6 +5,7 @@ The oracle is the engine itself, serving the same completion alone: equal means 
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
 
@@ -14,6 +15,8 @@ import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from tiny_llm.attention import causal_mask
+from tiny_llm.errors import GrammarError
+from tiny_llm.grammar import Grammar
 from tiny_llm.grouped_attention import grouped_query_attention
 from tiny_llm.kv_pool import KVPool
 from tiny_llm.linear import Linear, PackedLinear
@@ -38,6 +41,7 @@ from promises import (
     MANY_ROWS,
     MIXED_REQUESTS,
     SQUEEZED,
+    STRUCTURED,
     SWAPPED,
     SWAPPED_OFTEN,
     Arrival,
@@ -48,7 +52,7 @@ from promises import (
     keys_backwards,
     scenarios,
 )
-from tiny_llm import paged_kernel, prefix_cache
+from tiny_llm import paged_kernel, prefix_cache, token_output
 from tiny_llm_checkpoints.errors import ModelFileError
 from tiny_model import (
     VOCAB,
@@ -92,6 +96,7 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
     @example(MANY_ROWS)
     @example(replace(SWAPPED, drafts=5))
     @example(replace(ALIKE, drafts=9))
+    @example(STRUCTURED)
     def every_completion_equals_the_one_alone(scenario: Scenario) -> None:
         seen = check_scenario(make(), scenario)
         for name in sorted(seen):
@@ -101,6 +106,7 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
     every_completion_equals_the_one_alone()
     often = [
         "answers compared",
+        "structured answers compared",
         "forks",
         "copies on write",
         "chunked prompts",
@@ -184,6 +190,7 @@ def test_the_embedded_model_gives_the_same_answers_in_any_batch(embedded: Model)
     @example(ALIKE)
     @example(SQUEEZED)
     @example(SWAPPED)
+    @example(STRUCTURED)
     @example(LONG)
     @example(replace(MIXED_REQUESTS, block_size=5, max_tokens=6, threads=3, spare_blocks=0))
     def every_completion_equals_the_one_alone(scenario: Scenario) -> None:
@@ -443,6 +450,36 @@ def test_guesses_that_enter_the_prefix_cache_are_caught(monkeypatch: pytest.Monk
 def guessing() -> st.SearchStrategy[Scenario]:
     """Scenarios with speculation."""
     return scenarios().map(lambda scenario: replace(scenario, drafts=6))
+
+
+def test_forks_that_share_their_leaders_grammar_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Grammar, "fork", lambda self: self)
+    assert_caught_by_check(st.just(STRUCTURED))
+
+
+def test_a_mask_of_another_row_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    stacked = token_output.stacked_masks
+    monkeypatch.setattr(token_output, "stacked_masks", lambda masks: stacked([*masks[1:], masks[0]]))
+    assert_caught_by_check(st.just(STRUCTURED))
+
+
+def test_a_grammar_that_starts_again_after_a_preemption_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    release_pages = PagedSequence.release_pages
+
+    def forget(sequence: PagedSequence) -> None:
+        release_pages(sequence)
+        if sequence.grammar is not None and sequence.outputs:
+            with suppress(GrammarError):  # it may have failed already
+                sequence.grammar.rollback(len(sequence.outputs))
+
+    monkeypatch.setattr(PagedSequence, "release_pages", forget)
+    assert_caught_by_check(st.just(STRUCTURED))
+
+
+def test_a_mask_that_adjusted_rows_do_not_get_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A penalty or a bias changes the row first, so it is not chosen together with others."""
+    monkeypatch.setattr(token_output, "keep_allowed", lambda row, mask: row)
+    assert_caught_by_check(st.just(STRUCTURED))
 
 
 def colliding_scenarios() -> st.SearchStrategy[Scenario]:

@@ -14,6 +14,7 @@ from tiny_llm.sampler import (
     adjust_logits,
     draw,
     forbid,
+    keep_allowed,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -293,6 +294,18 @@ def test_adjusted_logits_match_the_reference(
     assert np.array_equal(np.array(row), logits), (
         "the row itself must not change: log-probabilities are computed from it"
     )
+
+
+@settings(max_examples=examples(100))
+@given(st.integers(1, 100), st.integers(0, 2**32))
+def test_only_the_allowed_tokens_keep_their_logits(vocab_size: int, seed: int) -> None:
+    """Bits after the last token have no meaning."""
+    rng = np.random.default_rng(seed)
+    allowed = rng.random(-(-vocab_size // 32) * 32) < 0.5
+    words = mx.array(np.packbits(allowed, bitorder="little").view(np.int32))
+    logits = rng.standard_normal(vocab_size).astype(np.float32)
+    kept = np.array(keep_allowed(mx.array(logits), words))
+    assert np.array_equal(kept, np.where(allowed[:vocab_size], logits, -np.inf))
 
 
 def test_without_adjustments_the_same_array_is_returned() -> None:

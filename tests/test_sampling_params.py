@@ -48,6 +48,7 @@ def test_the_defaults_are_those_of_vllm() -> None:
         "include_stop_str_in_output": False,
         "cache_salt": "",  # in vLLM a field of the prompt
         "priority": 0,  # in vLLM a field of the request
+        "structured_outputs": None,
     }
     assert dataclasses.asdict(SamplingParams()) == expected
 

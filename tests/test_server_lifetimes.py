@@ -140,12 +140,12 @@ def break_rows(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[mx.array], m
     """Apply `break_it` to the same row among the rows from which tokens are chosen together."""
     choose = engine_core.choose_together
 
-    def chosen(rows: mx.array, places: Any) -> Any:
+    def chosen(rows: mx.array, places: Any, eos: Any) -> Any:
         broken = [one.row for one in places if one.sequence.seed == 666 and len(one.outputs) == 3]
         if broken:
             is_broken = mx.array([row in broken for row in range(len(rows))])
             rows = mx.where(is_broken[:, None], break_it(rows), rows)
-        return choose(rows, places)
+        return choose(rows, places, eos)
 
     monkeypatch.setattr(engine_core, "choose_together", chosen)
 

@@ -46,12 +46,6 @@ __all__ = ["client", "llm", "served"]
             "stream_options",
             "only allowed with stream: true",
         ),
-        (
-            CHAT,
-            {"messages": FRANCE, "response_format": {"type": "json_object"}},
-            "response_format",
-            r"^response_format json_object is not supported; supported: text \(output is not constrained\)$",
-        ),
         (CHAT, {"messages": FRANCE, "stop": 3}, "stop", "^stop: must be a string or a list$"),
         (CHAT, {"messages": FRANCE, "stop": [3]}, "stop.0", "^stop.0: must be a string$"),
         (CHAT, {"messages": FRANCE, "temperature": "x"}, "temperature", "^temperature: must be a number$"),
@@ -63,7 +57,6 @@ __all__ = ["client", "llm", "served"]
             "tool_choice",
             "^tool_choice: must be none, auto, required or a function, not 1$",
         ),
-        (CHAT, {"messages": FRANCE, "response_format": {"type": "x"}}, "response_format.type", "'text'"),
         (CHAT, {"messages": FRANCE, "max_tokens": 9000}, "max_tokens", "exceed the context of 8192"),
         (CHAT, {"messages": FRANCE, "stop": ["x"] * 17}, "stop", r"at most 16 \(--max-stop\), not 17"),
         (CHAT, {"messages": FRANCE, "stop": ""}, "stop", "non-empty"),
@@ -156,11 +149,11 @@ def test_a_request_that_never_fits_has_no_retry_after() -> None:
     "fields",
     [
         {"functions": [{"name": "f"}]},
-        {"response_format": {"type": "json_object"}},
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
         {"guided_json": {}},
+        {"response_format": {"type": "structural_tag"}},
+        {"structured_outputs": {"structural_tag": "x"}},
     ],
-    ids=["functions", "json_object", "json_schema", "guided_json"],
+    ids=["functions", "guided_json", "structural_tag", "vllm's structural_tag"],
 )
 def test_unsupported_features_are_refused_with_the_same_code(
     client: httpx.Client, fields: dict[str, Any]

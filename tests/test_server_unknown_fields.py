@@ -92,7 +92,7 @@ def test_ignored_fields_do_not_change_the_answer(strict: Served, tolerant: Serve
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
-        (CHAT, {"structured_outputs": {"json": {}}}),
+        (CHAT, {"guided_json": {}}),
         (CHAT, {"audio": {}}),
         (CHAT, {"verbosity": "low"}),
         (CHAT, {"prompt": "x"}),

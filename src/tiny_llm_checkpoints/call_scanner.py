@@ -32,13 +32,13 @@ class CallScanner:
         return self._json.expects is Expects.NOTHING
 
     @property
-    def arguments(self) -> str | None:
-        """The arguments' text so far; None if they have not started."""
-        return None if self._arguments is None else "".join(self._arguments)
+    def has_arguments(self) -> bool:
+        """Whether the arguments have started."""
+        return self._arguments is not None
 
     def take(self) -> str:
         """Return the arguments' text and forget it, so that the next call returns only what follows."""
-        taken, self._arguments = self.arguments or "", []
+        taken, self._arguments = "".join(self._arguments or ()), []
         return taken
 
     def push(self, char: str) -> None:

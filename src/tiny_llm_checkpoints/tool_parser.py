@@ -211,7 +211,7 @@ class ToolParser:
 
     def _pass_on_early(self, call: CallScanner) -> None:
         """Pass on the start of a call if that is wanted and its arguments have started."""
-        if self._as_generated and call.name is not None and call.arguments is not None:
+        if self._as_generated and call.name is not None and call.has_arguments:
             self._pass_on(call)
             self._held.clear()
 
@@ -222,7 +222,7 @@ class ToolParser:
         if is_new:
             self.num_calls += 1
         self.is_complete = False
-        arguments = "{}" if call.arguments is None else call.take()
+        arguments = call.take() if call.has_arguments else "{}"
         if self._max_calls is None or self.num_calls <= self._max_calls:
             self._deltas.append(CallDelta(self.num_calls - 1, call.name if is_new else None, arguments))
 

@@ -168,17 +168,20 @@ def sample(
     top_k: int,
     top_p: float,
     uniforms: Sequence[float],
+    masks: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Draw a token for each of n rows of logits [R, V]: softmax(logits / temperature) after three filters.
 
     rows: n indices along R; a row may be listed several times. The filters are those of `tiny_llm.sampler`,
     min-p first; 0 disables min_p and top_k, 1 disables top_p. uniforms: n numbers in [0, 1); the drawn token
     is the first at which the cumulative probability reaches 1 - uniform. A temperature of 0 takes the first
-    of the largest logits. A row with NaN gives the index of a NaN.
+    of the largest logits. A row with NaN gives the index of a NaN. masks: int32 [n, ceil(V / 32)], one for
+    each of the n rows; if bit t % 32 of word t // 32 is 0, token t counts as if its logit were -inf. None:
+    all tokens are allowed.
 
     Returns the token ids, uint32 [n], and their logits, float32 [n].
     """
-    return native.sample(logits, rows, temperature, min_p, top_k, top_p, uniforms)
+    return native.sample(logits, rows, temperature, min_p, top_k, top_p, uniforms, masks)
 
 
 # ---- attention ----

@@ -67,10 +67,12 @@ if TYPE_CHECKING:
     from .prompts import TokensPrompt as TokensPrompt
     from .sampling_params import SamplingParams as SamplingParams
     from .speculative_config import SpeculativeConfig as SpeculativeConfig
+    from .structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
 _MODULE_OF = {
     "LLM": ".llm",
     "SamplingParams": ".sampling_params",
+    "StructuredOutputsParams": ".structured_outputs",
     "RequestOutput": ".outputs",
     "CompletionOutput": ".outputs",
     "Logprob": ".outputs",

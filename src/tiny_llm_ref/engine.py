@@ -31,6 +31,8 @@ from .engine_loop import EngineLoop, PoolListener, Request, StepTime
 from .errors import EngineStoppingError, SamplingParamsError, prompt_length_errors
 from .forking import note_engine, prepare_to_compute
 from .generation_defaults import fit_to_context
+from .grammar import Grammar
+from .grammar_compiler import GrammarCompiler
 from .inbox import Answer, Inbox, fail, resolve
 from .output_processor import RequestState
 from .outputs import RequestEvent
@@ -38,6 +40,7 @@ from .prompts import ParsedPrompt, PlainPrompt, PromptType, parse_prompt, token_
 from .resources import requiring
 from .sampling_params import SamplingParams
 from .search_state import SearchState
+from .structured_outputs import StructuredOutputsParams
 
 T = TypeVar("T")
 Prompt = PlainPrompt
@@ -55,7 +58,7 @@ class Engine:
     thread would keep both alive. max_model_len: the longest prompt + output in tokens; a prompt that is
     clearly longer is rejected before it is tokenized. None: the core rejects it. chat_prompts: makes the
     prompts of `chat`; None: there is no chat template. defaults: the parameters of requests that have none of
-    their own; None: `SamplingParams()`.
+    their own; None: `SamplingParams()`. grammars: compiles `structured_outputs`; None: it is not supported.
 
     A call that would wait for the engine forever raises an error instead: `WrongThreadError` in the engine's
     own thread, `ForkedProcessError` in a forked process.
@@ -71,7 +74,9 @@ class Engine:
         *,
         chat_prompts: ChatPrompts | None = None,
         defaults: SamplingParams | None = None,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
+        self._grammars = grammars
         self._chat_prompts = chat_prompts or ChatPrompts("this engine", None, tokenizer, max_model_len)
         self._defaults = defaults or SamplingParams()
         self._tokenizer = tokenizer
@@ -99,9 +104,9 @@ class Engine:
         `skip_special_tokens`, such as those that mark calls of tools.
 
         Raises ValueError for an invalid prompt, params or id, and for token ids outside the vocabulary;
-        `SamplingParamsError` names the field of `params` with such ids. Raises `RequestTooLargeError` if `n`
-        exceeds `max_num_seqs`, and for a prompt that the context cannot hold (before it is tokenized, if its
-        length already shows that).
+        `SamplingParamsError` names the field of `params` with such ids, and is raised by
+        `GrammarCompiler.compile`. Raises `RequestTooLargeError` if `n` exceeds `max_num_seqs`, and for a
+        prompt that the context cannot hold (before it is tokenized, if its length already shows that).
         """
         is_default = params is None
         params, name = _checked(params, SamplingParams, self._defaults), self._name(request_id)
@@ -114,7 +119,8 @@ class Engine:
             params = self._fitted(params, len(tokens))
         for field in ("stop_token_ids", "logit_bias"):
             self._check_vocabulary(field, getattr(params, field) or ())
-        return RequestState(name, parsed.text, tokens, self._tokenizer, params, visible)
+        grammar = self._grammar(params)
+        return RequestState(name, parsed.text, tokens, self._tokenizer, params, visible, grammar)
 
     def chat_request(
         self,
@@ -370,6 +376,8 @@ class Engine:
             self.refuse_to_wait("Engine.close", "stop")
         self.stop()
         self._loop.free_core()
+        if self._grammars is not None:
+            self._grammars.close()
 
     async def __aenter__(self) -> Self:
         """The engine itself, which is already running."""
@@ -461,6 +469,14 @@ class Engine:
                 raise TypeError(f"requests[{place}] must {expected}, not {shown(request)}")
         _check_callable("deliver", deliver)
         return tuple(requests)
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        """The grammar of a request, compiled in the caller's thread; None if any text is allowed."""
+        if params.structured_outputs is None:
+            return None
+        if self._grammars is None:
+            raise SamplingParamsError("structured_outputs is not supported by this engine")
+        return self._grammars.compile(StructuredOutputsParams.of(params.structured_outputs))
 
     def _check_vocabulary(self, name: str, tokens: Iterable[int]) -> None:
         """Raise `SamplingParamsError` for a field with a token id outside the vocabulary."""

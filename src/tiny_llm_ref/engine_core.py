@@ -17,6 +17,7 @@ from .batch_manager import NO_DRAFTS, BatchManager, DraftStats
 from .beam_search import BeamSearch, BeamSearchParams
 from .errors import ends_process
 from .faults import Failure, FaultIsolation
+from .grammar import Grammar
 from .paged_batch import PagedBatchManager
 from .paged_queues import BeamStep
 from .sampler import log_probabilities
@@ -29,7 +30,7 @@ from .token_output import (
     TokenOutput,
     choose_together,
     choose_token,
-    filters_of,
+    group_of,
     likeliest,
     make_outputs,
     record_prompt_logprobs,
@@ -93,15 +94,22 @@ class EngineCore:
         self._ended_searches: list[str] = []
         self._faults = FaultIsolation(manager)
 
-    def add_request(self, request_id: str, tokens: list[int], params: SamplingParams) -> bool:
+    def add_request(
+        self, request_id: str, tokens: list[int], params: SamplingParams, grammar: Grammar | None = None
+    ) -> bool:
         """Queue a request; False if it cannot be queued now. Raises ValueError if it can never be queued.
 
         A request without a seed gets one here, from the engine's seed and the request's arrival number.
+        grammar: that of `params.structured_outputs`, at its start; from now on it belongs to the sequence.
         """
+        if (grammar is None) != (params.structured_outputs is None):
+            raise ValueError("structured_outputs needs its compiled grammar, and only it has one")
         if params.priority and not isinstance(self.manager, PagedBatchManager):
             raise ValueError(f"priority ({params.priority}) needs batching='paged'")
         seed = params.seed if params.seed is not None else self._seed + (self._num_admitted << 20)
         queued = self.manager.add_request(tokens, request_id, params, seed)
+        if queued and grammar is not None:
+            self.manager.sequence(completion_ids(request_id, params.n)[0]).grammar = grammar
         self._num_admitted += queued
         return queued
 
@@ -240,7 +248,7 @@ class EngineCore:
                 choice = choose_token(place, logits.rows[place.row], self._eos)
                 choices[place] = choice  # None keeps its place in the order
                 if choice is None:
-                    together.setdefault(filters_of(place.sequence.params), []).append(place)
+                    together.setdefault(group_of(place.sequence), []).append(place)
         for group in together.values():
             choices.update({choice.place: choice for choice in self._choose_together(logits, group)})
         return [choice for choice in choices.values() if choice is not None]
@@ -257,11 +265,11 @@ class EngineCore:
         """Choose the tokens of a group; one after the other if that fails, to find the request at fault."""
         assert logits.rows is not None
         with suppress(Exception):
-            return choose_together(logits.rows, group)
+            return choose_together(logits.rows, group, self._eos)
         choices = []
         for place in group:
             with self._blaming(place.sequence.request_id):
-                choices += choose_together(logits.rows, [place])
+                choices += choose_together(logits.rows, [place], self._eos)
         return choices
 
     def _commit(self, output: TokenOutput) -> bool:

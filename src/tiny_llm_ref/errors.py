@@ -91,6 +91,10 @@ class SamplingParamsError(TinyLLMError, ValueError):
     """A sampling parameter is unknown or has a value out of range; the message names it and the range."""
 
 
+class GrammarError(TinyLLMError):
+    """A grammar cannot continue: it is too complex at this place, or no token may come next."""
+
+
 class OutOfResourcesError(TinyLLMError, MemoryError):
     """The operating system has no more memory or threads; the message names the purpose and the limits."""
 

@@ -26,6 +26,7 @@ from .engine_loop import Request
 from .errors import EngineStoppingError, ends_process
 from .evaluation import text_logits
 from .forking import prepare_to_compute
+from .grammar_compiler import GrammarCompiler
 from .kv_pool import DTYPES
 from .loader import load_model
 from .managers import make_manager
@@ -101,6 +102,9 @@ class LLM:
             self.max_model_len,
             chat_prompts=ChatPrompts(self.model_name, self.chat_template, self.tokenizer, self.max_model_len),
             defaults=self.get_default_sampling_params(),
+            grammars=GrammarCompiler(
+                self.tokenizer, self.model_config.vocab_size, self.model_config.eos_token_ids
+            ),
         )
 
     def __repr__(self) -> str:

@@ -15,6 +15,7 @@ from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
 from .control_stops import ControlStops, control_patterns
 from .engine_core import EngineCore
 from .errors import DuplicateRequestError, QueueFullError, described
+from .grammar import Grammar
 from .outputs import (
     CompletionOutput,
     Logprob,
@@ -84,7 +85,7 @@ class CompletionText:
         may_stop = len(self.token_ids) > self._min_tokens
         found = self._control_stops.push(output.token, self._text, self._detokenizer)
         piece = ""
-        if output.finish_reason != "stop" or self._shows_stop:
+        if output.finish_reason != "stop" or output.completes_text or self._shows_stop:
             piece = self._detokenizer.push(output.token)
         self.finish_reason, self.stop_reason = output.finish_reason, output.stop_token
         if self.finish_reason is not None or (found and may_stop):
@@ -176,7 +177,8 @@ class RequestState:
     """One request from arrival to end: its completions and its times.
 
     text: the prompt's text; None if the prompt was given as token ids. prompt: its token ids. visible:
-    control tokens that the completions' texts have although they skip others.
+    control tokens that the completions' texts have although they skip others. grammar: that of
+    `params.structured_outputs`.
     """
 
     def __init__(
@@ -187,11 +189,13 @@ class RequestState:
         tokenizer: Tokenizer,
         params: SamplingParams,
         visible: Collection[str] = (),
+        grammar: Grammar | None = None,
     ) -> None:
         self.request_id = request_id
         self._text = text
         self.prompt_token_ids = tuple(prompt)
         self.params = params
+        self._grammar = grammar
         self._tokenizer = tokenizer
         self._prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
         start = Start.of(prompt, tokenizer, params, visible)
@@ -213,7 +217,8 @@ class RequestState:
         before, and `QueueFullError` if it cannot be queued now.
         """
         reject_resubmission(self, self._core)
-        if not core.add_request(self.request_id, list(self.prompt_token_ids), self.params):
+        tokens = list(self.prompt_token_ids)
+        if not core.add_request(self.request_id, tokens, self.params, self._grammar):
             raise QueueFullError(f"request {self.request_id!r}: the engine's queue is full")
         self._core = ref(core)
 

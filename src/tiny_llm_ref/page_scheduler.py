@@ -361,6 +361,10 @@ class PageScheduler:
 
 
 def _may_draft(chunk: Scheduled[PagedSequence]) -> bool:
-    """True if the chunk is a decode that continues a completion: its only token is the newest output."""
+    """True if the chunk is a decode that continues a completion: its only token is the newest output.
+
+    A sequence with a grammar has no drafts: the masks behind a draft are not known.
+    """
     sequence = chunk.sequence
-    return chunk.start == sequence.num_tokens - 1 and bool(sequence.outputs) and not sequence.is_beam
+    is_decode = chunk.start == sequence.num_tokens - 1 and bool(sequence.outputs)
+    return is_decode and not sequence.is_beam and sequence.grammar is None

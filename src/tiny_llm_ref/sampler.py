@@ -15,6 +15,7 @@ import mlx.core as mx
 from .kernels import accelerated, compiled_kernel
 from .sampling_params import SamplingParams
 
+MASK_BITS = 32  # tokens in a word of a mask
 SUM_GROUP_SIZE = 256  # numbers added in the first round of a sum; the second round adds the results
 
 
@@ -217,6 +218,20 @@ def log_probabilities(logits: mx.array) -> mx.array:
 def forbid(logits: mx.array, token_ids: Iterable[int]) -> mx.array:
     """Set the logits of some tokens to -inf: logits [V] -> [V]."""
     return change_logits(logits, list(token_ids), lambda chosen: mx.full(chosen.shape, -mx.inf))
+
+
+def keep_allowed(logits: mx.array, mask: mx.array) -> mx.array:
+    """Keep the logits of the allowed tokens and set all others to -inf: logits [V] -> [V].
+
+    mask: [ceil(V / 32)] int32; bit t % 32 of word t // 32 is 1 if token t is allowed. Bits after the last
+    token have no meaning. A NaN stays only if its token is allowed, so check for NaN before.
+
+    >>> keep_allowed(mx.array([1.0, 2.0, 3.0]), mx.array([0b101], mx.int32)).tolist()
+    [1.0, -inf, 3.0]
+    """
+    bits = mask[:, None] >> mx.arange(MASK_BITS, dtype=mx.int32)
+    is_allowed = (bits & 1).reshape(-1)[: logits.shape[-1]]
+    return mx.where(is_allowed == 1, logits, -mx.inf)
 
 
 def add_bias(logits: mx.array, bias: Mapping[int, float]) -> mx.array:

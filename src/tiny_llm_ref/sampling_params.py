@@ -19,6 +19,7 @@ from .parameter_checks import (
     text,
     whole_number,
 )
+from .structured_outputs import StructuredOutputsParams
 
 MIN_TEMPERATURE = 1e-5  # vLLM's: less is greedy (dividing a logit by 1e-38 would overflow float32)
 MAX_TEMPERATURE = 1e30  # far below 3.4e38: beyond that, float32 has inf, and -inf / inf is a NaN
@@ -96,6 +97,9 @@ class SamplingParams:
     cache_salt: the request shares cached prefix blocks only with requests that have the same salt.
     priority: lower runs earlier; the default is 0. Waiting requests gain priority over later ones, so that
         none waits forever.
+    structured_outputs: the form of the text, such as a JSON schema; or a mapping of the fields of
+        `StructuredOutputsParams`. A completion ends with "stop" when its text is complete and cannot go on.
+        Before that, only tokens that the form allows are drawn; the other parameters choose among them.
     """
 
     n: int = 1
@@ -119,6 +123,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     cache_salt: str = ""
     priority: int = 0
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Check every field; convert numbers to Python's and lists to tuples."""
@@ -146,6 +151,8 @@ class SamplingParams:
         checked["stop_token_ids"] = None if self.stop_token_ids is None else _token_ids(self.stop_token_ids)
         checked["logit_bias"] = None if self.logit_bias is None else _bias(self.logit_bias)
         checked["cache_salt"] = text("cache_salt", self.cache_salt, MAX_SALT_CHARACTERS)
+        form = self.structured_outputs
+        checked["structured_outputs"] = None if form is None else StructuredOutputsParams.of(form)
         return checked
 
     @classmethod

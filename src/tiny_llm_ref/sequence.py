@@ -10,6 +10,7 @@ from itertools import zip_longest
 from time import monotonic
 from typing import NamedTuple, Self
 
+from .grammar import Grammar
 from .paged_attention import BlockCopy, BlockTable
 from .prefix_cache import TokenBlocks
 from .sampling_params import SamplingParams
@@ -48,7 +49,7 @@ class Sequence:
     the prompt's token i + 1; the list grows while the prompt is computed, and forks share it. num_computed:
     the number of tokens, from the first, whose keys and values are in memory. num_cached_tokens: tokens of
     the prompt that were found in the prefix cache. scheduled: when it first ran, in seconds on the monotonic
-    clock.
+    clock. grammar: what its outputs must be a text of, after all outputs so far; None: any text.
     """
 
     seq_id: str
@@ -66,6 +67,7 @@ class Sequence:
     scheduled: float | None = None
     state: SequenceState = SequenceState.WAITING
     draft: list[int] = field(default_factory=list)
+    grammar: Grammar | None = None
 
     def run(self) -> None:
         """Mark it as running, and note the time if it is the first time."""
@@ -103,7 +105,11 @@ class Sequence:
 
     def fork(self, seq_id: str, seed: int) -> Self:
         """Return a copy that has computed the same tokens, with another id and seed."""
-        return replace(self, seq_id=seq_id, seed=seed, num_forks=0, outputs=list(self.outputs), draft=[])
+        grammar = None if self.grammar is None else self.grammar.fork()
+        outputs = list(self.outputs)
+        return replace(
+            self, seq_id=seq_id, seed=seed, num_forks=0, outputs=outputs, draft=[], grammar=grammar
+        )
 
 
 class SwappedTable(NamedTuple):

@@ -10,9 +10,10 @@ import mlx.core as mx
 
 from .errors import NotANumberError
 from .kernels import compiled_kernel, is_reference, use_compiled
-from .sampler import adjust_logits, log_probabilities, sample_token, uniform
+from .sampler import adjust_logits, keep_allowed, log_probabilities, sample_token, uniform
 from .sampling_params import SamplingParams
 from .sequence import Sequence, TokenLogprobs
+from .token_mask import TokenMask, stacked_masks
 
 BLOCK = 64  # logits in a block; only the blocks with the largest maxima are searched
 
@@ -25,7 +26,8 @@ class TokenOutput(NamedTuple):
     requested, in the output for the sequence's first token; one entry for each prompt token except the first.
     num_cached_tokens: tokens of the prompt that came from the prefix cache. scheduled: when the sequence
     first ran, in seconds on the monotonic clock. earlier: with speculation, the outputs of the same step that
-    come before this one, in order.
+    come before this one, in order. completes_text: True if the token ended the sequence because it completes
+    the text that its grammar requires; unlike an end token, it is part of the text.
     """
 
     request_id: str
@@ -38,6 +40,7 @@ class TokenOutput(NamedTuple):
     num_cached_tokens: int = 0
     scheduled: float | None = None
     earlier: "tuple[TokenOutput, ...]" = ()
+    completes_text: bool = False
 
 
 class Place(NamedTuple):
@@ -91,19 +94,24 @@ def choose_token(place: Place, row: mx.array, eos_token_ids: frozenset[int]) -> 
     """
     sequence, outputs = place.sequence, place.outputs
     params = sequence.params
-    ends = end_token_ids(params, eos_token_ids)
+    mask = allowed_tokens(sequence, eos_token_ids)
+    ends = end_token_ids(params, eos_token_ids) if mask is None else ()  # a mask has `min_tokens` in it
     adjusted = adjust_logits(row, params, sequence.prompt, outputs, ends)
     compiled = is_reference(sample_token) and use_compiled()
     if compiled and adjusted is row and row.dtype == mx.float32:
         return None
+    if mask is not None:
+        adjusted = keep_allowed(adjusted, stacked_masks([mask])[0])
     token = sample_token(adjusted, params, sequence.seed, len(outputs))
     # If the row has a NaN, argmax and the compiled sampler choose it, so checking the chosen logit is enough.
-    # MLX's own operators may draw any token from such a row, so then the sum of the row is checked.
-    return Choice(place, row, token, row[token] if params.greedy or compiled else mx.sum(row))
+    # MLX's own operators may draw any token from such a row, and a mask may hide the NaN, so then the sum of
+    # the row is checked.
+    shows_nan = mask is None and (params.greedy or compiled)
+    return Choice(place, row, token, row[token] if shows_nan else mx.sum(row))
 
 
-def choose_together(rows: mx.array, places: Seq[Place]) -> list[Choice]:
-    """Choose the tokens of places with the same filters, those for which `choose_token` returns None.
+def choose_together(rows: mx.array, places: Seq[Place], eos_token_ids: frozenset[int]) -> list[Choice]:
+    """Choose the tokens of places of one group (`group_of`), those for which `choose_token` returns None.
 
     One operator serves all of them: with one for each, Python and MLX would take longer than the kernel.
 
@@ -113,17 +121,42 @@ def choose_together(rows: mx.array, places: Seq[Place]) -> list[Choice]:
     temperature = 0.0 if params.greedy else params.temperature
     indices, numbers = [one.row for one in places], [one.uniform for one in places]
     filters = (params.min_p, params.top_k, params.top_p)
-    tokens, logits = compiled_kernel("sample")(rows, indices, temperature, *filters, numbers)
+    masks = [mask for one in places if (mask := allowed_tokens(one.sequence, eos_token_ids)) is not None]
+    allowed = stacked_masks(masks) if masks else None
+    tokens, logits = compiled_kernel("sample")(rows, indices, temperature, *filters, numbers, allowed)
     return [Choice(one, rows[one.row], tokens, logits, number) for number, one in enumerate(places)]
 
 
-def filters_of(params: SamplingParams) -> tuple[float, ...]:
-    """What sequences that are chosen together must have in common."""
-    return () if params.greedy else (params.temperature, params.min_p, params.top_k, params.top_p)
+def group_of(sequence: Sequence) -> tuple[float, ...]:
+    """What sequences that are chosen together have in common: their filters, and whether they have masks."""
+    params, has_grammar = sequence.params, sequence.grammar is not None
+    if params.greedy:
+        return (has_grammar,)
+    return (has_grammar, params.temperature, params.min_p, params.top_k, params.top_p)
+
+
+def allowed_tokens(sequence: Sequence, eos_token_ids: frozenset[int]) -> TokenMask | None:
+    """The tokens that a sequence's grammar allows next; None without a grammar.
+
+    Tokens that end a sequence are left out before it has `min_tokens` outputs, and end-of-sequence tokens
+    with `ignore_eos`, unless the grammar allows nothing else. Raises `GrammarError` if none may come next.
+    """
+    if sequence.grammar is None:
+        return None
+    params, allowed = sequence.params, sequence.grammar.allowed()
+    ends = eos_token_ids if params.ignore_eos else frozenset()
+    if len(sequence.outputs) < params.min_tokens:
+        ends = eos_token_ids | params.stop_ids
+    others = allowed.without(ends) if ends else allowed
+    return others or allowed
 
 
 def make_output(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:
-    """Evaluate a choice. Raises `NotANumberError` if its row has a NaN."""
+    """Evaluate a choice, and move the sequence's grammar past its token.
+
+    Raises `NotANumberError` if its row has a NaN, and `GrammarError` if the grammar does not allow the token:
+    then no token that it allows has a finite logit.
+    """
     sequence, row, number = choice.sequence, choice.row, choice.number
     num_tokens = sequence.num_tokens + choice.place.ahead
     check = float(choice.check) if number is None else _number_at(choice.check, number)
@@ -135,16 +168,19 @@ def make_output(choice: Choice, eos_token_ids: frozenset[int]) -> TokenOutput:
     params = sequence.params
     with_prompt = params.prompt_logprobs is not None and not sequence.outputs
     full = num_tokens + 1 >= sequence.max_len
+    is_end = token in end_token_ids(params, eos_token_ids)
+    is_complete = _completes_text(sequence, token)
     return TokenOutput(
         request_id=sequence.request_id,
         seq_id=sequence.seq_id,
         token=token,
         logprobs=None if params.logprobs is None else _logprobs(row, token, params.logprobs),
-        finish_reason="stop" if token in end_token_ids(params, eos_token_ids) else "length" if full else None,
+        finish_reason="stop" if is_end or is_complete else "length" if full else None,
         stop_token=token if token in params.stop_ids else None,
         prompt_logprobs=tuple(sequence.prompt_logprobs) if with_prompt else None,
         num_cached_tokens=sequence.num_cached_tokens,
         scheduled=sequence.scheduled,
+        completes_text=is_complete and not is_end and token not in eos_token_ids,
     )
 
 
@@ -161,6 +197,14 @@ def make_outputs(choices: Seq[Choice], eos_token_ids: frozenset[int]) -> TokenOu
             break
     *earlier, last = outputs
     return last._replace(earlier=tuple(earlier)) if earlier else last
+
+
+def _completes_text(sequence: Sequence, token: int) -> bool:
+    """Move a sequence's grammar past a token; True if the text is complete and nothing else can follow."""
+    if sequence.grammar is None:
+        return False
+    sequence.grammar.accept(token)
+    return sequence.grammar.has_ended
 
 
 def _number_at(array: mx.array, place: int) -> float:

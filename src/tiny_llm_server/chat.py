@@ -54,6 +54,7 @@ def router(service: Service) -> APIRouter:
             work.params,
             work.id,
             "messages",
+            form_field=body.form_field,
             may_shorten=service.may_shorten(body),
             visible=work.visible,
         )

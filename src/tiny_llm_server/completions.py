@@ -47,7 +47,12 @@ def router(service: Service) -> APIRouter:
         work = _Work(service, body, service.cache_salt(body, request))
         prompts = await asyncio.to_thread(work.encoded)
         run = await service.begin(
-            prompts, work.params, work.id, "prompt", may_shorten=service.may_shorten(body)
+            prompts,
+            work.params,
+            work.id,
+            "prompt",
+            form_field=body.form_field,
+            may_shorten=service.may_shorten(body),
         )
         track(request, run.stats)
         if body.stream:

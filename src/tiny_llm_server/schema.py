@@ -21,9 +21,11 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from tiny_llm import StructuredOutputsParams
 from tiny_llm_checkpoints.chat_tools import MAX_TOOLS
 from tiny_llm_checkpoints.errors import shown
 
+from .structured_fields import ResponseFormat, StructuredOutputs
 from .unknown_fields import IgnoredFields, unknown_field
 
 MAX_LOGPROBS = 20
@@ -288,13 +290,30 @@ class Generation(Body):
         le=MAX_PRIORITY,
         description="Lower runs earlier, with --scheduling-policy priority.",
     )
+    response_format: ResponseFormat = Field(
+        None, description="The form of the text; a schema is enforced with strict true and false alike."
+    )
+    structured_outputs: StructuredOutputs = Field(
+        None, description="The form of the text: exactly one of json, regex, choice, grammar and json_object."
+    )
+
+    @property
+    def form(self) -> StructuredOutputsParams | None:
+        """The form that the text must have; None: any."""
+        found: StructuredOutputsParams | None = self.response_format or self.structured_outputs
+        return found
+
+    @property
+    def form_field(self) -> str:
+        """The name of the field with the form."""
+        return "structured_outputs" if self.response_format is None else "response_format"
 
     def sampling(self) -> dict[str, Any]:
         """Return the fields that are sampling parameters of the engine, under the same names.
 
         A negative seed becomes the unsigned number with the same 64 bits.
         """
-        fields = self.model_dump(include=_SAMPLING)
+        fields = {**self.model_dump(include=_SAMPLING), "structured_outputs": self.form}
         return fields if self.seed is None else {**fields, "seed": self.seed % 2**64}
 
     def leaves_out(self, name: str) -> bool:
@@ -305,6 +324,12 @@ class Generation(Body):
     def _check_stream_options(self) -> "Generation":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only allowed with stream: true")
+        return self
+
+    @model_validator(mode="after")
+    def _check_forms(self) -> "Generation":
+        if None not in (self.response_format, self.structured_outputs):
+            raise ValueError("structured_outputs: not allowed together with response_format")
         return self
 
 
@@ -352,21 +377,6 @@ class CompletionRequest(Generation):
         return self
 
 
-def _checked_format(value: Any) -> Any:
-    """Refuse OpenAI's other formats with the code of an unsupported field."""
-    kind = value.get("type") if isinstance(value, dict) else None
-    if kind in ("json_object", "json_schema"):
-        message = "response_format {kind} is not supported; supported: text (output is not constrained)"
-        raise PydanticCustomError("unsupported_field", message, {"kind": kind})
-    return value
-
-
-class ResponseFormat(Body):
-    """The format of an answer: text. JSON is not enforced, so it is not offered."""
-
-    type: Literal["text"]
-
-
 class ChatCompletionRequest(Generation):
     """`/v1/chat/completions`: a conversation to answer."""
 
@@ -393,7 +403,6 @@ class ChatCompletionRequest(Generation):
     max_tokens: int | None = Field(None, ge=1, le=INT32, description="The old name of max_completion_tokens.")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    response_format: Annotated[ResponseFormat, BeforeValidator(_checked_format)] | None = None
     add_generation_prompt: bool | None = Field(
         None,
         description="End the prompt with the start of an answer. "
@@ -482,7 +491,7 @@ class DetokenizeRequest(Body):
 REJECTED = frozenset(
     (
         *("audio", "moderation", "web_search_options"),
-        *("chat_template", "structured_outputs"),
+        "chat_template",
         *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
         *("prompt_logprobs", "allowed_token_ids", "request_id", "thinking_token_budget"),
     )

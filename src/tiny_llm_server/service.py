@@ -29,6 +29,7 @@ from .metrics import Metrics
 from .run import Run
 from .sampling_defaults import checked_overrides, described
 from .schema import ROLES, ChatCompletionRequest, Generation, TokenizeRequest
+from .structured_fields import field_of
 from .tool_use import refused_message
 
 LOG = logging.getLogger("uvicorn.error")  # the logger that uvicorn sets up
@@ -178,13 +179,15 @@ class Service:
         request_id: str,
         field: str,
         *,
+        form_field: str = "structured_outputs",
         may_shorten: bool = False,
         visible: Collection[str] = (),
     ) -> Run:
         """Queue prompts in the engine. field: the request's field with the prompts, for error messages.
 
-        may_shorten: `max_tokens` is a default, so lower it if the context has fewer tokens left. visible:
-        control tokens that the completions' texts have although they skip others.
+        form_field: the field with the form of the text. may_shorten: `max_tokens` is a default, so lower it
+        if the context has fewer tokens left. visible: control tokens that the completions' texts have
+        although they skip others.
 
         The engine knows a single prompt by `request_id`, and several by `request_id` and their index. Raises
         `ApiError` that names the field at fault, and the engine's errors if it takes no requests.
@@ -208,7 +211,7 @@ class Service:
         except RequestTooLargeError as error:
             raise _too_large(error, field) from error
         except SamplingParamsError as error:
-            raise _of_params(error) from error
+            raise _of_params(error, form_field) from error
         except ValueError as error:
             raise refused(str(error), field) from error
 
@@ -344,9 +347,12 @@ def sampling_params(body: Generation, defaults: Mapping[str, Any], **others: Any
         raise _of_params(error) from error
 
 
-def _of_params(error: ValueError) -> ApiError:
-    """The engine's message starts with the field's name."""
-    return refused(str(error), str(error).split(" ", 1)[0].split("[", 1)[0])
+def _of_params(error: ValueError, form_field: str = "structured_outputs") -> ApiError:
+    """The engine's message starts with the field's name. form_field: the request's name of the form."""
+    message = str(error)
+    if message.startswith("structured_outputs"):
+        return refused(field_of(message, form_field), form_field)
+    return refused(message, message.split(" ", 1)[0].split("[", 1)[0])
 
 
 def _too_large(error: RequestTooLargeError, field: str) -> ApiError:

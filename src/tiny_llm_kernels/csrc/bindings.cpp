@@ -34,7 +34,7 @@ NB_MODULE(_kernels, m) {
   m.def("geglu", &tiny_llm::geglu, "gate"_a, "up"_a);
   m.def("rope", &tiny_llm::rope, "x"_a, "positions"_a, "inv_freq"_a);
   m.def("sample", &tiny_llm::sample, "logits"_a, "rows"_a, "temperature"_a, "min_p"_a, "top_k"_a, "top_p"_a,
-        "uniforms"_a);
+        "uniforms"_a, "masks"_a = nb::none());
   m.def(
       "zeros",
       [](int count, const std::vector<int>& shape, mx::Dtype dtype) {

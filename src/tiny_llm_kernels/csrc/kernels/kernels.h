@@ -214,6 +214,8 @@ struct RopeJob {
 
 struct SampleJob {
   const float* logits;  // [V]
+  const int32_t*
+      mask;  // [V / 32 rounded up]: bit t % 32 of word t / 32 allows token t; null: all are allowed
   int64_t V;
   float temperature;  // 0: the largest logit
   float min_p, top_p;

@@ -14,7 +14,8 @@
 //   bins, high to low   | 0.31 | 0.22 | 0.19 | 0.11 | ...      p = 0.6: above the third bin is 0.53, above the
 //                                        ^^^^                   fourth 0.72, so the answer is in the third
 //
-// A row is always summed in the same order, whatever other rows there are.
+// A row is always summed in the same order, whatever other rows there are. A token that is not allowed has the logit
+// -inf, before anything else; only a NaN is found everywhere.
 #include "kernels.h"
 #include "vec.h"
 
@@ -47,7 +48,19 @@ INLINE f32x8 logits_at(const SampleJob& job, int64_t i) {
   return last;
 }
 
+/// Eight logits at i, a multiple of 8, with -inf for tokens that are not allowed.
+template <bool MASKED>
+INLINE f32x8 only_allowed(const SampleJob& job, int64_t i, f32x8 x) {
+  if constexpr (MASKED) {
+    constexpr i32x8 bits = {1, 2, 4, 8, 16, 32, 64, 128};
+    const int32_t eight = job.mask[i / 32] >> i % 32 & 255;
+    return (bits & eight) != 0 ? x : splat(-INF);
+  }
+  return x;
+}
+
 /// The index of the first NaN; if there is none, of the first of the largest logits.
+template <bool MASKED>
 static int64_t largest_logit(const SampleJob& job) {
   f32x8 top = splat(-INF);
   for (int64_t i = 0; i < job.V; i += LANES) {
@@ -56,20 +69,24 @@ static int64_t largest_logit(const SampleJob& job) {
       while (job.logits[i] == job.logits[i]) ++i;
       return i;
     }
-    top = max(top, x);
+    top = max(top, only_allowed<MASKED>(job, i, x));
   }
   const float wanted = largest(top);
-  int64_t i = 0;
-  while (!any(logits_at(job, i) == splat(wanted))) i += LANES;
-  while (job.logits[i] != wanted) ++i;
-  return i;
+  for (int64_t i = 0;; i += LANES) {
+    const i32x8 found = only_allowed<MASKED>(job, i, logits_at(job, i)) == splat(wanted);
+    if (!any(found)) continue;
+    int64_t lane = 0;
+    while (!found[lane]) ++lane;
+    return i + lane;
+  }
 }
 
 /// Divides by the temperature and computes the weights; returns the least logit with a weight of at least min_p.
+template <bool MASKED>
 static float weigh(const SampleJob& job, float top, Candidates& row) {
   f32x8 least = splat(INF);
   for (int64_t i = 0; i < row.count; i += LANES) {
-    const f32x8 x = logits_at(job, i) / splat(job.temperature);
+    const f32x8 x = only_allowed<MASKED>(job, i, logits_at(job, i)) / splat(job.temperature);
     const f32x8 weight = exp(x - splat(top));
     const f32x8 kept = weight >= splat(job.min_p) ? x : splat(INF);
     least = kept < least ? kept : least;
@@ -148,14 +165,14 @@ static int64_t draw(const Candidates& row, double share) {
   return drawn;
 }
 
-/// Chooses the token of one row. If a logit is NaN or +infinity, the token is its index.
-void sample(const SampleJob& job, int64_t, int64_t) {
-  const int64_t top = largest_logit(job);
+template <bool MASKED>
+static void sample_row(const SampleJob& job) {
+  const int64_t top = largest_logit<MASKED>(job);
   *job.token = static_cast<uint32_t>(top);
   const bool is_finite = job.logits[top] - job.logits[top] == 0;
   if (job.temperature == 0 || !is_finite) return;
   Candidates row{job.scratch, job.scratch + rounded_up(job.V, LANES), rounded_up(job.V, LANES), -INF};
-  const float least = weigh(job, job.logits[top] / job.temperature, row);
+  const float least = weigh<MASKED>(job, job.logits[top] / job.temperature, row);
   if (job.min_p > 0) row.least = least;
   if (job.top_k > 0) row.least = least_with(row, false, static_cast<double>(job.top_k), 0.0f);
   if (job.top_p < 1) {
@@ -165,6 +182,12 @@ void sample(const SampleJob& job, int64_t, int64_t) {
     row.least = least_with(row, true, job.top_p * all, least_weight);
   }
   *job.token = static_cast<uint32_t>(draw(row, job.share));
+}
+
+/// Chooses the token of one row. If a logit is NaN, or is +infinity and allowed, the token is its index.
+void sample(const SampleJob& job, int64_t, int64_t) {
+  if (job.mask) return sample_row<true>(job);
+  sample_row<false>(job);
 }
 
 }  // namespace tiny_llm::TINY_LLM_ISA

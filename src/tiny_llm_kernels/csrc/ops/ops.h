@@ -29,7 +29,8 @@ mx::array geglu(const mx::array& gate, const mx::array& up);
 mx::array rope(const mx::array& x, const mx::array& positions, const mx::array& inv_freq);
 std::tuple<mx::array, mx::array> sample(const mx::array& logits, const std::vector<int64_t>& rows,
                                         float temperature, float min_p, int64_t top_k, float top_p,
-                                        const std::vector<double>& uniforms);
+                                        const std::vector<double>& uniforms,
+                                        const std::optional<mx::array>& masks);
 std::vector<mx::array> zeros(int count, const mx::Shape& shape, mx::Dtype dtype);
 mx::array copy_blocks(const mx::array& target, const mx::array& from, const mx::array& to,
                       const std::optional<mx::array>& source);

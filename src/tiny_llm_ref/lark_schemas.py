@@ -1,0 +1,72 @@
+"""JSON schemas in a grammar: `%json {...}` in llguidance's dialect of Lark.
+
+The library would take such a schema without `check_schema`. So the schemas are found here, without its lexer:
+each `%json {` counts, even in a string or a comment.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tiny_llm_checkpoints.errors import shown
+
+from .errors import SamplingParamsError
+from .json_schema import MAX_DEPTH, check_schema, depth_of
+
+KEYWORD = "%json"
+LAYOUT = ("whitespace_flexible", "whitespace_pattern", "item_separator", "key_separator")
+_SCHEMA = re.compile(rf"{KEYWORD}[ \t\r\n]*(?=\{{)")
+_FLEXIBLE = {"whitespace_flexible", "whitespace_pattern"}
+
+
+def with_checked_schemas(grammar: str, field: str, whitespace: str) -> str:
+    """Return a grammar whose schemas have been checked, with its line breaks where they were.
+
+    whitespace: an expression for the white space between two tokens of JSON, for schemas that do not say it
+    in "x-guidance". field: the name of the parameter, with which messages start.
+
+    Raises `SamplingParamsError`, with the line, for a schema that is not JSON, that `check_schema` rejects,
+    or whose "x-guidance" is more than its layout.
+    """
+    parts, end = [], 0
+    for found in _SCHEMA.finditer(grammar):
+        where = f"{field} at line {grammar.count(chr(10), 0, found.start()) + 1}"
+        schema, stop = _decoded(grammar, found.end(), where)
+        source = json.dumps(_checked(schema, where, whitespace))
+        if KEYWORD in source:  # the library may read it as the start of another schema
+            raise SamplingParamsError(f"{where}: a schema must not have the text {KEYWORD}")
+        num_lines = grammar.count("\n", found.start(), stop)
+        parts += [grammar[end : found.start()], KEYWORD, "\n" * num_lines or " ", source]
+        end = stop
+    return "".join([*parts, grammar[end:]])
+
+
+def _decoded(grammar: str, start: int, where: str) -> tuple[Any, int]:
+    """The schema that starts there, and where it ends."""
+    try:
+        schema, stop = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode(grammar, start)
+    except RecursionError:
+        raise SamplingParamsError(f"{where}: a schema must have at most {MAX_DEPTH} levels") from None
+    except ValueError as error:
+        raise SamplingParamsError(f"{where}: what follows {KEYWORD} is not JSON: {error}") from None
+    if depth_of(schema) > MAX_DEPTH:
+        raise SamplingParamsError(f"{where}: a schema must have at most {MAX_DEPTH} levels")
+    return schema, stop
+
+
+def _refuse_constant(constant: str) -> None:
+    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _checked(schema: Mapping[str, Any], where: str, whitespace: str) -> dict[str, Any]:
+    """The schema as the library gets it."""
+    plain = {keyword: value for keyword, value in schema.items() if keyword != "x-guidance"}
+    check_schema(plain, where)
+    layout = schema.get("x-guidance", {})
+    if not isinstance(layout, Mapping) or not set(layout) <= {*LAYOUT}:
+        raise SamplingParamsError(f"{where}: x-guidance may have {', '.join(LAYOUT)}, not {shown(layout)}")
+    if _FLEXIBLE.isdisjoint(layout):
+        layout = {**layout, "whitespace_pattern": whitespace}
+    return {**plain, "x-guidance": layout}
