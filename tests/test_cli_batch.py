@@ -115,6 +115,19 @@ def test_options_apply_to_requests_that_leave_them_out(cli: Run) -> None:
     assert [len(body["choices"][0]["logprobs"]["content"]) for body in bodies] == [5, 2, 3]
 
 
+def test_a_form_applies_to_requests_without_one(cli: Run) -> None:
+    own = {"type": "json_object"}
+    lines = [
+        request("option", {"messages": MESSAGES}),
+        request("own", {"messages": MESSAGES, "structured_outputs": {"choice": ["mine"]}}),
+        request("format", {"messages": MESSAGES, "response_format": own, "max_tokens": 4}),
+    ]
+    done = cli("generate", "--choice", "yes", stdin="\n".join(lines))
+    texts = [one["response"]["body"]["choices"][0]["message"]["content"] for one in results(done.out)]
+    assert texts[:2] == ["yes", "mine"]
+    assert texts[2].startswith("{")
+
+
 def test_a_batch_is_reproducible_and_its_lines_get_different_seeds(cli: Run) -> None:
     body = {"prompt": "Once", "max_tokens": 8, "temperature": 1.0}
     lines = "\n".join(request(str(number), body, "/v1/completions") for number in range(3))

@@ -32,6 +32,11 @@ def test_chat_prints_only_the_answer(cli: Run, llm: LLM) -> None:
     assert done == CommandResult(0, expected_answer(llm, "Name a colour.") + "\n", "")
 
 
+def test_chat_answers_in_the_form_that_is_asked_for(cli: Run) -> None:
+    done = cli("chat", "Is water wet?", "--choice", "indeed", "--choice", "hardly")
+    assert done.out in ("indeed\n", "hardly\n")
+
+
 def test_chat_reads_its_question_from_a_pipe(cli: Run, llm: LLM) -> None:
     done = cli("chat", "--max-tokens", "8", stdin="Name a\ncolour.\n")
     assert done.out == expected_answer(llm, "Name a\ncolour.") + "\n"

@@ -4,6 +4,7 @@ Oracle: the engine's own `generate` with the same parameters.
 """
 
 import json
+import re
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -240,3 +241,80 @@ def test_several_completions_are_sampled_even_if_the_model_recommends_greedy_dec
     assert asked_sampling(SamplingOptions(), max_tokens=8, n=1).params(recommended).temperature == 0.0
     asked = asked_sampling(SamplingOptions(temperature=0.0), max_tokens=8, n=3)
     assert asked.params(recommended).temperature == 0.0
+
+
+# ---- the form of the answers ----
+
+CITY = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 20}, "big": {"type": "boolean"}},
+    "required": ["name", "big"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_satisfy_the_schema_in_a_file(cli: Run, tmp_path: Path) -> None:
+    file = tmp_path / "city.json"
+    file.write_text(json.dumps(CITY))
+    arguments = ["--json-schema", str(file), "--n", "3", "--temperature", "1", "--json"]
+    found = json.loads(cli("generate", "--chat", "Describe Paris.", *arguments).out)
+    for output in found["outputs"]:
+        assert output["finish_reason"] == "stop"
+        assert list(json.loads(output["text"])) == ["name", "big"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["--json-object", "--max-tokens", "200"], r"\{.*\}"),
+        (["--regex", "[a-c]{4}"], "[a-c]{4}"),
+        (["--choice", "yes", "--choice", "no"], "yes|no"),
+    ],
+)
+def test_each_form_has_an_option(cli: Run, arguments: list[str], pattern: str) -> None:
+    done = cli("generate", "Answer in JSON:", *arguments, "--temperature", "0")
+    assert (done.code, done.err) == (0, "")
+    assert re.fullmatch(pattern, done.out.rstrip("\n"), re.DOTALL)
+
+
+def test_a_grammar_comes_from_a_file(cli: Run, tmp_path: Path) -> None:
+    file = tmp_path / "sum.lark"
+    file.write_text('start: NUMBER "+" NUMBER\nNUMBER: /[0-9]{1,3}/\n')
+    assert re.fullmatch(r"\d+\+\d+\n", cli("generate", "A sum:", "--grammar", str(file)).out)
+
+
+def test_a_line_has_its_own_form(cli: Run) -> None:
+    lines = [
+        {"prompt": "A", "structured_outputs": {"choice": ["red"]}},
+        {"prompt": "A", "structured_outputs": {"json": CITY}},
+        {"prompt": "A"},
+        {"prompt": "A", "structured_outputs": None, "max_tokens": 3},
+    ]
+    done = cli("generate", "--json", "--choice", "other", stdin="\n".join(map(json.dumps, lines)))
+    texts = [json.loads(line)["outputs"][0]["text"] for line in done.out.splitlines()]
+    assert (texts[0], texts[2]) == ("red", "other")
+    assert list(json.loads(texts[1])) == ["name", "big"]
+    assert texts[3] != "other"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--choice", "a", "--regex", "b"], "an answer has only one form, not --regex and --choice"),
+        (["--choice", ""], "--choice must be a list of strings that are not empty"),
+        (["--regex", "("], "--regex: at 1(8): invalid regex"),
+        (["--json-schema", "{missing}"], "missing: No such file"),
+        (["--json-schema", "{file}"], "--json-schema at #/items: Invalid type: strin"),
+        (["--grammar", "{file}"], "--grammar must be a grammar in Lark's syntax"),
+        (["--json-schema", "{latin}"], "--json-schema: {latin} is not UTF-8 text"),
+    ],
+)
+def test_an_error_names_the_option_of_a_wrong_form(
+    cli: Run, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    files = {name: str(tmp_path / name) for name in ("file", "latin", "missing")}
+    (tmp_path / "file").write_text('{"items": {"type": "strin"}}')
+    (tmp_path / "latin").write_bytes(b"\xe9")
+    done = cli("generate", "hello", *(argument.format(**files) for argument in arguments))
+    assert (done.code != 0, done.out) == (True, "")
+    assert message.format(**files) in " ".join(done.err.split())

@@ -140,6 +140,8 @@ def _body(request: BatchRequest, defaults: Mapping[str, Any], place: int) -> dic
     """
     body = {name: value for name, value in request.body.items() if name != "model" and value is not None}
     is_chat = request.url == CHAT
+    if body.get("response_format") is not None:  # the request's own form
+        defaults = {**defaults, "structured_outputs": None}
     for name, value in _as_fields(defaults, is_chat).items():
         if name != "max_tokens" or "max_completion_tokens" not in body:
             body.setdefault(name, value)

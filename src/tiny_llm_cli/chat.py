@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .engine import asked_sampling, load
+from .form_options import FormOptions, asked_form
 from .options import EngineOptions, SamplingOptions, takes_groups
 from .stdin import read_stdin, stdin_has_data, stdin_is_terminal
 
@@ -43,6 +44,7 @@ def chat(
         ),
     ] = True,
     sampling: SamplingOptions,
+    form: FormOptions,
     engine: EngineOptions,
 ) -> None:
     """Ask a model one question, or have a conversation with it.
@@ -64,7 +66,7 @@ def chat(
     if prompt is not None and not prompt.strip():
         raise typer.BadParameter("the prompt is empty", param_hint="PROMPT")
     seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
-    asked = asked_sampling(sampling, max_tokens=_MAX_TOKENS, seed=seed)
+    asked = asked_sampling(sampling, max_tokens=_MAX_TOKENS, seed=seed, structured_outputs=asked_form(form))
     piped = None if prompt is not None or stdin_is_terminal() else _read_question()
     with _line_break_after_ctrl_c():
         llm = load(engine)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from .engine import AskedSampling, asked_sampling, load
+from .form_options import FormOptions, asked_form
 from .lines import STDIN, Line, name_of, read_lines
 from .options import EngineOptions, SamplingOptions, takes_groups
 from .stdin import stdin_is_terminal
@@ -124,6 +125,7 @@ def generate(
             "--show-special-tokens", help="Include special tokens in the text.", rich_help_panel=_SAMPLING
         ),
     ] = False,
+    form: FormOptions,
     engine: EngineOptions,
 ) -> None:
     """Complete many prompts together.
@@ -132,6 +134,8 @@ def generate(
     tiny-llm generate "Once upon a time" --n 3
     tiny-llm generate --chat --json "Name a color." "Name a fruit." > answers.jsonl
     echo '{"id": 7, "messages": [{"role": "user", "content": "Hi"}]}' | tiny-llm generate --json
+    tiny-llm generate --chat "Is water wet?" --choice yes --choice no
+    tiny-llm generate --chat "Describe Paris as JSON." --json-schema city.json
 
     A line of JSON has "prompt" (text or token ids) or "messages" (a conversation), and may have an "id",
     which comes back with the result, and sampling parameters ("temperature", "max_tokens", ...), which
@@ -156,6 +160,7 @@ def generate(
         stop_token_ids=stop_token_id or None,
         include_stop_str_in_output=include_stop,
         skip_special_tokens=not show_special_tokens,
+        structured_outputs=asked_form(form),
     )
     arguments = prompts or []
     files = _files(arguments, file or [])

@@ -59,7 +59,7 @@ def with_option_names(message: str, params: Iterable["Parameter"]) -> str:
     """
     for field, option in _option_of_field(params).items():
         start = "" if "_" in field else "^"
-        pattern = rf"{start}(?<![\w/.'\"-]){field}(?![\w/.'\"-])"
+        pattern = rf"{start}(?<![\w/.'\"-]){re.escape(field)}(?![\w/.'\"-])"
         message = re.sub(rf"{pattern}='(\w+)'", rf"{option} \1", message)
         message = re.sub(pattern, option, message)
     return message
@@ -70,6 +70,8 @@ _OTHER_FIELDS = {
     "stop_token_id": "stop_token_ids",
     "include_stop": "include_stop_str_in_output",
     "show_special_tokens": "skip_special_tokens",
+    "json_schema": "structured_outputs.json",
+    **{kind: f"structured_outputs.{kind}" for kind in ("json_object", "regex", "choice", "grammar")},
 }
 
 
