@@ -501,3 +501,39 @@ def test_the_library_is_imported_only_by_the_first_grammar() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stdout == "False\n"
+
+
+def test_a_mask_ahead_is_that_after_accepting_these_tokens() -> None:
+    grammar, other = byte_grammar(json=PERSON), byte_grammar(json=PERSON)
+    text = random_text(grammar.fork(), 3)
+    assert text is not None
+    for place in range(len(text) - 4):
+        ahead = text[place : place + 4]
+        masks = [list(grammar.allowed(ahead[:count]).words) for count in range(5)]
+        for byte, mask in zip(ahead, masks, strict=False):
+            assert list(other.allowed().words) == mask
+            other.accept(byte)
+        other.rollback(3)
+        grammar.accept(text[place])
+        assert list(grammar.allowed().words) == list(other.allowed().words)
+
+
+@pytest.mark.parametrize(
+    ("regex", "draft", "count"),
+    [
+        ("abc*", b"abcc", 4),
+        ("abc*", b"abxc", 2),
+        ("abc*", b"xabc", 0),
+        ("abc", b"abc", 2),  # nothing is drawn after the text is complete
+        ("a+", [97, 97, 256, 97], 2),
+        ("a+", b"", 0),
+    ],
+)
+def test_a_draft_ends_before_a_token_after_which_nothing_is_drawn(
+    regex: str, draft: bytes | list[int], count: int
+) -> None:
+    grammar = byte_grammar(regex=regex)
+    before = list(grammar.allowed().words)
+    assert grammar.num_drafted([*draft]) == count
+    assert list(grammar.fork().allowed().words) == before
+    assert not grammar.has_ended

@@ -96,6 +96,7 @@ def test_scheduling_never_changes_the_answer_and_pages_are_conserved(
     @example(MANY_ROWS)
     @example(replace(SWAPPED, drafts=5))
     @example(replace(ALIKE, drafts=9))
+    @example(replace(STRUCTURED, drafts=6))
     @example(STRUCTURED)
     def every_completion_equals_the_one_alone(scenario: Scenario) -> None:
         seen = check_scenario(make(), scenario)
@@ -444,7 +445,7 @@ def test_guesses_that_enter_the_prefix_cache_are_caught(monkeypatch: pytest.Monk
         sequence.num_computed -= guessed
 
     monkeypatch.setattr(PrefixSharing, "keep", too_early)
-    assert_caught_by_check(guessing())
+    assert_caught_by_check(st.just(replace(SWAPPED, drafts=6, swap_blocks=0)))
 
 
 def guessing() -> st.SearchStrategy[Scenario]:
@@ -480,6 +481,17 @@ def test_a_mask_that_adjusted_rows_do_not_get_is_caught(monkeypatch: pytest.Monk
     """A penalty or a bias changes the row first, so it is not chosen together with others."""
     monkeypatch.setattr(token_output, "keep_allowed", lambda row, mask: row)
     assert_caught_by_check(st.just(STRUCTURED))
+
+
+def test_a_mask_that_ignores_guesses_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = Grammar.allowed
+    monkeypatch.setattr(Grammar, "allowed", lambda grammar, ahead=(): allowed(grammar))
+    assert_caught_by_check(st.just(replace(STRUCTURED, drafts=6)))
+
+
+def test_a_grammar_that_stays_behind_a_guess_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Grammar, "rollback", lambda grammar, num_tokens: None)
+    assert_caught_by_check(st.just(replace(STRUCTURED, drafts=6)))
 
 
 def colliding_scenarios() -> st.SearchStrategy[Scenario]:

@@ -216,10 +216,10 @@ def test_a_grammar_that_fails_ends_only_its_request(monkeypatch: pytest.MonkeyPa
         core.add_request(name, list(PROMPT), params, grammar)
     core.add_request("plain", list(PROMPT), SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))
 
-    def failing(grammar: Grammar) -> Any:
+    def failing(grammar: Grammar, ahead: Any = ()) -> Any:
         if grammar is broken and len(core.manager.sequence("broken").outputs) == 3:
             raise GrammarError("too complex")
-        return allowed(grammar)
+        return allowed(grammar, ahead)
 
     monkeypatch.setattr(Grammar, "allowed", failing)
     finished = set()

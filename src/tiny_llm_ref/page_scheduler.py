@@ -266,9 +266,9 @@ class PageScheduler:
             plan.chunks[i] = self._with_draft(plan.chunks[i], draft)
 
     def _with_draft(self, chunk: Scheduled[PagedSequence], draft: Seq[int]) -> Scheduled[PagedSequence]:
-        """Return the chunk extended by a draft, or by as much of it as pages are available for."""
+        """Return the chunk extended by a draft, as far as pages are available and its grammar allows."""
         sequence, start, stop, copies = chunk
-        length = len(draft)
+        length = len(draft) if sequence.grammar is None else sequence.grammar.num_drafted(draft)
         while length and sequence.blocks_to_append(length) > self.num_available:
             length -= 1
         if not length:
@@ -361,10 +361,7 @@ class PageScheduler:
 
 
 def _may_draft(chunk: Scheduled[PagedSequence]) -> bool:
-    """True if the chunk is a decode that continues a completion: its only token is the newest output.
-
-    A sequence with a grammar has no drafts: the masks behind a draft are not known.
-    """
+    """True if the chunk is a decode that continues a completion: its only token is the newest output."""
     sequence = chunk.sequence
     is_decode = chunk.start == sequence.num_tokens - 1 and bool(sequence.outputs)
-    return is_decode and not sequence.is_beam and sequence.grammar is None
+    return is_decode and not sequence.is_beam

@@ -94,7 +94,7 @@ def choose_token(place: Place, row: mx.array, eos_token_ids: frozenset[int]) -> 
     """
     sequence, outputs = place.sequence, place.outputs
     params = sequence.params
-    mask = allowed_tokens(sequence, eos_token_ids)
+    mask = allowed_tokens(place, eos_token_ids)
     ends = end_token_ids(params, eos_token_ids) if mask is None else ()  # a mask has `min_tokens` in it
     adjusted = adjust_logits(row, params, sequence.prompt, outputs, ends)
     compiled = is_reference(sample_token) and use_compiled()
@@ -121,7 +121,7 @@ def choose_together(rows: mx.array, places: Seq[Place], eos_token_ids: frozenset
     temperature = 0.0 if params.greedy else params.temperature
     indices, numbers = [one.row for one in places], [one.uniform for one in places]
     filters = (params.min_p, params.top_k, params.top_p)
-    masks = [mask for one in places if (mask := allowed_tokens(one.sequence, eos_token_ids)) is not None]
+    masks = [mask for one in places if (mask := allowed_tokens(one, eos_token_ids)) is not None]
     allowed = stacked_masks(masks) if masks else None
     tokens, logits = compiled_kernel("sample")(rows, indices, temperature, *filters, numbers, allowed)
     return [Choice(one, rows[one.row], tokens, logits, number) for number, one in enumerate(places)]
@@ -135,17 +135,18 @@ def group_of(sequence: Sequence) -> tuple[float, ...]:
     return (has_grammar, params.temperature, params.min_p, params.top_k, params.top_p)
 
 
-def allowed_tokens(sequence: Sequence, eos_token_ids: frozenset[int]) -> TokenMask | None:
-    """The tokens that a sequence's grammar allows next; None without a grammar.
+def allowed_tokens(place: Place, eos_token_ids: frozenset[int]) -> TokenMask | None:
+    """The tokens that its sequence's grammar allows at a place; None without a grammar.
 
     Tokens that end a sequence are left out before it has `min_tokens` outputs, and end-of-sequence tokens
     with `ignore_eos`, unless the grammar allows nothing else. Raises `GrammarError` if none may come next.
     """
+    sequence = place.sequence
     if sequence.grammar is None:
         return None
-    params, allowed = sequence.params, sequence.grammar.allowed()
+    params, allowed = sequence.params, sequence.grammar.allowed(sequence.draft[: place.ahead])
     ends = eos_token_ids if params.ignore_eos else frozenset()
-    if len(sequence.outputs) < params.min_tokens:
+    if len(place.outputs) < params.min_tokens:
         ends = eos_token_ids | params.stop_ids
     others = allowed.without(ends) if ends else allowed
     return others or allowed
