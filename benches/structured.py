@@ -1,9 +1,9 @@
 """What does structured output cost? A step of requests with a form and without, and the mask of one token.
 
 `--requests` requests on the embedded model at temperature 1. The first figure is the median time of a decode
-step: without a form, in the form of a JSON schema, and of a regular expression that allows any text. Each
-case has its own engine; the engines alternate step by step. The second figure is the time in which a
-request's grammar computes a mask and moves past a token, without the model.
+step: without a form, in the form of a JSON schema, and of an expression that allows any text. Each case
+has its own engine; the engines alternate step by step. The second figure is the time in which a request's
+grammar computes a mask and moves past a token, without the model.
 """
 
 from functools import partial

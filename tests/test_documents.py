@@ -74,6 +74,7 @@ MAY_FAIL = (
 FILES = {
     "prompts.txt": "The sky is\nOnce upon a time\n",
     "notes.txt": "Water boils at 100 degrees Celsius at sea level.\n",
+    "city.json": '{"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}}}',
 }
 
 

@@ -35,9 +35,15 @@ def test_a_schema_becomes_its_compact_text_in_the_order_of_its_properties(given:
     assert hash(params) == hash(StructuredOutputsParams(json=SCHEMA))
 
 
-def test_a_pydantic_model_stands_for_its_schema() -> None:
-    expected = StructuredOutputsParams(json=Person.model_json_schema())
-    assert StructuredOutputsParams(json=Person) == expected
+class Open(BaseModel, extra="allow"):
+    name: str
+
+
+def test_a_pydantic_model_stands_for_its_schema_without_other_properties() -> None:
+    """As OpenAI's client does; a model may otherwise add properties until `max_tokens`."""
+    schema = {**Person.model_json_schema(), "additionalProperties": False}
+    assert StructuredOutputsParams(json=Person) == StructuredOutputsParams(json=schema)
+    assert StructuredOutputsParams(json=Open) == StructuredOutputsParams(json=Open.model_json_schema())
 
 
 def test_a_list_of_choices_becomes_a_tuple() -> None:

@@ -12,7 +12,7 @@ from tiny_llm_checkpoints.errors import shown
 from tiny_llm_checkpoints.suggestions import did_you_mean, suggests_fields
 
 from .errors import SamplingParamsError, described
-from .json_schema import MAX_DEPTH, depth_of
+from .json_schema import MAX_DEPTH, closed, depth_of
 from .parameter_checks import check, flag, listed, refuse, text
 
 FIELD = "structured_outputs"  # the field of `SamplingParams`, with which each error message starts
@@ -30,7 +30,8 @@ class StructuredOutputsParams:
     """The form of a request's text: exactly one of the first five fields, checked on creation.
 
     json: the text is a JSON value that satisfies this JSON Schema (Draft 2020-12): a mapping, JSON text, or a
-        pydantic model class. Stored as JSON text.
+        pydantic model class, whose objects then have no other properties, as with OpenAI's client, unless
+        the model allows them. Stored as JSON text.
     regex: the whole text matches this regular expression, in the syntax of Rust's `regex` crate.
     choice: the text is one of these strings.
     grammar: the text is a sentence of this grammar, in llguidance's dialect of Lark, with a rule `start`.
@@ -118,7 +119,7 @@ def _json(name: str, given: object) -> str:
     """The text of a JSON Schema."""
     try:
         if isinstance(given, type) and hasattr(given, "model_json_schema"):
-            given = given.model_json_schema()
+            given = closed(given.model_json_schema())
         if not isinstance(given, str):
             check(
                 isinstance(given, Mapping),
