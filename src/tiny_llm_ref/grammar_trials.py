@@ -30,6 +30,7 @@ class GrammarTrials:
         self._lock = Lock()
         self._process: Popen[str] | None = None
         self._owner = 0  # the id of the process that started it: a fork must not use its pipes
+        self._ender: finalize[..., GrammarTrials] | None = None  # ends it, at the latest at exit
 
     def reason_to_refuse(self, source: str, limits: Mapping[str, object]) -> str:
         """Return the library's reason for refusing a grammar, `TOO_COSTLY`, or "" if it can be compiled here.
@@ -59,13 +60,13 @@ class GrammarTrials:
             self._process = _started()
             _written(self._process, self._vocabulary)
         self._owner = os.getpid()
-        finalize(self, _ended, self._process, self._owner)
+        self._ender = finalize(self, _ended, self._process, self._owner)
         return self._process
 
     def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            _ended(process, self._owner)
+        self._process = None
+        if self._ender is not None:
+            self._ender()  # forgets the process too
 
 
 def _started() -> "Popen[str]":
