@@ -287,7 +287,8 @@ def schema(**of: Any) -> dict[str, Any]:
             "structured_outputs",
             "not allowed together with response_format",
         ),
-        ({"guided_json": {}}, "guided_json", "is not supported"),
+        ({"guided_json": {}}, "guided_json", "is not supported; use structured_outputs.json"),
+        ({"json_schema": {}}, "json_schema", "is not supported; use response_format"),
     ],
 )
 def test_a_wrong_form_is_refused_with_its_field_and_place(

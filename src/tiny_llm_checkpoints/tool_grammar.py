@@ -1,4 +1,4 @@
-"""Grammars that let a model write calls of tools only with arguments that follow the tools' schemas.
+"""Grammars of whole answers: reasoning, then calls of tools or content, each in its form.
 
 They are Lark in llguidance's dialect. `%json` embeds a JSON schema; a control token is named by its id, as in
 `<[151657]>`. Knows nothing of how a grammar is enforced.
@@ -23,10 +23,15 @@ _SPACE = "/[ \\n]{0,4}/"
 
 @dataclass(frozen=True)
 class Reasoning:
-    """Reasoning that may precede the calls. is_open: the prompt ends within it."""
+    """Reasoning that may precede an answer. is_open: the prompt ends within it."""
 
     form: ReasoningFormat
     is_open: bool
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether each answer starts with it."""
+        return self.is_open or self.form.is_implied
 
 
 def tool_grammar(
@@ -37,23 +42,40 @@ def tool_grammar(
     parallel: bool,
     control_tokens: Mapping[str, int],
     reasoning: Reasoning | None = None,
+    content: str | None = None,
 ) -> str:
     """Return a grammar of answers that may call these tools.
 
     is_forced: the answer is one or more calls, with arguments that follow the schemas. Otherwise it is text,
     or text and then calls, and only the arguments of strict tools follow their schemas. parallel: allow
     several calls. control_tokens: the ids of the vocabulary's control tokens, by name. reasoning: what may
-    precede all of that.
+    precede all of that. content: what stands in a rule for the text; with it, the answer is either text or
+    calls. None: any text.
     """
     schemas = [arguments_schema(tool) if is_forced or tool.is_strict else _ANY for tool in tools]
-    rules = [] if is_forced else [*_free_text(form, control_tokens)]
-    has_begun = not is_forced and form.begin not in ("", *control_tokens)
+    rules: list[str] = []
+    if not is_forced and content is None:
+        rules += _free_text(form, control_tokens)
+    elif not is_forced:
+        rules += ["answer: content | calls", f"content: {content}"]
+    has_begun = not is_forced and content is None and form.begin not in ("", *control_tokens)
     rules += _calls(form, tools, schemas, parallel, control_tokens, has_begun)
-    start = "calls" if is_forced else "answer"
-    if reasoning is not None:
-        start = f"reasoning{'' if reasoning.is_open else '?'} {start}"
-        rules += _thoughts(reasoning, control_tokens)
-    return "\n".join([f"start: {start}", *rules]) + "\n"
+    return _grammar("calls" if is_forced else "answer", rules, control_tokens, reasoning)
+
+
+def content_grammar(content: str, reasoning: Reasoning, control_tokens: Mapping[str, int]) -> str:
+    """Return a grammar of answers with reasoning before their content. Parameters as of `tool_grammar`."""
+    return _grammar("content", [f"content: {content}"], control_tokens, reasoning)
+
+
+def _grammar(
+    answer: str, rules: Sequence[str], control_tokens: Mapping[str, int], reasoning: Reasoning | None
+) -> str:
+    """The grammar of an answer, given by its rules, after the reasoning."""
+    if reasoning is None:
+        return "\n".join([f"start: {answer}", *rules]) + "\n"
+    start = f"start: reasoning{'' if reasoning.is_certain else '?'} {answer}"
+    return "\n".join([start, *rules, *_thoughts(reasoning, control_tokens)]) + "\n"
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
@@ -126,7 +148,9 @@ def _thoughts(reasoning: Reasoning, control_tokens: Mapping[str, int]) -> Iterat
     """The rules of the reasoning, up to its end and the white space after that."""
     form = reasoning.form
     begin = _literal(form.begin, (form.begin,), control_tokens)
-    yield f"reasoning: {'' if reasoning.is_open else begin} thoughts {_SPACE}"
+    if reasoning.is_certain:
+        begin = "" if reasoning.is_open else f"({begin})?"
+    yield f"reasoning: {begin} thoughts {_SPACE}"
     if form.end in control_tokens:
         yield f"thoughts: /(?s:.*)/ <[{control_tokens[form.end]}]>"
     else:

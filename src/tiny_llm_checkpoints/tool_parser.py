@@ -33,7 +33,8 @@ class ToolParser:
 
     names: the offered functions. as_generated: pass the arguments on while they are generated, which is right
     if a grammar guarantees that they become valid; otherwise a call is passed on when it is complete.
-    max_calls: calls after that many are dropped; None: no limit.
+    only_calls: there is no content; what else is generated, such as a call that is cut off before its
+    arguments, is dropped. max_calls: calls after that many are dropped; None: no limit.
 
     num_calls: the calls so far. is_complete: whether the last of them has ended.
     """
@@ -44,6 +45,7 @@ class ToolParser:
         names: Collection[str],
         *,
         as_generated: bool = False,
+        only_calls: bool = False,
         max_calls: int | None = None,
     ) -> None:
         self.num_calls = 0
@@ -51,6 +53,7 @@ class ToolParser:
         self._form = form
         self._names = names
         self._as_generated = as_generated
+        self._only_calls = only_calls
         self._max_calls = max_calls
         self._marker = form.begin or form.optional
         self._state = _State.TEXT if form.begin else _State.START
@@ -227,4 +230,5 @@ class ToolParser:
             self._deltas.append(CallDelta(self.num_calls - 1, call.name if is_new else None, arguments))
 
     def _content(self, text: str) -> None:
-        self._deltas.append(ContentDelta(text))
+        if not self._only_calls:
+            self._deltas.append(ContentDelta(text))

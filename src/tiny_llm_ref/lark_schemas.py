@@ -14,7 +14,7 @@ from tiny_llm_checkpoints.errors import shown
 from .errors import SamplingParamsError
 from .json_schema import MAX_DEPTH, check_schema, depth_of
 
-KEYWORD = "%json"
+KEYWORD, ESCAPED = "%json", "\\u0025json"  # in a JSON string, the second means the first
 LAYOUT = ("whitespace_flexible", "whitespace_pattern", "item_separator", "key_separator")
 _SCHEMA = re.compile(rf"{KEYWORD}[ \t\r\n]*(?=\{{)")
 _FLEXIBLE = {"whitespace_flexible", "whitespace_pattern"}
@@ -31,13 +31,14 @@ def with_checked_schemas(grammar: str, field: str, whitespace: str) -> str:
     """
     parts, end = [], 0
     for found in _SCHEMA.finditer(grammar):
+        if found.start() < end:  # in a string of the schema before it
+            continue
         where = f"{field} at line {grammar.count(chr(10), 0, found.start()) + 1}"
         schema, stop = _decoded(grammar, found.end(), where)
-        source = json.dumps(_checked(schema, where, whitespace))
-        if KEYWORD in source:  # the library may read it as the start of another schema
-            raise SamplingParamsError(f"{where}: a schema must not have the text {KEYWORD}")
+        checked = json.dumps(_checked(schema, where, whitespace))
+        checked = checked.replace(KEYWORD, ESCAPED)  # the library might read it as the start of a schema
         num_lines = grammar.count("\n", found.start(), stop)
-        parts += [grammar[end : found.start()], KEYWORD, "\n" * num_lines or " ", source]
+        parts += [grammar[end : found.start()], KEYWORD, "\n" * num_lines or " ", checked]
         end = stop
     return "".join([*parts, grammar[end:]])
 

@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
 
 from tiny_llm import Logprob, RequestEvent, RequestUsage
 
+from .answer_form import AnswerForm
 from .answers import (
     ChatChoice,
     ChatChunkChoice,
@@ -54,7 +56,7 @@ def router(service: Service) -> APIRouter:
             work.params,
             work.id,
             "messages",
-            form_field=body.form_field,
+            form=work.form,
             may_shorten=service.may_shorten(body),
             visible=work.visible,
         )
@@ -83,6 +85,7 @@ class _Work:
             logprobs=logprobs,
             cache_salt=cache_salt,
         )
+        self.form: AnswerForm | None = None
         self._head = new_head("chatcmpl", service.model_name)
         self._no_usage = null_usage(body.stream_options)
         self.id: str = self._head["id"]
@@ -90,7 +93,7 @@ class _Work:
         self._choices: list[ChatChoiceState] = []
 
     def encoded(self) -> list[int]:
-        """Check the tools, make the prompt, and prepare the choices. Called in a thread."""
+        """Check the tools, set the form, make the prompt, and prepare the choices. Called in a thread."""
         service, body = self._service, self._body
         use, form = tool_use(body), service.chat_format
         if use.callable and form.tools is None:
@@ -99,14 +102,14 @@ class _Work:
         prompt = service.encode_chat(body, [tool.fields for tool in use.offered], service.max_model_len)
         continued = text_of(body.messages[-1]) if body.continue_final_message else None
         in_reasoning = form.begins_reasoning(prompt, service.llm.tokenizer, continued)
-        grammar = form.grammar(use, service.llm.tokenizer, in_reasoning=in_reasoning)
-        if grammar is not None:
-            raise refused("tool_choice: required calls are not supported", "tool_choice", "unsupported_field")
+        self.form = form.answer_form(body, use, service.llm.tokenizer, in_reasoning=in_reasoning)
+        if self.form is not None:
+            self.params = replace(self.params, structured_outputs=self.form.params)
         self.visible = form.visible_tokens(use)
         self._choices = [
             ChatChoiceState(
                 index,
-                form.parser(use, in_reasoning=in_reasoning),
+                form.parser(use, in_reasoning=in_reasoning, is_certain=self.form is not None),
                 has_short_ids=form.tools is not None and form.tools.name == "mistral",
                 shows_reasoning=body.include_reasoning,
                 is_named=use.is_named,

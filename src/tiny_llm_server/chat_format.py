@@ -1,17 +1,20 @@
 """How the served model writes calls of tools and reasoning, and the parsers for its answers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
+from tiny_llm import StructuredOutputsParams
 from tiny_llm_checkpoints.answer_parser import AnswerParser
 from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.reasoning_parser import ReasoningFormat, ReasoningParser, reasoning_named
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 from tiny_llm_checkpoints.tool_formats import ToolFormat, format_named
-from tiny_llm_checkpoints.tool_grammar import Reasoning, tool_grammar
+from tiny_llm_checkpoints.tool_grammar import Reasoning, content_grammar, tool_grammar
 from tiny_llm_checkpoints.tool_parser import ToolParser
 
+from .answer_form import AnswerForm, composed_form, in_lark, plain_form
 from .config import ServerConfig
+from .schema import ChatCompletionRequest
 from .tool_use import ToolUse
 
 _TAIL = 16  # tokens at the end of a prompt in which a template may begin the reasoning
@@ -54,28 +57,56 @@ class ChatFormat(NamedTuple):
         tail = tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
         return tail.rstrip().endswith(begin)
 
-    def grammar(self, use: ToolUse, tokenizer: Tokenizer, *, in_reasoning: bool) -> str | None:
-        """Return the grammar that an answer must follow; None if it is free."""
-        if self.tools is None or not use.is_constrained:
-            return None
+    def answer_form(
+        self, body: ChatCompletionRequest, use: ToolUse, tokenizer: Tokenizer, *, in_reasoning: bool
+    ) -> AnswerForm | None:
+        """Return the form that an answer must have; None if it is free.
+
+        Raises `ApiError` for tools that are too large to be enforced.
+        """
+        form = body.form
+        has_calls = bool(use.callable) and (use.is_constrained or form is not None)
+        if not has_calls and (form is None or self.reasoning is None):
+            return plain_form(form, body.form_field)
+        reasoning = None if self.reasoning is None else Reasoning(self.reasoning, in_reasoning)
+        grammar = self._grammar(use, form, reasoning, tokenizer.control_token_ids())
+        return composed_form(grammar, None if use.is_forced else form, body.form_field, use)
+
+    def _grammar(
+        self,
+        use: ToolUse,
+        form: StructuredOutputsParams | None,
+        reasoning: Reasoning | None,
+        control_tokens: Mapping[str, int],
+    ) -> str:
+        content = None if form is None else in_lark(form)
+        if self.tools is None or not use.callable:
+            assert content is not None
+            assert reasoning is not None
+            return content_grammar(content, reasoning, control_tokens)
         return tool_grammar(
             self.tools,
             use.callable,
             is_forced=use.is_forced,
             parallel=use.parallel,
-            control_tokens=tokenizer.control_token_ids(),
-            reasoning=None if self.reasoning is None else Reasoning(self.reasoning, in_reasoning),
+            control_tokens=control_tokens,
+            reasoning=reasoning,
+            content=content,
         )
 
-    def parser(self, use: ToolUse, *, in_reasoning: bool) -> AnswerParser | None:
-        """Make the parser of one answer; None if the answer is only content."""
+    def parser(self, use: ToolUse, *, in_reasoning: bool, is_certain: bool) -> AnswerParser | None:
+        """Make the parser of one answer; None if the answer is only content.
+
+        is_certain: a grammar enforces the form of the calls.
+        """
         reasoning = None if self.reasoning is None else ReasoningParser(self.reasoning, is_open=in_reasoning)
         tools = None
         if self.tools is not None and use.callable:
             tools = ToolParser(
                 self.tools,
                 [tool.name for tool in use.callable],
-                as_generated=use.is_constrained,
+                as_generated=is_certain,
+                only_calls=use.is_forced,
                 max_calls=None if use.parallel else 1,
             )
         return None if reasoning is None and tools is None else AnswerParser(reasoning, tools)

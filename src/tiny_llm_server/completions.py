@@ -12,6 +12,7 @@ from tiny_llm.engine import Prompt
 from tiny_llm import Logprob, RequestEvent, RequestUsage
 from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
 
+from .answer_form import AnswerForm, plain_form
 from .answers import (
     Completion,
     CompletionChoice,
@@ -51,7 +52,7 @@ def router(service: Service) -> APIRouter:
             work.params,
             work.id,
             "prompt",
-            form_field=body.form_field,
+            form=work.form,
             may_shorten=service.may_shorten(body),
         )
         track(request, run.stats)
@@ -79,6 +80,7 @@ class _Work:
             prompt_logprobs=echoed,
             cache_salt=cache_salt,
         )
+        self.form: AnswerForm | None = None
         self._head = new_head("cmpl", service.model_name)
         self._no_usage = null_usage(body.stream_options)
         self.id: str = self._head["id"]
@@ -88,7 +90,13 @@ class _Work:
         self._usages: list[RequestUsage] = []
 
     def encoded(self) -> list[Prompt]:
-        """Return the prompts for the engine, which adds special tokens to those that are texts."""
+        """Set the form, and return the prompts for the engine, which adds special tokens to texts.
+
+        Called in a thread.
+        """
+        self.form = plain_form(self._body.form, self._body.form_field)
+        if self.form is not None:
+            self.params = replace(self.params, structured_outputs=self.form.params)
         if self._body.add_special_tokens:
             return self.prompts
         return [self.tokenizer.encode(one) if isinstance(one, str) else one for one in self.prompts]

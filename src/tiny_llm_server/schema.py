@@ -25,7 +25,7 @@ from tiny_llm import StructuredOutputsParams
 from tiny_llm_checkpoints.chat_tools import MAX_TOOLS
 from tiny_llm_checkpoints.errors import shown
 
-from .structured_fields import ResponseFormat, StructuredOutputs
+from .structured_fields import OWN, RESPONSE_FORMAT, ResponseFormat, StructuredOutputs
 from .unknown_fields import IgnoredFields, unknown_field
 
 MAX_LOGPROBS = 20
@@ -306,14 +306,14 @@ class Generation(Body):
     @property
     def form_field(self) -> str:
         """The name of the field with the form."""
-        return "structured_outputs" if self.response_format is None else "response_format"
+        return OWN if self.response_format is None else RESPONSE_FORMAT
 
     def sampling(self) -> dict[str, Any]:
         """Return the fields that are sampling parameters of the engine, under the same names.
 
         A negative seed becomes the unsigned number with the same 64 bits.
         """
-        fields = {**self.model_dump(include=_SAMPLING), "structured_outputs": self.form}
+        fields = self.model_dump(include=_SAMPLING)
         return fields if self.seed is None else {**fields, "seed": self.seed % 2**64}
 
     def leaves_out(self, name: str) -> bool:
@@ -492,7 +492,8 @@ REJECTED = frozenset(
     (
         *("audio", "moderation", "web_search_options"),
         "chat_template",
-        *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+        *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_whitespace_pattern"),
+        *("json_schema", "grammar", "regex"),
         *("prompt_logprobs", "allowed_token_ids", "request_id", "thinking_token_budget"),
     )
 )

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import Enum
 from threading import Thread
@@ -17,11 +17,19 @@ from tiny_llm.generation_defaults import fit_to_context
 from tiny_llm.output_processor import RequestState
 from tiny_llm.resources import requiring
 
-from tiny_llm import LLM, EngineStats, RequestTooLargeError, SamplingParams, SamplingParamsError
+from tiny_llm import (
+    LLM,
+    EngineStats,
+    RequestTooLargeError,
+    SamplingParams,
+    SamplingParamsError,
+    StructuredOutputsParams,
+)
 from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.errors import PromptTooLongError
 from tiny_llm_checkpoints.plain_json import MessageError
 
+from .answer_form import AnswerForm
 from .chat_format import ChatFormat
 from .config import ServerConfig
 from .errors import ApiError, load_error, refused
@@ -29,7 +37,7 @@ from .metrics import Metrics
 from .run import Run
 from .sampling_defaults import checked_overrides, described
 from .schema import ROLES, ChatCompletionRequest, Generation, TokenizeRequest
-from .structured_fields import field_of
+from .structured_fields import OWN
 from .tool_use import refused_message
 
 LOG = logging.getLogger("uvicorn.error")  # the logger that uvicorn sets up
@@ -60,6 +68,7 @@ class Service:
         self._at_end: list[Callable[[], None]] = []
         self._overrides = checked_overrides(config.override_generation_config)
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
+        self._compiling = ThreadPoolExecutor(1, "grammars")
         self.metrics = Metrics(lambda: self._llm, lambda: self.model_name)
 
     async def load(self) -> None:
@@ -179,26 +188,27 @@ class Service:
         request_id: str,
         field: str,
         *,
-        form_field: str = "structured_outputs",
+        form: AnswerForm | None = None,
         may_shorten: bool = False,
         visible: Collection[str] = (),
     ) -> Run:
         """Queue prompts in the engine. field: the request's field with the prompts, for error messages.
 
-        form_field: the field with the form of the text. may_shorten: `max_tokens` is a default, so lower it
-        if the context has fewer tokens left. visible: control tokens that the completions' texts have
-        although they skip others.
+        form: that of the answers; its grammar is compiled in a thread of its own, so that other requests do
+        not wait for it. may_shorten: `max_tokens` is a default, so lower it if the context has fewer tokens
+        left. visible: control tokens that the completions' texts have although they skip others.
 
         The engine knows a single prompt by `request_id`, and several by `request_id` and their index. Raises
         `ApiError` that names the field at fault, and the engine's errors if it takes no requests.
         """
         engine, ids = self.llm.engine, prompt_ids(request_id, len(prompts))
         try:
-            requests = await asyncio.to_thread(
+            requests = await self._in_thread(
                 lambda: [
                     self._request(prompt, params, name, may_shorten, visible)
                     for prompt, name in zip(prompts, ids, strict=True)
-                ]
+                ],
+                form,
             )
             if self.config.log_requests:
                 for request, prompt in zip(requests, prompts, strict=True):
@@ -211,9 +221,30 @@ class Service:
         except RequestTooLargeError as error:
             raise _too_large(error, field) from error
         except SamplingParamsError as error:
-            raise _of_params(error, form_field) from error
+            raise _of_params(error) from error
         except ValueError as error:
             raise refused(str(error), field) from error
+
+    async def _in_thread(
+        self, make: Callable[[], list[RequestState]], form: AnswerForm | None
+    ) -> list[RequestState]:
+        """Make requests in a thread. Raises `ApiError` that names the field if the form is at fault."""
+        if form is None:
+            return await asyncio.to_thread(make)
+
+        def make_or_refuse() -> list[RequestState]:
+            try:
+                return make()
+            except SamplingParamsError as error:
+                if not str(error).startswith(OWN):
+                    raise
+                raise form.refused(error, self._compile) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._compiling, make_or_refuse)
+
+    def _compile(self, form: StructuredOutputsParams) -> None:
+        """Raise `SamplingParamsError` for a form that cannot be compiled."""
+        self.llm.engine.request([0], SamplingParams(max_tokens=1, structured_outputs=form))
 
     def _request(
         self,
@@ -347,12 +378,9 @@ def sampling_params(body: Generation, defaults: Mapping[str, Any], **others: Any
         raise _of_params(error) from error
 
 
-def _of_params(error: ValueError, form_field: str = "structured_outputs") -> ApiError:
-    """The engine's message starts with the field's name. form_field: the request's name of the form."""
-    message = str(error)
-    if message.startswith("structured_outputs"):
-        return refused(field_of(message, form_field), form_field)
-    return refused(message, message.split(" ", 1)[0].split("[", 1)[0])
+def _of_params(error: ValueError) -> ApiError:
+    """The engine's message starts with the field's name."""
+    return refused(str(error), str(error).split(" ", 1)[0].split("[", 1)[0])
 
 
 def _too_large(error: RequestTooLargeError, field: str) -> ApiError:

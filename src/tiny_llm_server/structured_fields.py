@@ -15,7 +15,7 @@ from tiny_llm_checkpoints.errors import shown
 from tiny_llm_checkpoints.suggestions import did_you_mean
 
 UNSUPPORTED = "unsupported_field"  # the type of the error
-OWN, SCHEMA = "structured_outputs", "json_schema.schema"
+OWN, RESPONSE_FORMAT, SCHEMA = "structured_outputs", "response_format", "json_schema.schema"
 TYPES = ("text", "json_object", "json_schema")
 LONGEST_NAME = 64  # of a schema; OpenAI's limit
 _FORMS = tuple(field.name for field in fields(StructuredOutputsParams))
@@ -79,17 +79,6 @@ def _check_names(value: dict[str, Any], known: tuple[str, ...], place: str) -> N
         if name not in known and one is not None:
             message = f"{place}{shown(name)} is not supported{did_you_mean(name, known)}"
             raise PydanticCustomError(UNSUPPORTED, "{message}", {"message": message})
-
-
-def field_of(error: str, field: str) -> str:
-    """An error of the engine about a form, with the name of the request's field in place of the engine's.
-
-    >>> field_of("structured_outputs.json at #: it is wrong", "response_format")
-    'response_format.json_schema.schema at #: it is wrong'
-    """
-    if field == OWN:
-        return error
-    return error.replace(f"{OWN}.json", f"{field}.{SCHEMA}", 1)
 
 
 _SCHEMA = {"type": "object"}

@@ -16,8 +16,8 @@ class ToolUse:
     """The tools of a request.
 
     offered: those that the prompt describes. callable: those that an answer may call: all of them, or the
-    one that the request names. is_forced: the answer must consist of calls. is_named: of one named tool.
-    parallel: it may have several calls.
+    one that the request names. is_forced: the answer must consist of calls. is_named: of one call of a named
+    tool. parallel: it may have several calls.
     """
 
     offered: tuple[Tool, ...] = ()
@@ -53,7 +53,7 @@ def tool_use(body: ChatCompletionRequest) -> ToolUse:
     if not named:
         known = ", ".join(tool.name for tool in tools)
         raise refused(f"tool_choice: {name[:80]!r} is not the name of a tool: {known}", "tool_choice")
-    return ToolUse(tools, named, is_forced=True, is_named=True, parallel=body.parallel_tool_calls)
+    return ToolUse(tools, named, is_forced=True, is_named=True, parallel=False)
 
 
 def text_of(message: Mapping[str, Any]) -> str:

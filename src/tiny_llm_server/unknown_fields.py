@@ -11,6 +11,18 @@ from tiny_llm_checkpoints.suggestions import did_you_mean
 UNKNOWN = "unknown_field"  # the type of the error
 MAX_LOGGED = 100  # names, because clients choose them
 LONGEST_LOGGED = 60  # characters of a name
+INSTEAD = {  # older names, and names of other servers, for what the server supports
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+    "guided_whitespace_pattern": "structured_outputs.whitespace_pattern",
+    "json_schema": "response_format",
+    "grammar": "structured_outputs.grammar",
+    "regex": "structured_outputs.regex",
+}
 LOG = logging.getLogger("uvicorn.error")
 
 
@@ -32,6 +44,7 @@ class IgnoredFields:
 
 
 def unknown_field(name: str, model: str, known: Iterable[str]) -> ValidationError:
-    """The error for an unknown field, which suggests the closest of the known ones. model: for the title."""
-    error = PydanticCustomError(UNKNOWN, "is not supported{hint}", {"hint": did_you_mean(name, known)})
+    """The error for an unknown field, which suggests another one. known: all fields. model: for the title."""
+    hint = f"; use {INSTEAD[name]}" if name in INSTEAD else did_you_mean(name, known)
+    error = PydanticCustomError(UNKNOWN, "is not supported{hint}", {"hint": hint})
     return ValidationError.from_exception_data(model, [InitErrorDetails(type=error, loc=(name,), input=None)])
