@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 from tiny_llm.errors import SamplingParamsError
-from tiny_llm.json_schema import closed, subschemas
+from tiny_llm.json_schema import closed, subschemas, with_alternatives_in_place
 
 from grammars import byte_grammar, random_text
 
+KIND = {"type": "object", "required": ["k"], "maxProperties": 2}
 TEXT, NUMBER, NULL = {"type": "string", "maxLength": 3}, {"type": "integer"}, {"type": "null"}
 
 
@@ -72,6 +73,15 @@ SCHEMAS: dict[str, dict[str, Any]] = {
             {"type": "object", "properties": {"k": {"const": name}}, "required": ["k"], "maxProperties": 2}
             for name in ("a", "b")
         ]
+    },
+    "oneOf of references": {
+        "$defs": {name: {**KIND, "properties": {"k": {"const": name}}} for name in ("a", "b")},
+        "type": "array",
+        "items": {
+            "oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+            "discriminator": {"propertyName": "k"},
+        },
+        "maxItems": 2,
     },
     "allOf": {
         "allOf": [
@@ -217,3 +227,16 @@ def test_objects_with_properties_are_closed_unless_they_say_otherwise() -> None:
         "additionalProperties": False,
     }
     assert "additionalProperties" not in inner, "the schema itself must not change"
+
+
+def test_the_copies_of_definitions_in_a_schema_are_bounded() -> None:
+    """A large definition that is an alternative a thousand times."""
+    alternatives = [{"$ref": "#/$defs/large"}, {"$ref": "#/$defs/small"}]
+    schema = {
+        "$defs": {"large": {"const": "a" * 100_000}, "small": {"const": 1}},
+        "prefixItems": [{"oneOf": alternatives}] * 1000,
+    }
+    copy = with_alternatives_in_place(schema)
+    assert copy["prefixItems"][0]["oneOf"] == [{"const": "a" * 100_000}, {"const": 1}]
+    assert copy["prefixItems"][999]["oneOf"] == [{"$ref": "#/$defs/large"}, {"const": 1}]
+    assert len(json.dumps(copy)) < 500_000

@@ -33,6 +33,17 @@ def test_a_schema_in_a_grammar_is_enforced() -> None:
     assert not accepts(grammar, 'at {"x": 1}}')
 
 
+def test_alternatives_that_are_references_exclude_each_other_in_a_grammar_too() -> None:
+    """As pydantic writes discriminated unions."""
+    kinds = {
+        name: {"type": "object", "properties": {"k": {"const": name}}, "required": ["k"]} for name in "ab"
+    }
+    schema = {"oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}], "$defs": kinds}
+    grammar = byte_grammar(grammar=f"start: %json {json.dumps(schema)}")
+    assert accepts(grammar, '{"k": "b"}')
+    assert not accepts(grammar, '{"k": "c"}')
+
+
 def test_white_space_is_bounded_as_without_a_grammar() -> None:
     inside = byte_grammar(grammar=f"start: %json {json.dumps(POINT)}")
     alone = byte_grammar(json=POINT)

@@ -17,7 +17,7 @@ from .errors import GrammarError, SamplingParamsError
 from .grammar import Grammar, reworded
 from .grammar_trials import TOO_COSTLY, GrammarTrials
 from .grammar_vocabulary import library_tokenizer
-from .json_schema import check_schema, closed, parsed, place_of_error
+from .json_schema import check_schema, closed, parsed, place_of_error, with_alternatives_in_place
 from .lark_schemas import with_checked_schemas
 from .structured_outputs import FIELD, StructuredOutputsParams
 
@@ -153,7 +153,8 @@ def _checked_schema(params: StructuredOutputsParams, field: str) -> Any:
     """The schema of a request. Raises `SamplingParamsError` for what cannot be enforced."""
     schema = parsed(params.json)
     check_schema(schema, field)
-    return closed(schema) if params.disable_additional_properties else schema
+    schema = closed(schema) if params.disable_additional_properties else schema
+    return with_alternatives_in_place(schema)
 
 
 def _json_source(schema: Any, params: StructuredOutputsParams) -> str:

@@ -17,8 +17,11 @@ MAX_DEPTH = 64  # levels of a schema; the library parses at most 127
 MAX_EXACT = 2**53  # the library reads bounds as 64-bit floats, which have all integers up to here
 MAX_PLACES = 500  # subschemas in which the place of an error is searched
 
+MAX_COPIED = 1 << 18  # characters by which copies of definitions may lengthen a schema
+
 _LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
-_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_DEFINITIONS = ("$defs", "definitions")
+_MAPS = ("properties", "patternProperties", *_DEFINITIONS)
 _SINGLE = ("additionalProperties", "items")
 _INSIDE = (*_LISTS, *_MAPS, *_SINGLE)
 _LOWEST, _HIGHEST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
@@ -127,21 +130,59 @@ def _number(schema: Schema, keyword: str) -> float | None:
 
 def closed(schema: Any) -> Any:
     """Return a copy in which objects with `properties` have no others, unless the schema says which."""
+
+    def close(one: dict[str, Any]) -> dict[str, Any]:
+        return {**one, "additionalProperties": False} if "properties" in one else one
+
+    return _changed(schema, lambda one: one if "additionalProperties" in one else close(one))
+
+
+def with_alternatives_in_place(schema: Schema) -> Any:
+    """Return a copy in which the alternatives of a `oneOf` are schemas, not references to definitions.
+
+    The library must see that they exclude each other, and does not follow references for that. References
+    stay if the copy would grow by more than 262,144 characters.
+    """
+    definitions = {
+        f"#/{keyword}/{name}": one
+        for keyword in _DEFINITIONS
+        if isinstance(schema.get(keyword), dict)
+        for name, one in schema[keyword].items()
+    }
+    sizes = {reference: len(json.dumps(one)) for reference, one in definitions.items()}
+    left = MAX_COPIED
+
+    def in_place(alternative: Any) -> Any:
+        nonlocal left
+        reference = (
+            alternative.get("$ref") if isinstance(alternative, dict) and len(alternative) == 1 else None
+        )
+        if not isinstance(reference, str) or sizes.get(reference, left + 1) > left:
+            return alternative
+        left -= sizes[reference]
+        return definitions[reference]
+
+    def follow(one: dict[str, Any]) -> dict[str, Any]:
+        alternatives = one.get("oneOf")
+        return {**one, "oneOf": [*map(in_place, alternatives)]} if isinstance(alternatives, list) else one
+
+    return _changed(schema, follow)
+
+
+def _changed(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """Return a copy in which each schema is changed, the inner ones first."""
     if not isinstance(schema, dict):
         return schema
-    copy = {keyword: _closed_value(keyword, value) for keyword, value in schema.items()}
-    if "properties" in copy:
-        copy.setdefault("additionalProperties", False)
-    return copy
+    return change({keyword: _changed_value(keyword, value, change) for keyword, value in schema.items()})
 
 
-def _closed_value(keyword: str, value: Any) -> Any:
+def _changed_value(keyword: str, value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
     if keyword in _SINGLE:
-        return closed(value)
+        return _changed(value, change)
     if keyword in _LISTS and isinstance(value, list):
-        return [closed(one) for one in value]
+        return [_changed(one, change) for one in value]
     if keyword in _MAPS and isinstance(value, dict):
-        return {name: closed(one) for name, one in value.items()}
+        return {name: _changed(one, change) for name, one in value.items()}
     return value
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from tiny_llm_checkpoints.errors import shown
 
 from .errors import SamplingParamsError
-from .json_schema import MAX_DEPTH, check_schema, depth_of
+from .json_schema import MAX_DEPTH, check_schema, depth_of, with_alternatives_in_place
 
 KEYWORD, ESCAPED = "%json", "\\u0025json"  # in a JSON string, the second means the first
 LAYOUT = ("whitespace_flexible", "whitespace_pattern", "item_separator", "key_separator")
@@ -70,4 +70,4 @@ def _checked(schema: Mapping[str, Any], where: str, whitespace: str) -> dict[str
         raise SamplingParamsError(f"{where}: x-guidance may have {', '.join(LAYOUT)}, not {shown(layout)}")
     if _FLEXIBLE.isdisjoint(layout):
         layout = {**layout, "whitespace_pattern": whitespace}
-    return {**plain, "x-guidance": layout}
+    return {**with_alternatives_in_place(plain), "x-guidance": layout}
