@@ -44,6 +44,20 @@ def test_alternatives_that_are_references_exclude_each_other_in_a_grammar_too() 
     assert not accepts(grammar, '{"k": "c"}')
 
 
+@pytest.mark.parametrize(
+    "rule",
+    ['a[temperature=0.7]: "x"', "  a [lazy, temperature = 2]: /x/", '?a[max_tokens=3,temperature=0]: "x"'],
+)
+def test_a_temperature_of_a_rule_is_refused_instead_of_ignored(rule: str) -> None:
+    message = refusal(f"start: a\n{rule}")
+    assert "structured_outputs.grammar at line 2" in message
+    assert "must not have a temperature" in message
+
+
+def test_the_word_temperature_in_a_text_is_no_temperature() -> None:
+    assert accepts(byte_grammar(grammar='start: "a[temperature=1]"'), "a[temperature=1]")
+
+
 def test_white_space_is_bounded_as_without_a_grammar() -> None:
     inside = byte_grammar(grammar=f"start: %json {json.dumps(POINT)}")
     alone = byte_grammar(json=POINT)

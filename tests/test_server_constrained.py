@@ -16,6 +16,7 @@ import jsonschema
 import openai
 import pytest
 from pydantic import BaseModel, Field
+from tiny_llm.grammar import Grammar
 from tiny_llm.grammar_compiler import GrammarCompiler
 
 from chat_templates import HERMES_TOOLS, MISTRAL_TOOLS, THINKING_TOOLS
@@ -103,7 +104,7 @@ def test_the_arguments_of_required_calls_are_valid_for_any_tools(
     if template is not None:
         monkeypatch.setattr(llm, "chat_template", ChatTemplate(template, bos_token="", eos_token=""))
     num_finished = 0
-    for seed in range(12):
+    for seed in range(4):
         rng = random.Random(seed)
         schemas = {f"tool_{number}": random_parameters(rng) for number in range(rng.randint(1, 3))}
         tools = [tool(name, schema) for name, schema in schemas.items()]
@@ -116,7 +117,7 @@ def test_the_arguments_of_required_calls_are_valid_for_any_tools(
             assert calls_of(choice)
             for call in calls_of(choice):
                 jsonschema.validate(json.loads(call["arguments"]), schemas[call["name"]])
-    assert num_finished >= 30
+    assert num_finished >= 9
 
 
 def test_a_named_function_is_called_once(client: httpx.Client) -> None:
@@ -335,13 +336,18 @@ def test_a_costly_tool_is_refused_and_the_server_goes_on(client: httpx.Client) -
     assert ask(client, tools=[NOW], tool_choice="required")
 
 
-def test_requests_without_a_form_do_not_wait_for_grammars(
+def test_requests_without_a_form_or_with_a_known_one_do_not_wait_for_grammars(
     served: Served, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release, compile_form = threading.Event(), GrammarCompiler.compile
-    monkeypatch.setattr(
-        GrammarCompiler, "compile", lambda self, params: release.wait(60) and compile_form(self, params)
-    )
+    known = {"prompt": "x", "structured_outputs": {"choice": ["known"]}}
+    assert client.post(COMPLETE, json=known).status_code == 200
+
+    def compile_late(self: GrammarCompiler, params: StructuredOutputsParams) -> Grammar:
+        assert self.is_compiled(params) or release.wait(60)
+        return compile_form(self, params)
+
+    monkeypatch.setattr(GrammarCompiler, "compile", compile_late)
 
     def constrained(number: int) -> int:
         with served.client() as own:
@@ -353,6 +359,7 @@ def test_requests_without_a_form_do_not_wait_for_grammars(
         try:
             until(lambda: served.service._compiling._work_queue.qsize() >= 39)
             assert client.post(COMPLETE, json={"prompt": "x"}, timeout=30).status_code == 200
+            assert client.post(COMPLETE, json=known, timeout=30).status_code == 200
         finally:
             release.set()
         assert {one.result() for one in waiting} == {200}

@@ -478,6 +478,13 @@ class Engine:
             raise SamplingParamsError("structured_outputs is not supported by this engine")
         return self._grammars.compile(StructuredOutputsParams.of(params.structured_outputs))
 
+    def is_compiled(self, params: SamplingParams) -> bool:
+        """True if a request with these parameters needs no grammar, or one that is compiled already."""
+        form = params.structured_outputs
+        return form is None or (
+            self._grammars is not None and self._grammars.is_compiled(StructuredOutputsParams.of(form))
+        )
+
     def _check_vocabulary(self, name: str, tokens: Iterable[int]) -> None:
         """Raise `SamplingParamsError` for a field with a token id outside the vocabulary."""
         last = self._vocab_size - 1

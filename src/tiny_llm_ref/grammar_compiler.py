@@ -18,7 +18,7 @@ from .grammar import Grammar, reworded
 from .grammar_trials import TOO_COSTLY, GrammarTrials
 from .grammar_vocabulary import library_tokenizer
 from .json_schema import check_schema, closed, parsed, place_of_error, with_alternatives_in_place
-from .lark_schemas import with_checked_schemas
+from .lark_schemas import refuse_ignored, with_checked_schemas
 from .structured_outputs import FIELD, StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -78,6 +78,11 @@ class GrammarCompiler:
         with self._lock:
             self._keep(params, grammar)
             return grammar.fork()
+
+    def is_compiled(self, params: StructuredOutputsParams) -> bool:
+        """True if `compile` would find the grammar in its cache, and so return at once."""
+        with self._lock:
+            return params in self._compiled
 
     def close(self) -> None:
         """End the process that tries grammars."""
@@ -146,6 +151,7 @@ def _source(params: StructuredOutputsParams, field: str) -> str:
     assert params.grammar is not None
     if params.grammar.lstrip().startswith("{"):  # the library's own form, which may have schemas too
         raise SamplingParamsError(f"{field} must be a grammar in Lark's syntax, not {shown(params.grammar)}")
+    refuse_ignored(params.grammar, field)
     return LLMatcher.grammar_from_lark(with_checked_schemas(params.grammar, field, WHITESPACE))
 
 

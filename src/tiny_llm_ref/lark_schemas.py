@@ -17,7 +17,18 @@ from .json_schema import MAX_DEPTH, check_schema, depth_of, with_alternatives_in
 KEYWORD, ESCAPED = "%json", "\\u0025json"  # in a JSON string, the second means the first
 LAYOUT = ("whitespace_flexible", "whitespace_pattern", "item_separator", "key_separator")
 _SCHEMA = re.compile(rf"{KEYWORD}[ \t\r\n]*(?=\{{)")
+_TEMPERATURE = re.compile(r"^[ \t]*([?!]?\w+)[ \t]*\[[^\]\n]*\btemperature\b", re.MULTILINE)
 _FLEXIBLE = {"whitespace_flexible", "whitespace_pattern"}
+
+
+def refuse_ignored(grammar: str, field: str) -> None:
+    """Raise `SamplingParamsError` for a rule with a temperature, which the library reads and nothing uses."""
+    if found := _TEMPERATURE.search(grammar):
+        line = grammar.count("\n", 0, found.start(1)) + 1
+        raise SamplingParamsError(
+            f"{field} at line {line}: {found[1]!r} must not have a temperature: it is the parameter "
+            "`temperature` for the whole answer"
+        )
 
 
 def with_checked_schemas(grammar: str, field: str, whitespace: str) -> str:

@@ -194,7 +194,7 @@ class Service:
     ) -> Run:
         """Queue prompts in the engine. field: the request's field with the prompts, for error messages.
 
-        form: that of the answers; its grammar is compiled in a thread of its own, so that other requests do
+        form: that of the answers; a new grammar is compiled in a thread of its own, so that other requests do
         not wait for it. may_shorten: `max_tokens` is a default, so lower it if the context has fewer tokens
         left. visible: control tokens that the completions' texts have although they skip others.
 
@@ -208,6 +208,7 @@ class Service:
                     self._request(prompt, params, name, may_shorten, visible)
                     for prompt, name in zip(prompts, ids, strict=True)
                 ],
+                params,
                 form,
             )
             if self.config.log_requests:
@@ -226,20 +227,20 @@ class Service:
             raise refused(str(error), field) from error
 
     async def _in_thread(
-        self, make: Callable[[], list[RequestState]], form: AnswerForm | None
+        self, make: Callable[[], list[RequestState]], params: SamplingParams, form: AnswerForm | None
     ) -> list[RequestState]:
         """Make requests in a thread. Raises `ApiError` that names the field if the form is at fault."""
-        if form is None:
-            return await asyncio.to_thread(make)
 
         def make_or_refuse() -> list[RequestState]:
             try:
                 return make()
             except SamplingParamsError as error:
-                if not str(error).startswith(OWN):
+                if form is None or not str(error).startswith(OWN):
                     raise
                 raise form.refused(error, self._compile) from error
 
+        if self.llm.engine.is_compiled(params):
+            return await asyncio.to_thread(make_or_refuse)
         return await asyncio.get_running_loop().run_in_executor(self._compiling, make_or_refuse)
 
     def _compile(self, form: StructuredOutputsParams) -> None:
