@@ -20,7 +20,7 @@ LIMITS = {"verbose_errors": False}
 
 @pytest.fixture
 def trials() -> Iterator[GrammarTrials]:
-    trials = GrammarTrials()
+    trials = GrammarTrials(256, {}, [])
     yield trials
     trials.close()
 
@@ -68,7 +68,7 @@ def test_threads_get_their_own_answers(trials: GrammarTrials) -> None:
 
 
 def test_the_process_ends_with_its_owner() -> None:
-    trials = GrammarTrials()
+    trials = GrammarTrials(256, {}, [])
     trials.reason_to_refuse(GOOD, LIMITS)
     process = process_of(trials)
     assert exists(process)
@@ -91,7 +91,7 @@ def test_the_process_ends_at_exit_even_if_the_program_is_killed() -> None:
     code = (
         "import sys\n"
         "from tiny_llm.grammar_trials import GrammarTrials\n"
-        "trials = GrammarTrials()\n"
+        "trials = GrammarTrials(256, {}, [])\n"
         f"trials.reason_to_refuse({GOOD!r}, {LIMITS!r})\n"
         "print(trials._process.pid, flush=True)\n"
         "sys.stdin.read()\n"
