@@ -237,7 +237,7 @@ def test_twenty_thousand_requests_are_queued_and_cancelled_in_linear_time() -> N
 
 
 def _calls(function: Callable[[], object]) -> int:
-    """The number of function calls, Python's and C's, that a call makes; those of a garbage collection not."""
+    """The number of function calls, Python's and C's, that a call makes, without garbage collections."""
     count = 0
 
     def profiled(frame: FrameType, event: str, argument: object) -> None:
