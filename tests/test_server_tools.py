@@ -16,11 +16,13 @@ import pytest
 from chat_templates import HERMES_TOOLS, MISTRAL_TOOLS, TEXT_ARGUMENTS, THINKING_TOOLS
 from scripted_answers import Script, script_answers
 from served import Served, serving
-from smollm2_server import CHAT, FRANCE
+from smollm2_server import CHAT, FRANCE, client, sdk
 from tiny_llm import LLM, ConfigError, SamplingParams
 from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.tool_formats import HERMES
 from tiny_llm_server import ServerConfig
+
+__all__ = ["client", "sdk"]  # fixtures
 
 WEATHER: Any = {
     "type": "function",
@@ -48,18 +50,6 @@ def llm() -> LLM:
 def served(llm: LLM) -> Iterator[Served]:
     with serving(lambda: llm, ServerConfig(served_model_name="smollm2")) as here:
         yield here
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[httpx.Client]:
-    with served.client() as client:
-        yield client
-
-
-@pytest.fixture
-def sdk(served: Served) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="anything", max_retries=0) as client:
-        yield client
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ class EngineCore:
         grammar: that of `params.structured_outputs`, at its start; from now on it belongs to the sequence.
         """
         if (grammar is None) != (params.structured_outputs is None):
-            raise ValueError("structured_outputs needs its compiled grammar, and only it has one")
+            raise ValueError("structured_outputs and its compiled grammar must be given together")
         if params.priority and not isinstance(self.manager, PagedBatchManager):
             raise ValueError(f"priority ({params.priority}) needs batching='paged'")
         seed = params.seed if params.seed is not None else self._seed + (self._num_admitted << 20)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from functools import partial
 
 from tiny_llm_checkpoints.errors import ConfigError
@@ -48,7 +47,6 @@ def without_model(config: EngineConfig, model: ModelConfig) -> PagedBatchManager
 
 def _paged_manager(config: EngineConfig, described: ModelConfig, model: Model | None) -> PagedBatchManager:
     dtype = DTYPES[config.kv_cache_dtype]
-    policies = replace(_policies(config, described), drafting=_drafting(config, model))
     return PagedBatchManager(
         config.pool_blocks(described, dtype.size),
         config.block_size,
@@ -57,7 +55,7 @@ def _paged_manager(config: EngineConfig, described: ModelConfig, model: Model | 
         max_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.model_len(described, dtype.size),
         kv_dtype=dtype,
-        policies=policies,
+        policies=_policies(config, described, model),
         min_pages=config.min_num_blocks,
         groups=group_layers(described.windows),
     )
@@ -75,13 +73,14 @@ def _drafting(config: EngineConfig, model: Model | None) -> DraftPolicy:
     return Speculation(SpeculativeConfig.of(speculative), costs)
 
 
-def _policies(config: EngineConfig, model: ModelConfig) -> Policies:
-    """The policies of preemption, swapping and prefix sharing that a configuration asks for."""
+def _policies(config: EngineConfig, described: ModelConfig, model: Model | None) -> Policies:
+    """The policies that a configuration asks for."""
     return Policies(
         preemption=NoPreemption() if config.preemption_mode == "none" else NewestFirst(),
-        prefix=sharing(group_layers(model.windows)) if config.enable_prefix_caching else NoPrefixSharing,
-        swap_blocks=config.swap_blocks(model, DTYPES[config.kv_cache_dtype].size),
+        prefix=sharing(group_layers(described.windows)) if config.enable_prefix_caching else NoPrefixSharing,
+        swap_blocks=config.swap_blocks(described, DTYPES[config.kv_cache_dtype].size),
         priority_key=AgedPriority().key,
+        drafting=_drafting(config, model),
     )
 
 

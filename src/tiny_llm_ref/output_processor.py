@@ -217,8 +217,8 @@ class RequestState:
         before, and `QueueFullError` if it cannot be queued now.
         """
         reject_resubmission(self, self._core)
-        form = {} if self._grammar is None else {"grammar": self._grammar}
-        if not core.add_request(self.request_id, list(self.prompt_token_ids), self.params, **form):
+        tokens = list(self.prompt_token_ids)
+        if not core.add_request(self.request_id, tokens, self.params, self._grammar):
             raise QueueFullError(f"request {self.request_id!r}: the engine's queue is full")
         self._core = ref(core)
 

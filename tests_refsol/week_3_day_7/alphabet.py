@@ -89,7 +89,9 @@ class AlphabetCore:
 
     has_request = has
 
-    def add_request(self, request_id: str, tokens: list[int], params: SamplingParams) -> bool:
+    def add_request(
+        self, request_id: str, tokens: list[int], params: SamplingParams, grammar: None = None
+    ) -> bool:
         if not tokens:
             raise ValueError("no tokens")
         if len(tokens) > MAX_PROMPT:
