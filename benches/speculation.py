@@ -2,12 +2,13 @@
 
 The embedded model gets real prompts. "copying" asks it to correct a text, to replace a name, to quote, and to
 turn a record into JSON: answers that repeat the prompt. "free" asks for stories and explanations. The load is
-one stream, then 4 and 16 requests together, greedy and at temperature 1. Each round runs two engines, without
-and with `speculative_config`, in random order. The speed is that of the output tokens, from the first token
-of a round to its last; a warm-up round has cached the prompts.
+one stream, then 4 and 16 requests together, greedy and at temperature 1. Engines without and with
+`speculative_config` take turns step by step, so that a busy machine slows all of them. The speed is that of
+the output tokens in steps that only decode; a warm-up round has cached the prompts.
 
   tokens/s    output tokens per second, median over the rounds: without and with speculation
   ratio       with / without, median of the rounds' ratios, with its 95% confidence interval
+  control     the same ratio for a second engine without speculation: how far noise moves it
   drafted     guessed tokens that were checked, as a share of the output
   accepted    the share of these that were right
   equal       answers that are the same, token by token: all of them, or speculation is broken
@@ -18,7 +19,8 @@ copying at 1 stream, a gain at 4, and at least 0.97 everywhere, because tokens a
 pay.
 """
 
-import random
+from functools import partial
+from time import perf_counter
 from typing import Any, NamedTuple
 
 from tiny_llm.paged_batch import PagedBatchManager
@@ -79,44 +81,86 @@ class Load(NamedTuple):
         return f"{self.kind}, {self.streams} at a time, {how}"
 
 
-class Ran(NamedTuple):
-    """One round: output tokens per second, and the tokens of each answer."""
+class Round(NamedTuple):
+    """What one engine did in a round: seconds and output tokens of its decode steps, and the answers."""
 
-    speed: float
-    answers: list[tuple[int, ...]]
+    seconds: float
+    tokens: int
+    answers: list[list[int]]
+
+    @property
+    def speed(self) -> float:
+        """Output tokens per second."""
+        return self.tokens / self.seconds
 
 
-def serve(llm: LLM, load: Load, tokens: int) -> Ran:
-    """Answer the load's prompts, all streams starting together; one stream answers them one by one."""
+class Batch:
+    """Requests that run together on one engine, step by step."""
+
+    def __init__(self, llm: LLM, texts: list[str], temperature: float, tokens: int) -> None:
+        self._llm = llm
+        self._answers: dict[str, list[int]] = {}
+        self.seconds, self.tokens = 0.0, 0
+        for i, text in enumerate(texts):
+            params = SamplingParams(temperature=temperature, seed=100 + i, max_tokens=tokens)
+            request = llm.engine.chat_request([{"role": "user", "content": text}], params, request_id=str(i))
+            llm.engine.call(partial(request.begin, llm.core))
+            self._answers[request.request_id] = []
+
+    def step(self) -> bool:
+        """Run one step, and count it if it only decodes; False if nothing is left to do."""
+        return self._llm.engine.call(self._step)
+
+    def _step(self) -> bool:
+        core = self._llm.core
+        if not core.has_work:
+            return False
+        decodes = not core.manager.waiting and all(one.outputs for one in core.manager.running)
+        start = perf_counter()
+        outputs = core.step()
+        if decodes:
+            self.seconds += perf_counter() - start
+        for output in outputs:
+            new = [one.token for one in (*output.earlier, output)]
+            self._answers[output.request_id] += new
+            self.tokens += len(new) * decodes
+        return True
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """The answers' tokens so far, in the order of the requests."""
+        return list(self._answers.values())
+
+
+def run_round(engines: list[LLM], load: Load, tokens: int) -> list[Round]:
+    """Answer the load's prompts on all engines, which take turns step by step."""
     texts = PROMPTS[load.kind]
-    batches = [[text] for text in texts] if load.streams == 1 else [texts * (load.streams // len(texts))]
-    seconds, answers = 0.0, []
-    for batch in batches:
-        conversations = [[{"role": "user", "content": text}] for text in batch]
-        params = [
-            SamplingParams(temperature=load.temperature, seed=100 + i, max_tokens=tokens)
-            for i in range(len(batch))
+    groups = [[text] for text in texts] if load.streams == 1 else [texts * (load.streams // len(texts))]
+    rounds = [Round(0.0, 0, []) for _ in engines]
+    for group in groups:
+        batches = [Batch(llm, group, load.temperature, tokens) for llm in engines]
+        busy = batches
+        while busy:
+            busy = [batch for batch in busy if batch.step()]
+        rounds = [
+            Round(one.seconds + batch.seconds, one.tokens + batch.tokens, one.answers + batch.answers)
+            for one, batch in zip(rounds, batches, strict=True)
         ]
-        outputs = llm.chat(conversations, params, use_tqdm=False)
-        metrics = [output.metrics for output in outputs]
-        first = min(one.first_token for one in metrics if one and one.first_token)
-        seconds += max(one.finished for one in metrics if one and one.finished) - first
-        answers += [output.outputs[0].token_ids for output in outputs]
-    return Ran(sum(map(len, answers)) / seconds, answers)
+    return rounds
 
 
-def compare(plain: LLM, guessing: LLM, load: Load, rounds: int, tokens: int) -> dict[str, Any]:
-    """Run a load on both engines in each round, in random order."""
-    order, engines = random.Random(1), {"without": plain, "with": guessing}
-    for llm in engines.values():  # prompts enter the prefix cache, memory is touched
-        serve(llm, load, tokens)
-    before = guessing.engine.stats.drafts
-    ran: dict[str, list[Ran]] = {"without": [], "with": []}
-    for _ in range(rounds):
-        for name in order.sample(list(engines), 2):
-            ran[name].append(serve(engines[name], load, tokens))
-    after = guessing.engine.stats.drafts
-    ratios = [two.speed / one.speed for one, two in zip(ran["without"], ran["with"], strict=True)]
+def compare(engines: dict[str, LLM], load: Load, repetitions: int, tokens: int) -> dict[str, Any]:
+    """Run a load on all engines, several times."""
+    guessing = engines["with"]
+    run_round([*engines.values()], load, tokens)  # prompts enter the prefix cache, memory is touched
+    before = guessing.core.stats.drafts
+    rounds = [run_round([*engines.values()], load, tokens) for _ in range(repetitions)]
+    after = guessing.core.stats.drafts
+    ran = {name: [one[place] for one in rounds] for place, name in enumerate(engines)}
+    ratios, control = (
+        [two.speed / one.speed for one, two in zip(ran["without"], ran[name], strict=True)]
+        for name in ("with", "control")
+    )
     pairs = [pair for one in ran["with"] for pair in zip(one.answers, ran["without"][0].answers, strict=True)]
     drafted = after.num_draft_tokens - before.num_draft_tokens
     return {
@@ -124,7 +168,9 @@ def compare(plain: LLM, guessing: LLM, load: Load, rounds: int, tokens: int) -> 
         **{name: harness.summary([one.speed for one in of_name]) for name, of_name in ran.items()},
         "ratio": harness.summary(ratios),
         "interval": harness.interval(ratios),
-        "drafted": drafted / sum(len(answer) for one in ran["with"] for answer in one.answers),
+        "control": harness.summary(control),
+        "control_interval": harness.interval(control),
+        "drafted": drafted / sum(one.tokens for one in ran["with"]),
         "accepted": (after.num_accepted_tokens - before.num_accepted_tokens) / max(1, drafted),
         "equal": sum(one == other for one, other in pairs) / len(pairs),
     }
@@ -134,12 +180,13 @@ def table(costs: dict[int, float], found: list[dict[str, Any]]) -> str:
     """The result as text."""
     shown = ", ".join(f"{rows}: {1e3 * seconds:.1f}" for rows, seconds in costs.items())
     lines = [f"milliseconds of a step by its rows: {shown}", ""]
-    lines += [" " * 39 + "without    with  ratio  95% interval   drafted  accepted  equal"]
+    lines += [" " * 39 + "without    with  ratio  95% interval   control  drafted  accepted  equal"]
     for one in found:
         low, high = one["interval"]
         lines.append(
             f"{one['load']:38} {one['without']['median']:8.0f}{one['with']['median']:8.0f}"
-            f"{one['ratio']['median']:7.2f}  {low:.2f} to {high:.2f} {one['drafted']:9.0%}"
+            f"{one['ratio']['median']:7.2f}  {low:.2f} to {high:.2f} {one['control']['median']:9.2f}"
+            f"{one['drafted']:9.0%}"
             f"{one['accepted']:10.0%}{one['equal']:7.0%}"
         )
     return "\n".join(lines)
@@ -158,16 +205,24 @@ def main() -> None:
     """Compare all loads and print the result."""
     parser = harness.parser(__doc__ or "")
     parser.add_argument("--tokens", type=harness.positive, default=128, help="longest answer (default: 128)")
+    parser.add_argument(
+        "--streams",
+        type=int,
+        choices=STREAMS,
+        action="append",
+        help="requests at a time; may be repeated (default: 1, 4 and 16)",
+    )
     options = parser.parse_args()
-    with LLM() as plain, LLM(speculative_config=CONFIG) as guessing:
+    with LLM() as plain, LLM() as control, LLM(speculative_config=CONFIG) as guessing:
+        engines = {"without": plain, "control": control, "with": guessing}
         costs = _costs(guessing)
         found = []
         for temperature in (0.0, 1.0):
             for kind in PROMPTS:
-                for streams in STREAMS:
+                for streams in options.streams or STREAMS:
                     load = Load(kind, streams, temperature)
                     harness.print_progress(load.name)
-                    found.append(compare(plain, guessing, load, options.repetitions, options.tokens))
+                    found.append(compare(engines, load, options.repetitions, options.tokens))
     result = {"step_seconds": costs, "loads": found}
     harness.show(result, as_json=options.json, text=table(costs, found))
 

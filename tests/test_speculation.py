@@ -128,7 +128,7 @@ def test_costs_that_were_measured_while_the_machine_was_busy_are_corrected_by_la
     costs, random = StepCosts.of(list(zip(TRUE.rows, measured, strict=True))), Random(5)
     policy, text = Speculation(SpeculativeConfig(), costs), [*range(100, 140)] * 40
     sequences, drafted = [sequence_of(text[:80], [text[80]], max_len=9999) for _ in range(streams)], []
-    for _ in range(150):
+    for _ in range(320):
         drafts = policy.drafts(sequences, streams, 200)
         drafted.append(sum(map(len, drafts)))
         policy.observe(streams + drafted[-1], TRUE.of_step(streams + drafted[-1]) * random.uniform(0.9, 1.3))

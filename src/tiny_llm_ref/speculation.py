@@ -23,8 +23,8 @@ from .step_costs import StepCosts
 
 FIRST_RATES = (0.0, 0.2, 0.3, 0.5, 0.8, 0.9, 0.95)  # of `AcceptanceRates`, before anything was observed
 WEIGHT = 0.2  # weight of a new observation in a moving average
-PROBE_EVERY = 16  # one step in this many does the opposite of the best choice, so that both costs stay known
-LEAST_GAIN = 1.05  # drafts must multiply tokens per second by more than this, because costs are estimates
+PROBE_EVERY = 32  # one step in this many does the opposite of the best choice, so that both costs stay known
+LEAST_GAIN = 1.1  # drafts must multiply tokens per second by more than this, because costs are estimates
 
 
 def num_accepted(draft: Seq[int], drawn: Seq[int]) -> int:
@@ -72,8 +72,9 @@ def best_lengths(gains: Seq[Seq[float]], num_rows: int, max_drafted: int, costs:
     tokens, best, num_best = per_second * costs.of_step(num_rows), LEAST_GAIN * per_second, 0
     for count, (minus_gain, _) in enumerate(added[:max_drafted], start=1):
         tokens -= minus_gain
-        if tokens / costs.of_step(num_rows + count) > best:
-            best, num_best = tokens / costs.of_step(num_rows + count), count
+        speed = tokens / costs.of_step(num_rows + count)
+        if speed > best:
+            best, num_best = speed, count
     for _, i in added[:num_best]:
         lengths[i] += 1
     return lengths

@@ -94,12 +94,13 @@ def choose_token(place: Place, row: mx.array, eos_token_ids: frozenset[int]) -> 
     """
     sequence, outputs = place.sequence, place.outputs
     params = sequence.params
-    mask = allowed_tokens(place, eos_token_ids)
-    ends = end_token_ids(params, eos_token_ids) if mask is None else ()  # a mask has `min_tokens` in it
+    # A mask has `min_tokens` in it.
+    ends = end_token_ids(params, eos_token_ids) if sequence.grammar is None else ()
     adjusted = adjust_logits(row, params, sequence.prompt, outputs, ends)
     compiled = is_reference(sample_token) and use_compiled()
     if compiled and adjusted is row and row.dtype == mx.float32:
         return None
+    mask = allowed_tokens(place, eos_token_ids)
     if mask is not None:
         adjusted = keep_allowed(adjusted, stacked_masks([mask])[0])
     token = sample_token(adjusted, params, sequence.seed, len(outputs))
