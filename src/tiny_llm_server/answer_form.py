@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-from tiny_llm.json_schema import closed
+from tiny_llm.json_schema import with_closed_objects
 from tiny_llm.lark_schemas import ESCAPED, KEYWORD
 
 from tiny_llm import SamplingParamsError, StructuredOutputsParams
@@ -123,7 +123,7 @@ def in_lark(form: StructuredOutputsParams) -> str:
         return f"%lark {{\n{form.grammar}\n}}"
     schema = {"type": "object"} if form.json is None else json.loads(str(form.json))
     if form.disable_additional_properties:
-        schema = closed(schema)
+        schema = with_closed_objects(schema)
     return f"%json {json.dumps({**schema, **_layout(form)})}"
 
 
