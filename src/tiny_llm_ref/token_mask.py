@@ -14,10 +14,6 @@ class TokenMask:
 
     words: ceil(V / 32) unsigned numbers of 32 bits, type code "I". Bit 0 has the value 1; the bits after the
     last token are 0. Tokens are ids from 0 to V - 1, which is not checked.
-
-    >>> mask = TokenMask.of([0, 33], vocab_size=40)
-    >>> list(mask.words), 33 in mask, 1 in mask, list(mask.without([0]).words)
-    ([1, 2], True, False, [0, 2])
     """
 
     def __init__(self, words: "array[int]") -> None:
@@ -25,14 +21,22 @@ class TokenMask:
 
     @classmethod
     def of(cls, tokens: Iterable[int], vocab_size: int) -> "TokenMask":
-        """Return the mask that allows only these tokens."""
+        """Return the mask that allows only these tokens.
+
+        >>> list(TokenMask.of([0, 33], vocab_size=40).words)
+        [1, 2]
+        """
         words = array("I", bytes(4 * num_words(vocab_size)))
         for token in tokens:
             words[token // BITS] |= 1 << token % BITS
         return cls(words)
 
     def __contains__(self, token: int) -> bool:
-        """Whether a token is allowed."""
+        """Whether a token is allowed.
+
+        >>> 33 in TokenMask.of([33], vocab_size=40), 1 in TokenMask.of([33], vocab_size=40)
+        (True, False)
+        """
         return bool(self.words[token // BITS] >> token % BITS & 1)
 
     def __bool__(self) -> bool:
@@ -40,7 +44,11 @@ class TokenMask:
         return any(self.words)
 
     def without(self, tokens: Iterable[int]) -> "TokenMask":
-        """Return a copy that does not allow these tokens; they need not be allowed now."""
+        """Return a copy that does not allow these tokens; they need not be allowed now.
+
+        >>> list(TokenMask.of([0, 33], vocab_size=40).without([0, 1]).words)
+        [0, 2]
+        """
         words = self.words[:]
         for token in tokens:
             words[token // BITS] &= ~(1 << token % BITS)
@@ -48,7 +56,11 @@ class TokenMask:
 
 
 def num_words(vocab_size: int) -> int:
-    """The number of words of a mask: ceil(vocab_size / 32)."""
+    """The number of words of a mask: ceil(vocab_size / 32).
+
+    >>> num_words(32), num_words(33)
+    (1, 2)
+    """
     return -(-vocab_size // BITS)
 
 
