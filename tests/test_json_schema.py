@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator, FormatChecker
 from tiny_llm.errors import SamplingParamsError
-from tiny_llm.json_schema import closed, subschemas, with_alternatives_in_place
+from tiny_llm.json_schema import subschemas, with_alternatives_in_place, with_closed_objects
 
 from grammars import byte_grammar, random_text
 
@@ -215,7 +215,7 @@ def test_objects_with_properties_are_closed_unless_they_say_otherwise() -> None:
         "const": inner,
     }
     shut = {"properties": {"a": {}}, "additionalProperties": False}
-    assert closed(schema) == {
+    assert with_closed_objects(schema) == {
         "properties": {
             "x": shut,
             "y": {"properties": {}, "additionalProperties": NULL},

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tiny_llm import ConfigError
-from tiny_llm_checkpoints.answer_deltas import CallDelta, ContentDelta, Delta, ReasoningDelta, begun
+from tiny_llm_checkpoints.answer_deltas import CallDelta, ContentDelta, Delta, ReasoningDelta
+from tiny_llm_checkpoints.answer_markers import num_begun
 from tiny_llm_checkpoints.answer_parser import AnswerParser
 from tiny_llm_checkpoints.json_scanner import MAX_DEPTH, Expects, JsonScanner, NotJSONError
 from tiny_llm_checkpoints.reasoning_parser import (
@@ -404,6 +405,6 @@ def test_the_scanner_rejects_what_json_rejects(value: Any, data: st.DataObject) 
 
 
 def test_the_start_of_a_marker_is_the_longest_one_at_the_end() -> None:
-    assert begun("<<tool", "<tool_call>") == 5
-    assert begun("<tool_call>", "<tool_call>") == 0
-    assert begun("aab", "abab") == 2
+    assert num_begun("<<tool", "<tool_call>") == 5
+    assert num_begun("<tool_call>", "<tool_call>") == 0
+    assert num_begun("aab", "abab") == 2

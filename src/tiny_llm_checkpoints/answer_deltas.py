@@ -1,9 +1,7 @@
-"""The parts of a model's answer as they become known, and how markers are found in a growing text."""
+"""The parts of a model's answer as they become known: deltas of reasoning, content and calls of tools."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
-
-MAX_SPACE = 64  # white space characters beside a marker that belong to it instead of to the content
 
 
 class ReasoningDelta(NamedTuple):
@@ -21,7 +19,7 @@ class ContentDelta(NamedTuple):
 class CallDelta(NamedTuple):
     """A new call of a tool, or more of the last one.
 
-    number: the call's number in the answer. name: the function's name in the call's first delta, otherwise
+    number: 0 for the first call of the answer. name: the function's name in the call's first delta, otherwise
     None. arguments: new text of the arguments' JSON.
     """
 
@@ -34,7 +32,13 @@ Delta = ReasoningDelta | ContentDelta | CallDelta
 
 
 def joined(deltas: Iterable[Delta]) -> list[Delta]:
-    """Join deltas that follow each other and belong together; drop empty ones."""
+    """Join neighbouring texts of the same kind, and the pieces of a call; drop empty deltas.
+
+    A delta with a call's name starts a call, even without arguments.
+
+    >>> joined([ContentDelta("a"), ContentDelta("b"), CallDelta(0, "f", "{"), CallDelta(0, None, "}")])
+    [ContentDelta(text='ab'), CallDelta(number=0, name='f', arguments='{}')]
+    """
     found: list[Delta] = []
     for delta in deltas:
         last = found[-1] if found else None
@@ -48,19 +52,3 @@ def joined(deltas: Iterable[Delta]) -> list[Delta]:
         elif delta.text:
             found.append(delta)
     return found
-
-
-def begun(text: str, marker: str) -> int:
-    """Return how many characters at the end of `text` may be the start of `marker`.
-
-    >>> begun("Hello <tool", "<tool_call>"), begun("Hello", "<tool_call>")
-    (5, 0)
-    """
-    most = min(len(text), len(marker) - 1)
-    return next((length for length in range(most, 0, -1) if text.endswith(marker[:length])), 0)
-
-
-def space_before(text: str) -> int:
-    """Return how many characters of white space at the end of `text` belong to a marker after it."""
-    tail = text[-MAX_SPACE:]
-    return len(tail) - len(tail.rstrip())

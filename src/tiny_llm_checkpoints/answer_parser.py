@@ -6,9 +6,9 @@ from .tool_parser import ToolParser
 
 
 class AnswerParser:
-    """One answer. reasoning, tools: None if the answer has no such parts.
+    """One answer. reasoning, tools: its parsers; None if the answer has no such parts.
 
-    Calls are not looked for in the reasoning.
+    The reasoning's parser gets the text, and the tools' parser the content that it returns.
     """
 
     def __init__(self, reasoning: ReasoningParser | None, tools: ToolParser | None) -> None:
@@ -21,7 +21,7 @@ class AnswerParser:
         return self._tools is not None and self._tools.num_calls > 0 and self._tools.is_complete
 
     def push(self, text: str) -> list[Delta]:
-        """Take more of the answer; return what is certain now."""
+        """Take the next piece of the answer; return the deltas that are certain now, joined."""
         found: list[Delta] = [ContentDelta(text)] if self._reasoning is None else self._reasoning.push(text)
         return self._with_calls(found)
 

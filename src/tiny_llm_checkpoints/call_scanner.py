@@ -1,8 +1,4 @@
-"""Follows one call of a tool in a text that arrives piece by piece.
-
-A call is a JSON object with the function's "name" and its "arguments" (or "parameters"), an object, in any
-order and beside other fields. If the name is known already, the object is the arguments themselves.
-"""
+"""Follows one call of a tool, as JSON, in a text that arrives character by character."""
 
 import json
 from collections.abc import Collection
@@ -15,7 +11,17 @@ _ARGUMENTS = ("arguments", "parameters")
 
 
 class CallScanner:
-    """One call. names: the functions that it may name. name: the function's name, None until it is known."""
+    """One call: a JSON object with a "name", "arguments" (or "parameters") and other fields, in any order.
+
+    The name is one of `names`. The arguments are an object; they may be missing. Neither may occur twice.
+    name: the function's name, None until it has been read; if given, the JSON object is the arguments only.
+
+    >>> call = CallScanner(["f"])
+    >>> for char in '{"name": "f", "arguments": {"a":':
+    ...     call.push(char)
+    >>> call.name, call.take(), call.is_complete
+    ('f', '{"a":', False)
+    """
 
     def __init__(self, names: Collection[str], name: str | None = None) -> None:
         self.name = name
@@ -33,16 +39,16 @@ class CallScanner:
 
     @property
     def has_arguments(self) -> bool:
-        """Whether the arguments have started."""
+        """Whether the arguments have begun."""
         return self._arguments is not None
 
     def take(self) -> str:
-        """Return the arguments' text and forget it, so that the next call returns only what follows."""
+        """Return the arguments' text since the last `take`, exactly as it was written."""
         taken, self._arguments = "".join(self._arguments or ()), []
         return taken
 
     def push(self, char: str) -> None:
-        """Take the next character. Raises `NotJSONError` if this is not a call of one of the functions."""
+        """Take the next character. Raises `NotJSONError` if the text cannot become a call as described."""
         before, depth = self._json.expects, self._json.depth
         self._json.push(char)
         if depth == 0 and self._level == 1:

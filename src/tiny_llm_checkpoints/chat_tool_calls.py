@@ -14,7 +14,7 @@ MAX_DEPTH = 50  # nesting of the arguments
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call of a function. arguments: an object; it has the values of the client's JSON text."""
+    """A call of a function. arguments: an object. others: the call's other fields, such as its id."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -22,7 +22,7 @@ class ToolCall:
 
     @property
     def text(self) -> str:
-        """The arguments as a JSON text, in the form that `tojson` writes in templates."""
+        """The arguments as JSON text, with the white space that `tojson` writes in templates."""
         return json.dumps(self.arguments, ensure_ascii=False)
 
     def as_template(self, *, takes_objects: bool) -> dict[str, Any]:
@@ -33,7 +33,11 @@ class ToolCall:
 
 
 def read_tool_calls(calls: Any, field: str) -> tuple[ToolCall, ...]:
-    """Check the `tool_calls` of a message. Raises `MessageError` for the first problem."""
+    """Check the `tool_calls` of a message and return them. Raises `MessageError` for the first problem.
+
+    field: where they are, such as "messages[2].tool_calls". Arguments may be JSON text or an object; an empty
+    text and None count as {}.
+    """
     if isinstance(calls, (str, bytes, Mapping)) or not isinstance(calls, Sequence):
         raise MessageError(field, f"must be a list of calls, not {kind_of(calls)}")
     if len(calls) > MAX_CALLS:
@@ -63,7 +67,7 @@ def _read(call: Any, field: str) -> ToolCall:
 
 
 def _arguments(arguments: Any, field: str) -> Mapping[str, Any]:
-    """The arguments as an object. Some clients send an object instead of its text."""
+    """The arguments as an object."""
     if isinstance(arguments, str):
         return parse_object(arguments, field, MAX_DEPTH)
     if arguments is None or isinstance(arguments, Mapping):

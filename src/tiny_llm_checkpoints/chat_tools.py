@@ -1,7 +1,6 @@
-"""Validates the tools that a client offers to a model, in OpenAI's format.
+"""Validates the tools that a client offers to a model, in OpenAI's format, for `LLM.chat` and for HTTP.
 
-This is the only module that defines what a tool may contain, for `LLM.chat` and for HTTP. The first error
-ends the check; it names the tool and the field. Knows nothing of templates or tokens.
+Knows nothing of templates or tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,9 @@ from .chat_names import read_name
 from .plain_json import MessageError, check_json, kind_of, size_of
 
 MAX_TOOLS = 128  # OpenAI's limit
-MAX_TOOL_CHARS = 400_000  # in all tools of a request, roughly
+MAX_TOOL_CHARS = 400_000  # in all tools of a request, as `size_of` counts them
 MAX_TOOL_DEPTH = 50  # nesting in a tool; an object in a schema takes two levels
-IGNORED = ("cache_control",)  # does not change the prompt
+IGNORED = ("cache_control",)  # fields that templates do not get
 EXAMPLE = 'for example {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}'
 _LISTS = ("required", "enum", "anyOf", "allOf", "oneOf", "prefixItems")
 _OBJECTS = ("properties", "$defs", "definitions", "patternProperties")
@@ -25,7 +24,7 @@ class Tool:
     """A function that the model may call.
 
     parameters: the JSON schema of its arguments; {} if it takes none. is_strict: its arguments must follow
-    the schema even if the model is free to call it or not. fields: the tool as a template receives it.
+    the schema even if the model may choose whether to call it. fields: the tool as a template receives it.
     """
 
     name: str
@@ -37,7 +36,7 @@ class Tool:
 def read_tools(tools: Any) -> tuple[Tool, ...]:
     """Check the tools of a request and return them; None and an empty list are no tools.
 
-    Raises `MessageError` for the first problem.
+    Raises `MessageError` for the first problem; it names the tool and the field.
     """
     if tools is None:
         return ()
@@ -86,7 +85,7 @@ def _read(tool: Any, field: str) -> Tool:
 
 
 def _sent(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields without those that are null or ignored."""
+    """The fields that a template gets: those that are not null and not in `IGNORED`."""
     return {name: value for name, value in fields.items() if value is not None and name not in IGNORED}
 
 

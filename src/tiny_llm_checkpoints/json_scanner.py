@@ -1,8 +1,4 @@
-"""Follows a JSON value in a text that arrives piece by piece, character by character.
-
-It accepts exactly what RFC 8259 does, up to a depth, and notices the first character that no JSON value can
-have in its place. Knows nothing of what the value means.
-"""
+"""Follows a JSON value in a text that arrives character by character. Does not know what the value means."""
 
 import re
 from enum import Enum
@@ -17,11 +13,11 @@ _HEX = frozenset("0123456789abcdefABCDEF")
 
 
 class NotJSONError(ValueError):
-    """A character that cannot stand in this place."""
+    """The text cannot become a JSON value, or not the one that is expected."""
 
 
 class Expects(Enum):
-    """What may come next. The last three are inside of a value that is not a list or an object."""
+    """What may come next. The last three: within a string, which may be a key, a number or a word."""
 
     VALUE = "a value"
     VALUE_OR_END = "a value, or the end of the list"
@@ -36,7 +32,17 @@ class Expects(Enum):
 
 
 class JsonScanner:
-    """Follows one JSON value. expects: what may come next. depth: the number of open lists and objects."""
+    """Follows one JSON value (RFC 8259) of at most `MAX_DEPTH` levels. expects: what may come next.
+
+    White space may stand before and after the value. A number has ended when a character follows it that is
+    no part of a number; only then a malformed one is an error. Other errors are raised at once.
+
+    >>> scanner = JsonScanner()
+    >>> for char in '{"a": [1':
+    ...     scanner.push(char)
+    >>> scanner.expects.name, scanner.depth
+    ('NUMBER', 2)
+    """
 
     def __init__(self) -> None:
         self.expects = Expects.VALUE
@@ -47,11 +53,11 @@ class JsonScanner:
 
     @property
     def depth(self) -> int:
-        """The number of open lists and objects."""
+        """The number of lists and objects that have begun and not ended."""
         return len(self._open)
 
     def push(self, char: str) -> None:
-        """Take the next character. Raises `NotJSONError` if it cannot stand there."""
+        """Take the next character. Raises `NotJSONError` if the text cannot become a JSON value with it."""
         if self.expects is Expects.STRING:
             self._push_string(char)
         elif self.expects is Expects.NUMBER:
@@ -62,7 +68,7 @@ class JsonScanner:
             self._push_sign(char)
 
     def _push_sign(self, char: str) -> None:
-        """Take a character between values."""
+        """Take a character that is not within a string, a number or a word."""
         expects = self.expects
         if expects is Expects.COLON and char == ":":
             self.expects = Expects.VALUE

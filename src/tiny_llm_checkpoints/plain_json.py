@@ -1,7 +1,4 @@
-"""Checks that values of a client are plain JSON of bounded depth and size.
-
-Knows nothing of what the values mean.
-"""
+"""Checks that a client's values are plain JSON of bounded depth and size. Knows nothing of what they mean."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,11 +8,14 @@ from typing import Any, NoReturn
 from .errors import TinyLLMError
 
 MAX_DEPTH = 20  # nesting of lists and objects in the fields that a template receives
-MAX_VALUES = 10_000  # values nested in one of these fields; `content` has no such limit
+MAX_VALUES = 10_000  # elements of lists and fields of objects in one value; `content` has no such limit
 
 
 class MessageError(TinyLLMError, ValueError):
-    """A message, a tool or a variable of a template is not usable; `field` locates it: "messages[2].role"."""
+    """A message, a tool or a variable of a template is not usable.
+
+    field: where it is, such as "messages[2].role". unsupported: OpenAI may support it; this project does not.
+    """
 
     def __init__(self, field: str, reason: str, *, unsupported: bool = False) -> None:
         super().__init__(f"{field}: {reason}")
@@ -24,9 +24,10 @@ class MessageError(TinyLLMError, ValueError):
 
 
 def check_json(value: Any, field: str, max_depth: int = MAX_DEPTH) -> Any:
-    """Return `value` if it is plain JSON of bounded depth and size, with valid Unicode strings.
+    """Return `value` if it is plain JSON with at most `MAX_VALUES` values and valid Unicode strings.
 
-    Raises a `MessageError` that locates the first value that is not.
+    field: where the value is, for messages. max_depth: the most levels; a string or a number has one level.
+    Raises a `MessageError`, which locates a part that is not plain JSON.
     """
     count = 1
     for item, place, depth in _walk(value, field):
@@ -40,7 +41,10 @@ def check_json(value: Any, field: str, max_depth: int = MAX_DEPTH) -> Any:
 
 
 def check_value(value: Any, field: str) -> None:
-    """Raise `MessageError` for a value that JSON cannot represent, and for a string with a lone surrogate."""
+    """Raise `MessageError` for a value that JSON cannot represent, or a string with a lone surrogate.
+
+    The values inside of lists and objects are not checked.
+    """
     if isinstance(value, str):
         try:
             value.isascii() or value.encode()
@@ -56,7 +60,8 @@ def check_value(value: Any, field: str) -> None:
 def parse_object(text: str, field: str, max_depth: int = MAX_DEPTH) -> dict[str, Any]:
     """Parse the text of a JSON object; an empty text is an empty object.
 
-    Raises `MessageError` for any other text, and for one with too many values, which is not parsed.
+    Raises `MessageError` for any other text, or for an object that `check_json` rejects. Too many values are
+    counted before the text is parsed.
     """
     if not text.strip():
         return {}
@@ -64,7 +69,7 @@ def parse_object(text: str, field: str, max_depth: int = MAX_DEPTH) -> dict[str,
     if sum(map(outside.count, "{[,:")) > 2 * MAX_VALUES:
         raise MessageError(field, f"has more than {MAX_VALUES} values")
     try:
-        value = json.loads(text, parse_constant=_reject)
+        value = json.loads(text, parse_constant=reject_constant)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise MessageError(field, f"must be the text of a JSON object: {reason}") from None
@@ -75,7 +80,11 @@ def parse_object(text: str, field: str, max_depth: int = MAX_DEPTH) -> dict[str,
 
 
 def size_of(value: Any) -> int:
-    """The characters of all strings and keys in plain JSON, and 8 for each other value."""
+    """The number of characters of all strings and keys in plain JSON, plus 8 for each other value.
+
+    >>> size_of({"ab": ["c", 1, None]})  # 2 + 1 for the strings, and 8 for each of {}, [], 1 and None
+    35
+    """
     return sum(len(item) if isinstance(item, str) else 8 for item, _, _ in _walk(value, ""))
 
 
@@ -97,5 +106,6 @@ def _walk(value: Any, field: str) -> Iterator[tuple[Any, str, int]]:
             left += [(one, f"{place}[{index}]", depth + 1) for index, one in enumerate(item)]
 
 
-def _reject(constant: str) -> NoReturn:
+def reject_constant(constant: str) -> NoReturn:
+    """Raise ValueError for NaN and Infinity, which Python's `json` reads, but JSON does not have."""
     raise ValueError(f"{constant} is not JSON")

@@ -1,20 +1,20 @@
 """Separates a model's reasoning from its answer while both are generated.
 
-Reasoning stands between two markers at the start of an answer. White space beside a marker belongs to it. The
-result does not depend on how the text is cut into pieces.
+Reasoning stands between two markers at the start of an answer. White space beside a marker belongs to it.
 """
 
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from .answer_deltas import ContentDelta, Delta, ReasoningDelta, begun, joined, space_before
+from .answer_deltas import ContentDelta, Delta, ReasoningDelta, joined
+from .answer_markers import num_begun, num_spaces
 from .errors import ConfigError
 from .suggestions import unknown_name
 
 
 @dataclass(frozen=True)
 class ReasoningFormat:
-    """The markers of reasoning. is_implied: an answer starts with reasoning even if nothing begins it."""
+    """The markers of reasoning. is_implied: an answer starts with reasoning even if `begin` is missing."""
 
     name: str
     begin: str
@@ -30,7 +30,7 @@ FORMATS = {one.name: one for one in (DEEPSEEK_R1, MISTRAL, QWEN3)}
 
 
 def reasoning_of(template: str) -> ReasoningFormat | None:
-    """Return the form of reasoning that a chat template knows; None if it knows none."""
+    """Return the form of reasoning whose end marker is in a chat template; None if there is none."""
     return next((one for one in (QWEN3, MISTRAL) if one.end in template), None)
 
 
@@ -50,7 +50,18 @@ class _State(Enum):
 
 
 class ReasoningParser:
-    """The reasoning in one answer. is_open: the prompt ends within the reasoning."""
+    """The reasoning in one answer. is_open: the prompt ends within the reasoning.
+
+    Without `is_open` and `form.is_implied`, an answer has reasoning only if it starts with `begin`, after any
+    white space; otherwise all of it is content. `begin` may be repeated. Everything up to `end` is reasoning,
+    or the whole answer if there is no `end`. Dropped are the markers, all white space before the text of the
+    reasoning and before the content after it, and up to 64 characters of white space before `end`. The joined
+    deltas depend only on the whole text.
+
+    >>> parser = ReasoningParser(QWEN3)
+    >>> parser.push("<think> Hm"), parser.push(".\\n</thi"), parser.push("nk> Yes"), parser.finish()
+    ([ReasoningDelta(text='Hm')], [ReasoningDelta(text='.')], [ContentDelta(text='Yes')], [])
+    """
 
     def __init__(self, form: ReasoningFormat, *, is_open: bool = False) -> None:
         self._form = form
@@ -58,7 +69,7 @@ class ReasoningParser:
         self._text = ""  # not passed on yet
 
     def push(self, text: str) -> list[Delta]:
-        """Take more of the answer; return what is certain now."""
+        """Take the next piece of the answer; return the deltas that are certain now, joined."""
         self._text += text
         return self._run(is_last=False)
 
@@ -87,7 +98,7 @@ class ReasoningParser:
         return [ContentDelta(text)]
 
     def _read_begin(self, is_last: bool) -> list[Delta]:
-        """Read the marker, which a model may repeat if the prompt has it already."""
+        """Read the marker `begin`, which a model may repeat if the prompt has it already."""
         text, begin = self._text.lstrip(), self._form.begin
         is_open = self._state is _State.OPEN
         if text.startswith(begin):
@@ -102,8 +113,8 @@ class ReasoningParser:
         place = text.find(end)
         if place >= 0:
             self._text, self._state = text[place + len(end) :], _State.CLOSED
-            return [ReasoningDelta(text[: place - space_before(text[:place])])]
-        known = len(text) - (0 if is_last else begun(text, end))
-        known -= space_before(text[:known]) if not is_last else 0
+            return [ReasoningDelta(text[: place - num_spaces(text[:place])])]
+        known = len(text) - (0 if is_last else num_begun(text, end))
+        known -= num_spaces(text[:known]) if not is_last else 0
         self._text = text[known:]
         return [ReasoningDelta(text[:known])]

@@ -29,23 +29,29 @@ Render = Callable[[list[dict[str, Any]], Mapping[str, Any]], str]
 
 
 class CallStyle(NamedTuple):
-    """How a template takes a message with calls. takes_null: its content is null instead of empty."""
+    """How a template takes a message with calls.
+
+    takes_objects: arguments are an object; otherwise JSON text. takes_null: an empty content is null.
+    """
 
     takes_objects: bool
     takes_null: bool
 
 
 class ToolSupport(NamedTuple):
-    """What a template writes itself: the tools, and calls with their results (None: it ignores them)."""
+    """What a template writes itself: tools, and calls with their results (None: it does not)."""
 
     writes_tools: bool
     calls: CallStyle | None
 
 
 def find_tool_support(render: Render, parts_of: Callable[[str, str], Any], reads_tools: bool) -> ToolSupport:
-    """Probe a template. parts_of: a role and a text to the content in the form that the template takes.
+    """Find out what a template writes, by rendering short conversations with a tool, a call and a result.
 
-    reads_tools: whether the template has a variable `tools`.
+    parts_of: makes the content of a message, in the form that the template takes, from a role and a text.
+    reads_tools: whether the template has a variable `tools`. Styles of calls are tried in this order: objects
+    before texts, and for both an empty content before null; the first that shows the call and its result is
+    taken. If the template fails (ValueError), it shows nothing.
     """
     user = {**_USER, "content": parts_of("user", "Hi")}
     writes = reads_tools and "probe_tool" in _rendered(render, [user], [_TOOL])
@@ -84,6 +90,6 @@ def _conversation(
 
 
 def _shows_calls(prompt: str) -> bool:
-    """Whether a prompt has the call and its result, with arguments that are JSON and not quoted twice."""
+    """Whether a prompt has the call and its result, with arguments as JSON that is not escaped once more."""
     has_all = all(one in prompt for one in ("probe_tool", "probe_value", "probe_result"))
     return has_all and "'probe_key'" not in prompt and '\\"probe_key' not in prompt

@@ -1,6 +1,6 @@
 """The forms in which models write calls of tools, under vLLM's names for their parsers.
 
-A chat template shows which form its model was trained to write. Knows nothing of how text is parsed.
+Knows nothing of how text is parsed.
 """
 
 from collections.abc import Iterable
@@ -24,8 +24,12 @@ class Call(NamedTuple):
 class ToolFormat:
     """How a model writes calls: opening, calls with a separator between them, closing.
 
-    head, tail: what surrounds the arguments of a call. begin: the marker that starts calls; "" if they start
-    an answer without one. optional: a marker that may precede them then. end: the marker that ends them.
+    A call is head, arguments, tail; `NAME` in the head stands for the function's name. begin: the marker that
+    starts calls; "" if they start the answer. optional: a marker that may precede such calls. end: the marker
+    that ends calls. Opening, separator and closing contain begin and end.
+
+    >>> SMOLLM2.written([Call("f", '{"a": 1}'), Call("g", "{}")])
+    '<tool_call>[{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {}}]</tool_call>'
     """
 
     name: str
@@ -39,7 +43,7 @@ class ToolFormat:
     end: str = ""
 
     def written(self, calls: Iterable[Call]) -> str:
-        """Return the text of calls as the model writes it."""
+        """Return the text of calls, at least one, as the model writes it."""
         texts = [self.head_of(call.name) + call.arguments + self.tail for call in calls]
         return self.opening + self.separator.join(texts) + self.closing
 
@@ -49,12 +53,12 @@ class ToolFormat:
 
     @property
     def names_first(self) -> bool:
-        """Whether the name stands before the arguments instead of in a JSON object with them."""
+        """Whether the name stands before the arguments, not in a JSON object with them."""
         return not self.head.startswith("{")
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """All markers; some vocabularies have control tokens for them."""
+        """All markers, without empty ones; some vocabularies have control tokens for them."""
         found = (self.begin, self.optional, self.end, "[ARGS]" if self.names_first else "")
         return tuple(marker for marker in found if marker)
 
@@ -108,19 +112,19 @@ MISTRAL_ARGS = ToolFormat(  # of newer Mistral models
     begin="[TOOL_CALLS]",
 )
 FORMATS = {one.name: one for one in (HERMES, LLAMA3, MISTRAL, SMOLLM2)}
-FALLBACK = SMOLLM2  # for templates without tools, in which we describe the tools ourselves
-# Forms whose markers are those of a known one, but whose calls are not JSON.
+FALLBACK = SMOLLM2  # for templates that do not write tools: `tool_prompt` describes them in this form
+# They show that a template with a known marker writes calls that are not JSON.
 _NOT_JSON = ("<function=", "<arg_key>", "<parameter=")
 
 
 def format_of(template: str) -> ToolFormat | None:
-    """Return the form that a template with tools shows; None if it is not a known one.
+    """Return the form of the calls that a chat template writes, found by its markers; None: not a known one.
 
     >>> format_of("... <tool_call> ... </tool_call> ...").name
     'hermes'
     """
     if "[TOOL_CALLS]" in template:
-        return MISTRAL_ARGS if "[ARGS]" in template else MISTRAL
+        return _mistral_of(template)
     if "<tool_call>" in template:
         if any(sign in template for sign in _NOT_JSON):
             return None
@@ -132,9 +136,13 @@ def format_of(template: str) -> ToolFormat | None:
 def format_named(name: str, template: str = "") -> ToolFormat:
     """Return the form with vLLM's name for its parser. Raises `ConfigError` for an unknown name.
 
-    template: chooses between the two forms of Mistral.
+    template: the model's, which chooses between the two forms of Mistral.
     """
     if name not in FORMATS:
         raise ConfigError(unknown_name("tool-call parser", name, FORMATS))
     found = FORMATS[name]
-    return MISTRAL_ARGS if found is MISTRAL and "[ARGS]" in template else found
+    return _mistral_of(template) if found is MISTRAL else found
+
+
+def _mistral_of(template: str) -> ToolFormat:
+    return MISTRAL_ARGS if "[ARGS]" in template else MISTRAL

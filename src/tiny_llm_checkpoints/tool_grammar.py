@@ -1,7 +1,7 @@
-"""Grammars of whole answers: reasoning, then calls of tools or content, each in its form.
+"""Makes grammars of whole answers: reasoning, then calls of tools or content, each in its form.
 
-They are Lark in llguidance's dialect. `%json` embeds a JSON schema; a control token is named by its id, as in
-`<[151657]>`. Knows nothing of how a grammar is enforced.
+They are Lark in llguidance's dialect: `%json` embeds a JSON schema, `<[151657]>` is the token with this id.
+Knows nothing of how a grammar is enforced.
 """
 
 import json
@@ -30,7 +30,7 @@ class Reasoning:
 
     @property
     def is_certain(self) -> bool:
-        """Whether each answer starts with it."""
+        """Whether each answer has it."""
         return self.is_open or self.form.is_implied
 
 
@@ -44,13 +44,13 @@ def tool_grammar(
     reasoning: Reasoning | None = None,
     content: str | None = None,
 ) -> str:
-    """Return a grammar of answers that may call these tools.
+    """Return a grammar, in Lark, of answers that may call these tools.
 
     is_forced: the answer is one or more calls, with arguments that follow the schemas. Otherwise it is text,
     or text and then calls, and only the arguments of strict tools follow their schemas. parallel: allow
-    several calls. control_tokens: the ids of the vocabulary's control tokens, by name. reasoning: what may
-    precede all of that. content: what stands in a rule for the text; with it, the answer is either text or
-    calls. None: any text.
+    several calls. control_tokens: name to id, for all of the vocabulary. reasoning: what may precede all of
+    that. content: the right side of a Lark rule for the text; then the answer is either text or calls. None:
+    any text.
     """
     schemas = [arguments_schema(tool) if is_forced or tool.is_strict else _ANY for tool in tools]
     rules: list[str] = []
@@ -79,10 +79,11 @@ def _grammar(
 
 
 def arguments_schema(tool: Tool) -> dict[str, Any]:
-    """Return the schema of a tool's arguments for the grammar.
+    """Return the schema of a tool's arguments for the grammar: an object, with the white space of `_LAYOUT`.
 
-    It allows only the parameters that a schema lists, unless the schema says otherwise: the caller could not
-    pass others to the function.
+    Only listed properties are allowed, because the client could not pass others to the function. So {} allows
+    none. A schema stays open if it has `additionalProperties`, one of `_COMBINING`, or keywords but no
+    `properties`.
     """
     schema: dict[str, Any] = {"type": "object", **tool.parameters}
     is_list = "properties" in schema or not tool.parameters

@@ -1,15 +1,17 @@
-"""Finds calls of tools in a model's answer while it is generated.
+"""Finds calls of tools in a model's answer while it is generated. Knows nothing of HTTP.
 
-Text that may become a call is held back until that is certain. What does not parse as a call of an offered
-tool is content, exactly as generated. The result does not depend on how the text is cut into pieces. White
-space beside a call is a part of its form, not of the content. Knows nothing of HTTP.
+After the marker of its form (`ToolFormat`) stands one call or a list of them, `[..., ...]`; a call is what
+`CallScanner` accepts. In a form without a marker, calls stand at the start of an answer, with `;` between
+them. Newer Mistral models write a call as its name, `[ARGS]` and its arguments. White space beside a call is
+a part of it. All other text is content, exactly as generated. Text that may become a call is held back.
 """
 
 import re
 from collections.abc import Collection
 from enum import Enum, auto
 
-from .answer_deltas import CallDelta, ContentDelta, Delta, begun, joined, space_before
+from .answer_deltas import CallDelta, ContentDelta, Delta, joined
+from .answer_markers import num_begun, num_spaces
 from .call_scanner import CallScanner
 from .json_scanner import NotJSONError
 from .tool_formats import ToolFormat
@@ -22,21 +24,26 @@ _NAMED_CHARS = re.compile(r"[\w\[\]\s-]*")
 
 class _State(Enum):
     START = auto()  # of an answer, where calls may stand without a marker
-    TEXT = auto()
-    HEAD = auto()  # after a marker or a separator
-    CALL = auto()
-    AFTER = auto()  # a call
+    TEXT = auto()  # content, up to a marker
+    HEAD = auto()  # after a marker or a separator, before a call
+    CALL = auto()  # in a call
+    AFTER = auto()  # after a call
 
 
 class ToolParser:
-    """The calls in one answer.
+    """The calls in one answer. The joined deltas depend only on the whole text, not on its pieces.
 
-    names: the offered functions. as_generated: pass the arguments on while they are generated, which is right
-    if a grammar guarantees that they become valid; otherwise a call is passed on when it is complete.
-    only_calls: there is no content; what else is generated, such as a call that is cut off before its
-    arguments, is dropped. max_calls: calls after that many are dropped; None: no limit.
+    names: the functions that may be called. as_generated: pass arguments on while they are generated, for
+    answers that a grammar keeps valid; otherwise a call is passed on when it is complete. only_calls: drop
+    all content, such as a call that is cut off before its arguments. max_calls: drop calls after that many;
+    None: no limit.
 
-    num_calls: the calls so far. is_complete: whether the last of them has ended.
+    num_calls: the calls so far, dropped ones too. is_complete: whether the last of them has ended.
+
+    >>> from tiny_llm_checkpoints.tool_formats import HERMES
+    >>> parser = ToolParser(HERMES, ["f"])
+    >>> parser.push('Hi. <tool_call>{"name": "f", '), parser.push('"arguments": {}}</tool_call>')
+    ([ContentDelta(text='Hi.')], [CallDelta(number=0, name='f', arguments='{}')])
     """
 
     def __init__(
@@ -59,13 +66,13 @@ class ToolParser:
         self._state = _State.TEXT if form.begin else _State.START
         self._text = ""  # not consumed yet
         self._held: list[str] = []  # consumed, but content if it turns out not to be a call
-        self._lead = 0  # how many of these no other call can start in
+        self._lead = 0  # the number of their first characters in which no other call can start
         self._in_list = False
         self._call: CallScanner | None = None
         self._deltas: list[Delta] = []
 
     def push(self, text: str) -> list[Delta]:
-        """Take more of the answer; return what is certain now."""
+        """Take the next piece of the answer; return the deltas that are certain now, joined."""
         self._text += text
         return self._run(is_last=False)
 
@@ -99,15 +106,15 @@ class ToolParser:
         text, marker = self._text, self._marker
         place = text.find(marker)
         if place >= 0:
-            space = space_before(text[:place])
+            space = num_spaces(text[:place])
             self._content(text[: place - space])
             self._text = text[place - space :]
             self._hold(space + len(marker), _State.HEAD)
             return True
         end = len(text)
         if not is_last:
-            end -= begun(text, marker)
-            end -= space_before(text[:end])
+            end -= num_begun(text, marker)
+            end -= num_spaces(text[:end])
         self._content(text[:end])
         self._text = text[end:]
         return False
@@ -196,7 +203,7 @@ class ToolParser:
             self._text = self._text[num_characters:]
 
     def _fail(self) -> None:
-        """What was held is not a call: its lead is content, and the rest may contain calls."""
+        """Release what was held and is not a call: its lead is content, and the rest may contain calls."""
         held = "".join(self._held) + self._text
         self._content(held[: self._lead])
         self._text = held[self._lead :]
@@ -204,7 +211,7 @@ class ToolParser:
         self._in_list, self._call, self._state = False, None, _State.TEXT
 
     def _break_off(self, call: CallScanner, place: int) -> None:
-        """The call cannot become valid. If its start was passed on, only the rest is content."""
+        """End a call that cannot become valid. If its start was passed on, only the rest is content."""
         self._pass_on_early(call)
         if self.is_complete:
             self._fail()

@@ -1,6 +1,6 @@
 """Writes tools, calls and results into a conversation as plain text, for templates that cannot.
 
-Models learn to call tools from such text too, but not as reliably as in their own form.
+Models call tools by such a text too, but less reliably than in their own form.
 """
 
 import json
@@ -17,7 +17,11 @@ _EXAMPLE = Call("NAME", '{"ARGUMENT": VALUE}')
 def describe_tools(
     messages: Sequence[ChatMessage], tools: Sequence[Tool], form: ToolFormat
 ) -> list[ChatMessage]:
-    """Add the tools to the system message, or to a new one: what they are, and how to call them."""
+    """Return messages, of which there is at least one, with a text about the tools and how to call them.
+
+    The text is the last part of the first message, if that is the system's or developer's; otherwise it is a
+    new system message before it.
+    """
     text = _description(tools, form)
     first, *others = messages
     if first.role not in ("system", "developer"):
@@ -26,7 +30,10 @@ def describe_tools(
 
 
 def spell_calls(messages: Sequence[ChatMessage], form: ToolFormat) -> list[ChatMessage]:
-    """Write calls into the text of their messages, and results as the user's messages."""
+    """Return messages without calls and results: calls become the last part of their message's text.
+
+    Results that follow each other become one message of the user, with one part for each.
+    """
     found: list[ChatMessage] = []
     for message in messages:
         if message.calls:

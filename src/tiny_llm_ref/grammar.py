@@ -1,7 +1,6 @@
 """A grammar: which tokens can continue a text of the required form.
 
-A `Grammar` belongs to one sequence, and one thread uses it. The library llguidance parses; `grammar_compiler`
-makes grammars.
+A `Grammar` belongs to one sequence and is used by one thread. `GrammarCompiler.compile` makes grammars.
 """
 
 import re
@@ -19,7 +18,15 @@ LONGEST_REASON = 300  # characters of the library's reason in an error
 
 
 class Grammar:
-    """One sequence's place in a grammar: the tokens accepted so far, and those that may come next."""
+    """One sequence's place in a grammar: the tokens accepted so far, and those that may come next.
+
+    matcher: the parser of the library llguidance, at the same place. Used are `consume_token(token)` and
+    `rollback(num_tokens)`, which return whether it worked; `validate_tokens(tokens)`, how many of them, from
+    the first, could be consumed; `compute_bitmask()`, bytes in which bit t % 8 of byte t // 8 is 1 if token t
+    may come next; `is_stopped()`, whether nothing but an end-of-sequence token can follow; `deep_copy()`; and
+    `is_error()` and `get_error()`, the reason why it cannot continue. vocab_size: V of the masks; the
+    library's may be smaller or larger.
+    """
 
     def __init__(self, matcher: "LLMatcher", vocab_size: int) -> None:
         self._matcher = matcher
@@ -27,11 +34,11 @@ class Grammar:
         self._masks: dict[tuple[int, ...], TokenMask] = {}  # by the tokens after the accepted ones
 
     def allowed(self, ahead: Seq[int] = ()) -> TokenMask:
-        """Return the tokens that may come next; end-of-sequence tokens among them if the text is complete.
+        """Return the mask of the tokens that may come next: an end-of-sequence token if the text is complete.
 
-        ahead: tokens, each of them allowed, after which the mask is asked for; the grammar stays where it is.
-        The mask depends only on the accepted tokens and these. Raises `GrammarError` if no token may come
-        next, or if the grammar is too complex at this place.
+        ahead: return the mask after these tokens instead, each of which must be allowed; the grammar stays
+        where it is. Masks are cached until the grammar moves; `accept` keeps those of places still ahead.
+        Raises `GrammarError` if no token may come next, or if the grammar is too complex at this place.
         """
         key = tuple(ahead)
         if key not in self._masks:
@@ -44,10 +51,11 @@ class Grammar:
         return self._masks[key]
 
     def num_drafted(self, draft: Seq[int]) -> int:
-        """Return how many tokens of a draft, from the first, may be computed as guesses.
+        """Return how many tokens of a draft, from the first, should be computed as guesses.
 
-        The draft must end before the first token that is not allowed, and before one that completes the text:
-        nothing is drawn after those. The grammar stays where it is.
+        Count up to the first token that is not allowed or that completes the text, and not that token itself:
+        a guess gets a row to draw the token after it, and there is none. The grammar stays where it is, with
+        its cached masks.
         """
         masks, possible = self._masks, self._matcher.validate_tokens([*draft])
         num_accepted = num_drafted = 0
@@ -68,7 +76,7 @@ class Grammar:
             self._check(f"token {token} is not possible")
 
     def rollback(self, num_tokens: int) -> None:
-        """Move back by the last `num_tokens` accepted tokens. Raises `GrammarError` if there are fewer."""
+        """Take back the last `num_tokens` accepted tokens. Raises `GrammarError` if there are fewer."""
         if num_tokens:
             self._masks = {}
             if not self._matcher.rollback(num_tokens):
@@ -86,7 +94,7 @@ class Grammar:
         return self._matcher.is_stopped()
 
     def _computed(self) -> TokenMask:
-        """The tokens that may come next."""
+        """The mask of the tokens that may come next."""
         words = self._matcher.compute_bitmask()
         self._check("the grammar cannot continue")
         mask = TokenMask(_fitted(words, self._vocab_size))
@@ -101,7 +109,7 @@ class Grammar:
 
 
 def reworded(reason: str) -> str:
-    """The library's reason for an error, in one line of at most 300 characters and in our words."""
+    """The library's reason for an error in one line of at most 300 characters, clearer where it is known."""
     reason = " ".join(reason.replace("<non-verbose/>", "").split("while processing")[0].split())
     if keywords := re.fullmatch(r"Unimplemented keys: \[(.*)\]", reason):
         return f"{keywords[1]} is not supported"
@@ -113,7 +121,7 @@ def reworded(reason: str) -> str:
 
 
 def _fitted(mask: bytes, vocab_size: int) -> "array[int]":
-    """The library's mask as words for a vocabulary of another size."""
+    """The library's mask as words of a `TokenMask`: tokens that it lacks are not allowed."""
     size = 4 * num_words(vocab_size)
     words = array("I", mask[:size].ljust(size, b"\0"))
     words[-1] &= (1 << (vocab_size - 1) % 32 + 1) - 1

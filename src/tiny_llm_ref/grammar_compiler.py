@@ -1,4 +1,4 @@
-"""Compiles the grammars of requests. Here and in `grammar_vocabulary` is all use of the library llguidance.
+"""Compiles the forms that requests ask for to grammars of the library llguidance.
 
 The library is imported on first use, because most programs never need it.
 """
@@ -17,15 +17,15 @@ from .errors import GrammarError, SamplingParamsError
 from .grammar import Grammar, reworded
 from .grammar_trials import TOO_COSTLY, GrammarTrials
 from .grammar_vocabulary import library_tokenizer
-from .json_schema import check_schema, closed, parsed, place_of_error, with_alternatives_in_place
-from .lark_schemas import refuse_ignored, with_checked_schemas
+from .json_schema import check_schema, parsed, place_of_error, with_alternatives_in_place, with_closed_objects
+from .lark_schemas import refuse_temperatures, with_checked_schemas
 from .structured_outputs import FIELD, StructuredOutputsParams
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 CACHED_GRAMMARS = 32
-CACHED_CHARACTERS = 1 << 20  # of the cached grammars' texts; a compiled grammar takes some 200 bytes for each
+CACHED_CHARACTERS = 1 << 20  # in the parameters of cached grammars, some 200 bytes of memory for each
 
 SEARCH_SECONDS = 0.5  # for the place of an error in a schema
 # The parser's limits. With them a mask takes some 30 ms at most.
@@ -48,9 +48,9 @@ class GrammarCompiler:
     vocab_size: the number of logits, which may exceed the tokenizer's vocabulary; tokens beyond it are never
     allowed. eos_token_ids: the tokens that may follow a complete text.
 
-    The library's form of the vocabulary is made on first use, in about half a second. A grammar is tried in
-    another process before it is compiled here. Compiled grammars are cached: at most 32, with 1 MiB of text
-    together.
+    The vocabulary is converted for the library on first use, in about half a second. A grammar is tried in
+    another process (`GrammarTrials`) before it is compiled here. Compiled grammars are cached by their
+    parameters, the most recently used ones: at most 32, with 1,048,576 characters together.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
@@ -64,10 +64,11 @@ class GrammarCompiler:
         self._compiled: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
-        """Return a new grammar, at its start.
+        """Return a new grammar for texts of this form, at its start.
 
         Raises `SamplingParamsError` for a schema, an expression or a grammar that is wrong, not supported or
         too large. The message names the field and the reason, and the place in a schema if it is known.
+        Raises `OutOfResourcesError` if the process for trials cannot be started.
         """
         with self._lock:
             vocabulary = self._made_vocabulary()
@@ -117,11 +118,11 @@ class GrammarCompiler:
         return grammar
 
     def _reason_to_refuse(self, source: str) -> str:
-        """The library's reason for refusing a grammar, or ""."""
+        """The reason why a grammar cannot be compiled, or ""."""
         return reworded(self._trials.reason_to_refuse(source, LIMITS))
 
     def _place(self, params: StructuredOutputsParams, reason: str) -> str:
-        """The field that the library refuses, and the place in a schema if it is known."""
+        """The field that is refused for a reason, and the place in a schema if it is known."""
         end = monotonic() + SEARCH_SECONDS
 
         def reason_for(schema: Any) -> str:
@@ -136,7 +137,7 @@ class GrammarCompiler:
 
 
 def _source(params: StructuredOutputsParams, field: str) -> str:
-    """The library's form of what a request asks for."""
+    """The grammar of a request's form, as the library takes it."""
     from llguidance import LLMatcher
 
     if params.json is not None:
@@ -151,15 +152,15 @@ def _source(params: StructuredOutputsParams, field: str) -> str:
     assert params.grammar is not None
     if params.grammar.lstrip().startswith("{"):  # the library's own form, which may have schemas too
         raise SamplingParamsError(f"{field} must be a grammar in Lark's syntax, not {shown(params.grammar)}")
-    refuse_ignored(params.grammar, field)
+    refuse_temperatures(params.grammar, field)
     return LLMatcher.grammar_from_lark(with_checked_schemas(params.grammar, field, WHITESPACE))
 
 
 def _checked_schema(params: StructuredOutputsParams, field: str) -> Any:
-    """The schema of a request. Raises `SamplingParamsError` for what cannot be enforced."""
+    """The schema as it is enforced. Raises `SamplingParamsError` for what cannot be."""
     schema = parsed(params.json)
     check_schema(schema, field)
-    schema = closed(schema) if params.disable_additional_properties else schema
+    schema = with_closed_objects(schema) if params.disable_additional_properties else schema
     return with_alternatives_in_place(schema)
 
 

@@ -1,4 +1,4 @@
-"""Tries grammars in another process, so that a hostile one costs that process and not this one."""
+"""Tries grammars in another process (`grammar_trial_program`): a hostile one can only end that process."""
 
 import json
 import os
@@ -13,16 +13,16 @@ from weakref import finalize
 
 from .resources import requiring
 
-PROGRAM = Path(__file__).with_name("grammar_trial.py")
-PATIENCE = 30.0  # seconds; on an idle machine a trial takes at most half a second
+PROGRAM = Path(__file__).with_name("grammar_trial_program.py")
+PATIENCE = 30.0  # seconds until an answer; on an idle machine a trial takes at most half a second
 TOO_COSTLY = "it is too large or too deep: it takes more than 0.5 s, 48 MiB or the stack to compile"
 
 
 class GrammarTrials:
     """A process that tries grammars, started on first use and again after it has ended.
 
-    num_tokens: the size of the vocabulary. control: the names of its control tokens by id, which grammars may
-    name. ends: its end-of-sequence tokens. Any number of threads may use it; trials run one after the other.
+    num_tokens: the size of the vocabulary. control: its control tokens, which grammars may name: id to name.
+    ends: its end-of-sequence tokens. Any number of threads may use it; trials run one after the other.
     """
 
     def __init__(self, num_tokens: int, control: Mapping[int, str], ends: Seq[int]) -> None:
@@ -33,14 +33,14 @@ class GrammarTrials:
         self._ender: finalize[..., GrammarTrials] | None = None  # ends it, at the latest at exit
 
     def reason_to_refuse(self, source: str, limits: Mapping[str, object]) -> str:
-        """Return the library's reason for refusing a grammar, `TOO_COSTLY`, or "" if it can be compiled here.
+        """Return "" if a grammar can be compiled, else the library's reason to refuse it or `TOO_COSTLY`.
 
-        source: the library's form of the grammar. limits: of its parser. Raises `OutOfResourcesError` if the
-        process cannot be started.
+        source: the grammar as the library takes it. limits: the arguments of its `LLParserLimits`. Raises
+        `OutOfResourcesError` if the process cannot be started.
         """
         with self._lock:
             process = self._running()
-            answer = _asked(process, {"source": source, "limits": dict(limits)})
+            answer = _ask(process, {"source": source, "limits": dict(limits)})
             if answer is None:
                 self._end()
                 return TOO_COSTLY
@@ -57,10 +57,10 @@ class GrammarTrials:
             return self._process
         self._end()
         with requiring("the process that tries grammars"):
-            self._process = _started()
-            _written(self._process, self._vocabulary)
+            self._process = _start()
+            _write_line(self._process, self._vocabulary)
         self._owner = os.getpid()
-        self._ender = finalize(self, _ended, self._process, self._owner)
+        self._ender = finalize(self, _end_process, self._process, self._owner)
         return self._process
 
     def _end(self) -> None:
@@ -69,8 +69,8 @@ class GrammarTrials:
             self._ender()  # forgets the process too
 
 
-def _started() -> "Popen[str]":
-    """Start the process, in a session of its own: Ctrl-C in a terminal is not for it."""
+def _start() -> "Popen[str]":
+    """Start the process, in its own session, so that Ctrl-C in a terminal does not reach it."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return Popen(
         [sys.executable, str(PROGRAM)],
@@ -83,7 +83,7 @@ def _started() -> "Popen[str]":
     )
 
 
-def _written(process: "Popen[str]", line: Mapping[str, object]) -> bool:
+def _write_line(process: "Popen[str]", line: Mapping[str, object]) -> bool:
     """Write a line to the process; False if it has ended."""
     assert process.stdin is not None
     try:
@@ -94,17 +94,17 @@ def _written(process: "Popen[str]", line: Mapping[str, object]) -> bool:
     return True
 
 
-def _asked(process: "Popen[str]", line: Mapping[str, object]) -> str | None:
-    """The process's answer to a line; None if it has ended, or takes too long."""
+def _ask(process: "Popen[str]", line: Mapping[str, object]) -> str | None:
+    """Write a line and return the answer; None if the process has ended, or takes longer than `PATIENCE`."""
     assert process.stdout is not None
-    if not _written(process, line):
+    if not _write_line(process, line):
         return None
     is_ready = select([process.stdout], [], [], PATIENCE)[0]
     answer = process.stdout.readline() if is_ready else ""
     return str(json.loads(answer)) if answer.endswith("\n") else None
 
 
-def _ended(process: "Popen[str]", owner: int) -> None:
+def _end_process(process: "Popen[str]", owner: int) -> None:
     """End a process that this process started; a second call does nothing."""
     if owner == os.getpid():
         process.kill()

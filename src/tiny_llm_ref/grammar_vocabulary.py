@@ -1,4 +1,4 @@
-"""A tokenizer's vocabulary in the form of the library llguidance: the bytes of each token."""
+"""A tokenizer's vocabulary in the form that the library llguidance needs: the bytes of each token."""
 
 from typing import TYPE_CHECKING
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def library_tokenizer(tokenizer: Tokenizer, eos_token_ids: list[int]) -> "LLTokenizer":
-    """A tokenizer in the library's form.
+    """Return a tokenizer as the library needs it. eos_token_ids: the tokens that may follow a complete text.
 
-    The library needs an end-of-sequence token. A vocabulary without one gets one more token, which a model
-    cannot choose.
+    The library requires at least one. If there is none, the vocabulary gets one more token, which a model
+    cannot generate.
     """
     from llguidance import LLTokenizer, TokenizerWrapper
 
@@ -22,7 +22,7 @@ def library_tokenizer(tokenizer: Tokenizer, eos_token_ids: list[int]) -> "LLToke
 
 
 class _Vocabulary:
-    """The vocabulary with the names that the library reads: the bytes of each token, and control tokens."""
+    """The vocabulary, with the attributes that the library reads, and as a function that tokenizes."""
 
     bos_token_id = None
 
@@ -41,7 +41,7 @@ class _Vocabulary:
         self._longest = max(map(len, self._token_of), default=1)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Tokenize a text that the grammar forces, as the model's training texts were tokenized."""
+        """Tokenize a text that a grammar forces as the model's tokenizer does, or else by `_greedy`."""
         spelled = text.encode() if isinstance(text, str) else text
         tokens = self._tokenizer.encode(spelled.decode(), special_tokens=False)
         if b"".join(self.tokens[token] for token in tokens) == spelled:
@@ -49,7 +49,7 @@ class _Vocabulary:
         return self._greedy(spelled)  # the tokenizer adds a space to the start of a text, or drops a byte
 
     def _greedy(self, spelled: bytes) -> list[int]:
-        """Tokenize by the longest token at each place; bytes without a token are left out."""
+        """Tokenize by taking the longest token at each place; a byte at which no token starts is left out."""
         tokens, at = [], 0
         while at < len(spelled):
             sizes = range(min(self._longest, len(spelled) - at), 0, -1)

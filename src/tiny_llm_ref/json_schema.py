@@ -1,7 +1,6 @@
-"""JSON schemas before they become grammars: what cannot be enforced is refused, with its place.
+"""JSON schemas before they become grammars: what cannot be enforced is rejected, with its place.
 
-The grammar library enforces almost all of Draft 2020-12 and refuses what it does not know. Here are the
-exceptions, which it would accept and not enforce.
+The library llguidance rejects what it cannot enforce, with a few exceptions, which `check_schema` rejects.
 """
 
 import json
@@ -13,9 +12,9 @@ from .errors import SamplingParamsError
 
 Schema = Mapping[str, Any]
 
-MAX_DEPTH = 64  # levels of a schema; the library parses at most 127
-MAX_EXACT = 2**53  # the library reads bounds as 64-bit floats, which have all integers up to here
-MAX_PLACES = 500  # subschemas in which the place of an error is searched
+MAX_DEPTH = 64  # levels of a schema (`depth_of`); the library parses at most 127
+MAX_EXACT = 2**53  # the library reads bounds as 64-bit floats, which represent all integers up to here
+MAX_PLACES = 500  # subschemas that are tried to find the place of an error
 
 MAX_COPIED = 1 << 18  # characters by which copies of definitions may lengthen a schema
 
@@ -35,7 +34,13 @@ class Subschema(NamedTuple):
 
 
 def subschemas(schema: Schema, place: str = "#") -> Iterator[Subschema]:
-    """Yield a schema and all schemas in it, from the outside in; true and false are left out."""
+    """Yield a schema and all schemas in it, each before those that it contains; true and false are left out.
+
+    Those of a schema come in the order of the keywords in `_INSIDE`. place: the schema's own place.
+
+    >>> [one.place for one in subschemas({"items": {}, "anyOf": [{}, True], "properties": {"a/b": {}}})]
+    ['#', '#/anyOf/0', '#/properties/a~1b', '#/items']
+    """
     yield Subschema(place, schema)
     for keyword in _INSIDE:
         for inner_place, inner in _children(keyword, schema.get(keyword)):
@@ -60,9 +65,14 @@ def _escaped(name: str) -> str:
 
 
 def check_schema(schema: Schema, field: str) -> None:
-    """Raise `SamplingParamsError`, with the place, for what the grammar library would not enforce.
+    """Raise `SamplingParamsError`, with the place, for what the grammar library would accept but not enforce.
 
-    field: the name of the parameter, with which the message starts.
+    In any subschema: a list as `items`; `additionalItems`; a bound of a number beyond ±`MAX_EXACT`; a
+    `minProperties` above 1 + the number of `required` properties; an exclusive bound that is a whole number,
+    with an opposite bound less than 1 away (if a value may have to satisfy two schemas: of any subschema). In
+    the schema itself: "x-guidance", which sets the library's options.
+
+    field: the name of the parameter, with which messages start.
     """
     if "x-guidance" in schema:
         raise SamplingParamsError(f"{field} must not have 'x-guidance': use the fields beside it")
@@ -84,7 +94,7 @@ def _intersects(schema: Schema) -> bool:
 
 
 def _list_of_items(schema: Schema) -> str | None:
-    """The form of `items` of earlier drafts."""
+    """A list of schemas as `items`, the form of earlier drafts."""
     if isinstance(schema.get("items"), list) or "additionalItems" in schema:
         return "a list of items is not supported: use prefixItems, and items for the others"
     return None
@@ -128,8 +138,12 @@ def _number(schema: Schema, keyword: str) -> float | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def closed(schema: Any) -> Any:
-    """Return a copy in which objects with `properties` have no others, unless the schema says which."""
+def with_closed_objects(schema: Any) -> Any:
+    """Return a copy in which schemas with `properties` but not `additionalProperties` allow no others.
+
+    >>> with_closed_objects({"properties": {"a": {"additionalProperties": {}, "properties": {}}}})
+    {'properties': {'a': {'additionalProperties': {}, 'properties': {}}}, 'additionalProperties': False}
+    """
 
     def close(one: dict[str, Any]) -> dict[str, Any]:
         return {**one, "additionalProperties": False} if "properties" in one else one
@@ -138,10 +152,15 @@ def closed(schema: Any) -> Any:
 
 
 def with_alternatives_in_place(schema: Schema) -> Any:
-    """Return a copy in which the alternatives of a `oneOf` are schemas, not references to definitions.
+    """Return a copy in which the alternatives of each `oneOf` are schemas instead of references.
 
-    The library must see that they exclude each other, and does not follow references for that. References
-    stay if the copy would grow by more than 262,144 characters.
+    The library must see that alternatives exclude each other, and does not follow references for that. An
+    alternative is replaced if it is only a "$ref" to one of the schema's `$defs` or `definitions`, as long as
+    the definitions that are copied have at most `MAX_COPIED` characters of JSON together.
+
+    >>> schema = {"$defs": {"a": {"const": 1}}, "oneOf": [{"$ref": "#/$defs/a"}, {"const": 2}]}
+    >>> with_alternatives_in_place(schema)["oneOf"]
+    [{'const': 1}, {'const': 2}]
     """
     definitions = {
         f"#/{keyword}/{name}": one
@@ -170,7 +189,7 @@ def with_alternatives_in_place(schema: Schema) -> Any:
 
 
 def _changed(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """Return a copy in which each schema is changed, the inner ones first."""
+    """Return a copy in which each subschema is replaced by `change` of it, the inner ones first."""
     if not isinstance(schema, dict):
         return schema
     return change({keyword: _changed_value(keyword, value, change) for keyword, value in schema.items()})
@@ -187,10 +206,11 @@ def _changed_value(keyword: str, value: Any, change: Callable[[dict[str, Any]], 
 
 
 def place_of_error(schema: Schema, reason: str, reason_for: Callable[[Schema], str]) -> str | None:
-    """Find the subschema that the grammar library refuses for a reason; None if it cannot be found.
+    """Return the place of the subschema that the grammar library rejects for a reason; None if not found.
 
-    reason_for: returns the library's reason for refusing a schema, or "". Each subschema is tried without the
-    schemas in it, so that a search takes little longer than the schema itself.
+    reason_for: returns the library's reason to reject a schema, or "". It gets the first `MAX_PLACES`
+    subschemas, each without the schemas in it and its "$ref", so that a search takes little longer than the
+    schema itself. A subschema whose "$ref" stands in the reason, in quotes and without "#", is the place too.
     """
     for number, (place, one) in enumerate(subschemas(schema)):
         if number == MAX_PLACES:
@@ -205,7 +225,11 @@ def place_of_error(schema: Schema, reason: str, reason_for: Callable[[Schema], s
 
 
 def depth_of(value: object) -> int:
-    """The number of levels of a JSON value; counts without recursion."""
+    """The number of levels of a JSON value, counted without recursion, which deep values would overflow.
+
+    >>> depth_of(1), depth_of([]), depth_of({"a": [1, 2]})
+    (1, 1, 3)
+    """
     depth, level = 0, [value]
     while level:
         depth += 1

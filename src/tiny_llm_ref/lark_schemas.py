@@ -1,7 +1,6 @@
-"""JSON schemas in a grammar: `%json {...}` in llguidance's dialect of Lark.
+"""Checks the JSON schemas in a grammar: `%json {...}` in llguidance's dialect of Lark.
 
-The library would take such a schema without `check_schema`. So the schemas are found here, without its lexer:
-each `%json {` counts, even in a string or a comment.
+The schemas are found without the library's lexer: each `%json {` counts, even in a string or a comment.
 """
 
 import json
@@ -10,19 +9,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from tiny_llm_checkpoints.errors import shown
+from tiny_llm_checkpoints.plain_json import reject_constant
 
 from .errors import SamplingParamsError
 from .json_schema import MAX_DEPTH, check_schema, depth_of, with_alternatives_in_place
 
 KEYWORD, ESCAPED = "%json", "\\u0025json"  # in a JSON string, the second means the first
+# The keywords of "x-guidance", the library's own keyword of a schema, that set the white space.
 LAYOUT = ("whitespace_flexible", "whitespace_pattern", "item_separator", "key_separator")
 _SCHEMA = re.compile(rf"{KEYWORD}[ \t\r\n]*(?=\{{)")
 _TEMPERATURE = re.compile(r"^[ \t]*([?!]?\w+)[ \t]*\[[^\]\n]*\btemperature\b", re.MULTILINE)
 _FLEXIBLE = {"whitespace_flexible", "whitespace_pattern"}
 
 
-def refuse_ignored(grammar: str, field: str) -> None:
-    """Raise `SamplingParamsError` for a rule with a temperature, which the library reads and nothing uses."""
+def refuse_temperatures(grammar: str, field: str) -> None:
+    """Raise `SamplingParamsError` for a rule with a temperature, which would be parsed but not used."""
     if found := _TEMPERATURE.search(grammar):
         line = grammar.count("\n", 0, found.start(1)) + 1
         raise SamplingParamsError(
@@ -32,13 +33,13 @@ def refuse_ignored(grammar: str, field: str) -> None:
 
 
 def with_checked_schemas(grammar: str, field: str, whitespace: str) -> str:
-    """Return a grammar whose schemas have been checked, with its line breaks where they were.
+    """Check the schemas in a grammar, and return it with them as the library needs them, in the same lines.
 
-    whitespace: an expression for the white space between two tokens of JSON, for schemas that do not say it
-    in "x-guidance". field: the name of the parameter, with which messages start.
+    field: the name of the parameter, with which messages start. whitespace: a regular expression for the
+    white space between two tokens of JSON, for schemas whose "x-guidance" does not set it.
 
     Raises `SamplingParamsError`, with the line, for a schema that is not JSON, that `check_schema` rejects,
-    or whose "x-guidance" is more than its layout.
+    or whose "x-guidance" has other keywords than `LAYOUT`.
     """
     parts, end = [], 0
     for found in _SCHEMA.finditer(grammar):
@@ -55,9 +56,9 @@ def with_checked_schemas(grammar: str, field: str, whitespace: str) -> str:
 
 
 def _decoded(grammar: str, start: int, where: str) -> tuple[Any, int]:
-    """The schema that starts there, and where it ends."""
+    """The schema that starts at a place of the grammar, and the place after it."""
     try:
-        schema, stop = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode(grammar, start)
+        schema, stop = json.JSONDecoder(parse_constant=reject_constant).raw_decode(grammar, start)
     except RecursionError:
         raise SamplingParamsError(f"{where}: a schema must have at most {MAX_DEPTH} levels") from None
     except ValueError as error:
@@ -67,13 +68,8 @@ def _decoded(grammar: str, start: int, where: str) -> tuple[Any, int]:
     return schema, stop
 
 
-def _refuse_constant(constant: str) -> None:
-    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
-    raise ValueError(f"{constant} is not JSON")
-
-
 def _checked(schema: Mapping[str, Any], where: str, whitespace: str) -> dict[str, Any]:
-    """The schema as the library gets it."""
+    """The schema as the library needs it."""
     plain = {keyword: value for keyword, value in schema.items() if keyword != "x-guidance"}
     check_schema(plain, where)
     layout = schema.get("x-guidance", {})

@@ -1,6 +1,6 @@
-"""Structured outputs: the form that a request's text must have. Names are vLLM's.
+"""Structured outputs: the form that a request asks for, checked and normalized. Names are vLLM's.
 
-Only checks and normalizes what a caller asks for; knows nothing of tokens and grammars.
+Knows nothing of tokens and grammars.
 """
 
 import json as json_library
@@ -9,10 +9,11 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from tiny_llm_checkpoints.errors import shown
+from tiny_llm_checkpoints.plain_json import reject_constant
 from tiny_llm_checkpoints.suggestions import did_you_mean, suggests_fields
 
 from .errors import SamplingParamsError, described
-from .json_schema import MAX_DEPTH, closed, depth_of
+from .json_schema import MAX_DEPTH, depth_of, with_closed_objects
 from .parameter_checks import check, flag, listed, refuse, text
 
 FIELD = "structured_outputs"  # the field of `SamplingParams`, with which each error message starts
@@ -30,27 +31,27 @@ class StructuredOutputsParams:
     """The form of a request's text: exactly one of the first five fields, checked on creation.
 
     json: the text is a JSON value that satisfies this JSON Schema (Draft 2020-12): a mapping, JSON text, or a
-        pydantic model class, whose objects then have no other properties, as with OpenAI's client, unless
-        the model allows them. Stored as JSON text.
+        pydantic model class. Objects of a class have no other properties, as with OpenAI's client, unless
+        the class allows them. Stored as compact JSON text.
     regex: the whole text matches this regular expression, in the syntax of Rust's `regex` crate.
-    choice: the text is one of these strings.
-    grammar: the text is a sentence of this grammar, in llguidance's dialect of Lark, with a rule `start`.
-        It may embed JSON schemas (`%json {...}`) and name tokens (`<[12]>`, `<|name|>`), even control tokens.
+    choice: the text is one of these strings. Stored as a tuple.
+    grammar: the text matches the rule `start` of this grammar, in llguidance's dialect of Lark. The grammar
+        may embed JSON schemas (`%json {...}`) and name tokens (`<[12]>`, `<|name|>`), even control tokens.
         An end-of-sequence token ends the text wherever the grammar names it.
-    json_object: True: the text is a JSON object.
+    json_object: True: the text is a JSON object. False is an error, because it would ask for nothing.
 
-    The other fields are for `json` and `json_object`. Without them, white space between two tokens of JSON is
-    at most one space, or one line break and 16 spaces. A model could otherwise write blanks until
+    The other fields are for `json` and `json_object`. Without them, there is at most one space between two
+    tokens of JSON, or a line break and up to 16 spaces. A model could otherwise write blanks until
     `max_tokens`.
 
     disable_any_whitespace: no white space outside of strings.
-    whitespace_pattern: a regular expression for the white space between two tokens.
+    whitespace_pattern: a regular expression for the white space between two tokens; at most 1,024 characters.
     disable_additional_properties: where a schema has `properties` but not `additionalProperties`, no other
         properties are allowed.
 
     Raises `SamplingParamsError`, which names the field, for a value of the wrong type, more than 262,144
     characters, more than 4,096 choices, or a schema with more than 64 levels. What a schema, an expression or
-    a grammar says is checked when the request is made (`GrammarCompiler`).
+    a grammar says is checked by `GrammarCompiler.compile`, when the request is made.
     """
 
     json: str | Mapping[str, Any] | type | None = None
@@ -105,21 +106,21 @@ class StructuredOutputsParams:
 
     @property
     def kind(self) -> str:
-        """The name of the field that says the form."""
+        """The name of the one field that is set of `KINDS`."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     @property
     def num_characters(self) -> int:
-        """The number of characters of all fields, which bounds the memory that they take."""
+        """The number of characters in all strings of the fields; their memory is in proportion to it."""
         values = [getattr(self, field.name) for field in fields(self)]
         return sum(len("".join(one)) for one in values if isinstance(one, (str, tuple)))
 
 
 def _json(name: str, given: object) -> str:
-    """The text of a JSON Schema."""
+    """The compact text of a JSON Schema."""
     try:
         if isinstance(given, type) and hasattr(given, "model_json_schema"):
-            given = closed(given.model_json_schema())
+            given = with_closed_objects(given.model_json_schema())
         if not isinstance(given, str):
             check(
                 isinstance(given, Mapping),
@@ -129,7 +130,7 @@ def _json(name: str, given: object) -> str:
             )
             given = json_library.dumps({**given}, allow_nan=False)  # type: ignore[dict-item]
         source = text(name, given, MAX_CHARACTERS)
-        schema = json_library.loads(source, parse_constant=_refuse_constant)
+        schema = json_library.loads(source, parse_constant=reject_constant)
         compact = json_library.dumps(schema, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except RecursionError:
         raise SamplingParamsError(f"{name} must have at most {MAX_DEPTH} levels") from None
@@ -141,11 +142,6 @@ def _json(name: str, given: object) -> str:
     if depth_of(schema) > MAX_DEPTH:
         raise SamplingParamsError(f"{name} must have at most {MAX_DEPTH} levels")
     return text(name, compact, MAX_CHARACTERS)
-
-
-def _refuse_constant(constant: str) -> None:
-    """Refuse NaN and Infinity, which Python reads and JSON does not have."""
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _pattern(name: str, given: object) -> str:
@@ -165,7 +161,7 @@ def _choice(name: str, given: object) -> tuple[str, ...]:
 
 
 def _json_object(name: str, given: object) -> bool:
-    """True: False would ask for nothing."""
+    """True."""
     if given is not True:
         raise SamplingParamsError(f"{name} must be true or left out, not {shown(given)}")
     return True

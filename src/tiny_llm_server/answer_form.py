@@ -1,7 +1,7 @@
-"""The form that an answer must have, and which of the request's fields is at fault if there is none.
+"""The form that an answer must have, and which of the request's fields is at fault if it cannot be compiled.
 
-Tools, reasoning and a format become one grammar. Its errors are about that grammar, so the parts that the
-client has sent are compiled one by one to find the wrong one.
+Tools, reasoning and a format become one grammar. The engine's error is about this grammar, so the parts that
+the client has sent are compiled one by one to find the wrong one.
 """
 
 import json
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-from tiny_llm.json_schema import closed
+from tiny_llm.json_schema import with_closed_objects
 from tiny_llm.lark_schemas import ESCAPED, KEYWORD
 
 from tiny_llm import SamplingParamsError, StructuredOutputsParams
 from tiny_llm_checkpoints.tool_grammar import arguments_schema
 
 from .errors import ApiError, refused
-from .structured_fields import OWN, RESPONSE_FORMAT, SCHEMA
+from .structured_fields import RESPONSE_FORMAT, SCHEMA, STRUCTURED_OUTPUTS
 from .tool_use import ToolUse
 
 SEARCH_SECONDS = 1.0  # for the part at fault; the last one may take another second
@@ -28,9 +28,10 @@ Compile = Callable[[StructuredOutputsParams], object]
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a request that says a form, with the options of its `StructuredOutputsParams`.
+    """A part of a request that sets a form.
 
-    field: its name in messages. param: its name in an error's `param`.
+    field: its name in messages. param: its name in an error's `param`. options: the arguments of its
+    `StructuredOutputsParams`.
     """
 
     field: str
@@ -38,18 +39,18 @@ class Part:
     options: Mapping[str, Any]
 
     def refused(self, error: SamplingParamsError) -> ApiError:
-        """Make the answer to an error about this part, which names the engine's field."""
+        """Return the `ApiError` for the engine's error about this part; it has the client's field name."""
         message = str(error)
-        if self.param != OWN:
-            message = message.replace(f"{OWN}.json", self.field, 1)
+        if self.param != STRUCTURED_OUTPUTS:
+            message = message.replace(f"{STRUCTURED_OUTPUTS}.json", self.field, 1)
         return refused(message, self.param)
 
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """The form of a request's answer, for the engine, and the parts of the request that it comes from.
+    """The form of a request's answer, for the engine, and the parts of the request that it is made from.
 
-    is_composed: the engine's form is a grammar that the client has not sent.
+    is_composed: the form is a grammar made from the parts; otherwise it is the only part.
     """
 
     params: StructuredOutputsParams
@@ -57,13 +58,16 @@ class AnswerForm:
     is_composed: bool = False
 
     def refused(self, error: SamplingParamsError, compile_form: Compile) -> ApiError:
-        """Make the answer to the error about this form. compile_form: raises the error of another form."""
+        """Return the `ApiError` for the engine's error about this form.
+
+        compile_form: compiles another form, or raises `SamplingParamsError`.
+        """
         if not self.is_composed:
             return self.parts[0].refused(error)
-        return self.fault(compile_form) or _refused_together(self.parts, error)
+        return self._find_fault(compile_form) or _refused_together(self.parts, error)
 
-    def fault(self, compile_form: Compile) -> ApiError | None:
-        """Compile the parts one by one, for a second; the answer to the first error, or None."""
+    def _find_fault(self, compile_form: Compile) -> ApiError | None:
+        """Compile the parts one by one, for a second; return the `ApiError` of the first that fails."""
         end = monotonic() + SEARCH_SECONDS
         for part in self.parts:
             if monotonic() > end:
@@ -76,21 +80,22 @@ class AnswerForm:
 
 
 def _refused_together(parts: Sequence[Part], error: SamplingParamsError) -> ApiError:
-    """Make the answer to an error of the parts together."""
+    """Return the `ApiError` for an error of the parts together."""
     param = parts[0].param.partition("[")[0]
-    reason = str(error).removeprefix(f"{OWN}.grammar").lstrip(": ")
+    reason = str(error).removeprefix(f"{STRUCTURED_OUTPUTS}.grammar").lstrip(": ")
     return refused(f"{param}: the grammar of the answer is refused: {reason}", param)
 
 
 def plain_form(form: StructuredOutputsParams | None, field: str) -> AnswerForm | None:
-    """The form of an answer that is only text. field: the request's field that says it."""
+    """Return the form of an answer that is only text. field: the request's field that sets it."""
     return None if form is None else AnswerForm(form, [_of_format(form, field)])
 
 
 def composed_form(grammar: str, form: StructuredOutputsParams | None, field: str, use: ToolUse) -> AnswerForm:
-    """The form of an answer that follows a grammar of calls, reasoning and a format.
+    """Return the form of an answer that follows a grammar of calls, reasoning and a format.
 
-    Raises `ApiError` for a grammar that is too long.
+    form: the format in the grammar; None if it has none. field: the request's field that sets it. Raises
+    `ApiError` for a grammar that is too long.
     """
     parts = [*_of_tools(use), *([] if form is None else [_of_format(form, field)])]
     try:
@@ -100,7 +105,7 @@ def composed_form(grammar: str, form: StructuredOutputsParams | None, field: str
 
 
 def _of_format(form: StructuredOutputsParams, field: str) -> Part:
-    name = f"{RESPONSE_FORMAT}.{SCHEMA}" if field == RESPONSE_FORMAT else f"{OWN}.{form.kind}"
+    name = f"{RESPONSE_FORMAT}.{SCHEMA}" if field == RESPONSE_FORMAT else f"{STRUCTURED_OUTPUTS}.{form.kind}"
     return Part(name, field, {**vars(form)})
 
 
@@ -114,7 +119,7 @@ def _of_tools(use: ToolUse) -> Iterator[Part]:
 
 
 def in_lark(form: StructuredOutputsParams) -> str:
-    """Return a form as what stands in a rule of a Lark grammar."""
+    """Return the right side of a Lark rule for texts of a form."""
     if form.regex is not None:
         return f"/{_with_escaped_slashes(form.regex)}/" if form.regex else '""'
     if form.choice is not None:
@@ -123,12 +128,12 @@ def in_lark(form: StructuredOutputsParams) -> str:
         return f"%lark {{\n{form.grammar}\n}}"
     schema = {"type": "object"} if form.json is None else json.loads(str(form.json))
     if form.disable_additional_properties:
-        schema = closed(schema)
+        schema = with_closed_objects(schema)
     return f"%json {json.dumps({**schema, **_layout(form)})}"
 
 
 def _layout(form: StructuredOutputsParams) -> dict[str, Any]:
-    """The keyword of a schema with the white space of its texts."""
+    """The keyword "x-guidance" for the white space of a schema's texts, or no keyword."""
     if form.disable_any_whitespace:
         return {"x-guidance": {"whitespace_flexible": False}}
     if form.whitespace_pattern is not None:

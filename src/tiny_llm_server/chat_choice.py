@@ -13,7 +13,7 @@ _ALPHANUMERIC = string.ascii_letters + string.digits
 
 
 class ChatChoiceState:
-    """A growing choice.
+    """A choice that grows event by event.
 
     parser: finds reasoning and calls; None: all text is content. has_short_ids: ids of calls have nine
     letters and digits, as Mistral's templates require. shows_reasoning: reasoning is sent. is_named: the
@@ -40,7 +40,7 @@ class ChatChoiceState:
         self._calls: list[_GrowingCall] = []
 
     def take(self, event: RequestEvent) -> list[ChatDelta]:
-        """Add an event; return what is new in the message."""
+        """Add an event; return what is new in the message, as OpenAI streams it."""
         deltas = self._parsed(event)
         if event.finish_reason is not None:
             has_calls = self._parser is not None and self._parser.has_calls

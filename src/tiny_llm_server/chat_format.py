@@ -21,14 +21,14 @@ _TAIL = 16  # tokens at the end of a prompt in which a template may begin the re
 
 
 class ChatFormat(NamedTuple):
-    """The forms of one model's answers; None: unknown, or not used."""
+    """How one model writes calls and reasoning. None: it does not, or the form is unknown or switched off."""
 
     tools: ToolFormat | None
     reasoning: ReasoningFormat | None
 
     @classmethod
     def of(cls, template: ChatTemplate, config: ServerConfig) -> Self:
-        """Return what the operator has chosen, or else what the template shows."""
+        """Return the forms that the operator has chosen, or else those that the template shows."""
         tools, reasoning = template.tool_format, template.reasoning
         if config.tool_call_parser != "auto":
             named = config.tool_call_parser
@@ -39,15 +39,15 @@ class ChatFormat(NamedTuple):
         return cls(tools, reasoning)
 
     def visible_tokens(self, use: ToolUse) -> tuple[str, ...]:
-        """Return the markers that the parsers need in the text even if they are control tokens."""
+        """Return the markers that the text must show to the parsers, even if they are control tokens."""
         of_tools = self.tools.markers if self.tools is not None and use.callable else ()
         of_reasoning = () if self.reasoning is None else (self.reasoning.begin, self.reasoning.end)
         return (*of_tools, *of_reasoning)
 
-    def begins_reasoning(self, prompt: Sequence[int], tokenizer: Tokenizer, continued: str | None) -> bool:
+    def is_in_reasoning(self, prompt: Sequence[int], tokenizer: Tokenizer, continued: str | None) -> bool:
         """Return whether a prompt ends within reasoning, so that the answer starts there.
 
-        continued: the last message's text if the answer continues it; otherwise None.
+        prompt: its tokens. continued: the last message's text if the answer continues it; otherwise None.
         """
         if self.reasoning is None:
             return False
@@ -60,9 +60,10 @@ class ChatFormat(NamedTuple):
     def answer_form(
         self, body: ChatCompletionRequest, use: ToolUse, tokenizer: Tokenizer, *, in_reasoning: bool
     ) -> AnswerForm | None:
-        """Return the form that an answer must have; None if it is free.
+        """Return the form that an answer must have; None if any answer is allowed.
 
-        Raises `ApiError` for tools that are too large to be enforced.
+        in_reasoning: the prompt ends within reasoning. Raises `ApiError` for tools that are too large to be
+        enforced.
         """
         form = body.form
         has_calls = bool(use.callable) and (use.is_constrained or form is not None)
@@ -97,7 +98,7 @@ class ChatFormat(NamedTuple):
     def parser(self, use: ToolUse, *, in_reasoning: bool, is_certain: bool) -> AnswerParser | None:
         """Make the parser of one answer; None if the answer is only content.
 
-        is_certain: a grammar enforces the form of the calls.
+        in_reasoning: the prompt ends within reasoning. is_certain: a grammar enforces the form of the calls.
         """
         reasoning = None if self.reasoning is None else ReasoningParser(self.reasoning, is_open=in_reasoning)
         tools = None

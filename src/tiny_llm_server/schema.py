@@ -25,7 +25,7 @@ from tiny_llm import StructuredOutputsParams
 from tiny_llm_checkpoints.chat_tools import MAX_TOOLS
 from tiny_llm_checkpoints.errors import shown
 
-from .structured_fields import OWN, RESPONSE_FORMAT, ResponseFormat, StructuredOutputs
+from .structured_fields import RESPONSE_FORMAT, STRUCTURED_OUTPUTS, ResponseFormat, StructuredOutputs
 from .unknown_fields import IgnoredFields, unknown_field
 
 MAX_LOGPROBS = 20
@@ -306,7 +306,7 @@ class Generation(Body):
     @property
     def form_field(self) -> str:
         """The name of the field with the form."""
-        return OWN if self.response_format is None else RESPONSE_FORMAT
+        return STRUCTURED_OUTPUTS if self.response_format is None else RESPONSE_FORMAT
 
     def sampling(self) -> dict[str, Any]:
         """Return the fields that are sampling parameters of the engine, under the same names.

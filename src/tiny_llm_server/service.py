@@ -37,7 +37,7 @@ from .metrics import Metrics
 from .run import Run
 from .sampling_defaults import checked_overrides, described
 from .schema import ROLES, ChatCompletionRequest, Generation, TokenizeRequest
-from .structured_fields import OWN
+from .structured_fields import STRUCTURED_OUTPUTS
 from .tool_use import refused_message
 
 LOG = logging.getLogger("uvicorn.error")  # the logger that uvicorn sets up
@@ -235,7 +235,7 @@ class Service:
             try:
                 return make()
             except SamplingParamsError as error:
-                if form is None or not str(error).startswith(OWN):
+                if form is None or not str(error).startswith(STRUCTURED_OUTPUTS):
                     raise
                 raise form.refused(error, self._compile) from error
 

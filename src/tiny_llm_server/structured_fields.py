@@ -1,6 +1,6 @@
 """The fields that ask for structured output: OpenAI's `response_format` and vLLM's `structured_outputs`.
 
-Each becomes `StructuredOutputsParams`, or None if it asks for any text. What a schema says is checked later,
+Each becomes `StructuredOutputsParams`, or None if any text is allowed. What a schema says is checked later,
 when the engine compiles it.
 """
 
@@ -9,13 +9,14 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
+from tiny_llm.structured_outputs import FIELD
 
 from tiny_llm import SamplingParamsError, StructuredOutputsParams
 from tiny_llm_checkpoints.errors import shown
 from tiny_llm_checkpoints.suggestions import did_you_mean
 
 UNSUPPORTED = "unsupported_field"  # the type of the error
-OWN, RESPONSE_FORMAT, SCHEMA = "structured_outputs", "response_format", "json_schema.schema"
+STRUCTURED_OUTPUTS, RESPONSE_FORMAT, SCHEMA = FIELD, "response_format", "json_schema.schema"
 TYPES = ("text", "json_object", "json_schema")
 LONGEST_NAME = 64  # of a schema; OpenAI's limit
 _FORMS = tuple(field.name for field in fields(StructuredOutputsParams))
@@ -52,20 +53,20 @@ def _json_schema(value: Any) -> StructuredOutputsParams:
     try:
         return StructuredOutputsParams(json=schema)
     except SamplingParamsError as error:
-        raise ValueError(str(error).replace(f"{OWN}.json", SCHEMA)) from None
+        raise ValueError(str(error).replace(f"{STRUCTURED_OUTPUTS}.json", SCHEMA)) from None
 
 
 def _structured_outputs(value: Any) -> StructuredOutputsParams | None:
-    """Read `structured_outputs`, in which null and false count as not sent; None if it asks for no form."""
+    """Read `structured_outputs`; its fields that are null or false count as not sent. None: any text."""
     _check_object(value, "")
     given = {name: one for name, one in value.items() if one is not None and one is not False}
-    _check_names(given, _FORMS, f"{OWN}.")
+    _check_names(given, _FORMS, f"{STRUCTURED_OUTPUTS}.")
     if not given:
         return None
     try:
         return StructuredOutputsParams(**given)
     except SamplingParamsError as error:
-        raise ValueError(str(error).removeprefix(OWN).lstrip(". ")) from None
+        raise ValueError(str(error).removeprefix(STRUCTURED_OUTPUTS).lstrip(". ")) from None
 
 
 def _check_object(value: Any, name: str) -> None:

@@ -1,4 +1,4 @@
-"""What a chat request says about tools: which the model may call, and whether it must."""
+"""What a chat request says about tools: which of them the model may call, and whether it must call one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class ToolUse:
     """The tools of a request.
 
     offered: those that the prompt describes. callable: those that an answer may call: all of them, or the
-    one that the request names. is_forced: the answer must consist of calls. is_named: of one call of a named
-    tool. parallel: it may have several calls.
+    one that the request names. is_forced: the answer must consist of calls. is_named: the request names the
+    tool, so the answer is one call of it. parallel: an answer may have several calls.
     """
 
     offered: tuple[Tool, ...] = ()
@@ -33,9 +33,9 @@ class ToolUse:
 
 
 def tool_use(body: ChatCompletionRequest) -> ToolUse:
-    """Check a request's tools and its choice. With the choice "none", the model is not told of any tools.
+    """Check the tools of a request and its `tool_choice`. With the choice "none", no tools are offered.
 
-    Raises `ApiError` that names the field at fault.
+    Raises `ApiError`, which names the field at fault.
     """
     try:
         tools = read_tools(body.tools)
@@ -57,7 +57,7 @@ def tool_use(body: ChatCompletionRequest) -> ToolUse:
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """Return the text of a message that has been checked."""
+    """Return the text of a message that has been checked, its parts joined by line breaks."""
     content = message.get("content") or ""
     if isinstance(content, str):
         return content
@@ -65,5 +65,5 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def refused_message(error: MessageError) -> ApiError:
-    """Make the answer to a bad message or tool."""
+    """Return the `ApiError` for a bad message or tool."""
     return refused(str(error), error.field, "unsupported_field" if error.unsupported else None)

@@ -1,10 +1,9 @@
-"""A program that tries grammars: it compiles each and takes a few steps, within limits of its own process.
+"""A program that tries grammars: it compiles each one and generates up to 32 tokens, within limits.
 
 The library llguidance can take minutes, gigabytes or the whole stack for a small schema. Here that ends only
-this process, which `GrammarTrials` starts anew. It reads one JSON object a line. The first describes the
-vocabulary of a model (`_Vocabulary`). Each other one has the library's `source` of a grammar and the `limits`
-of its parser; the answer is one line: the reason for which the library refuses it, or "". The program is run
-as a file, and so imports nothing of the package.
+this process, and `GrammarTrials` starts it again. Each line of input is a JSON object. The first has the
+arguments of `_Vocabulary`. Every other one has the arguments of `_Trial.reason_to_refuse`, and its result is
+one line of output, as JSON. The program is run as a file, so it imports nothing of the package.
 """
 
 import json
@@ -19,15 +18,15 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 SECONDS = 0.5  # of processor time for a grammar
 MEMORY = 48 << 20  # bytes for a grammar
-STACK = 4 << 20  # bytes; half of what threads usually have, in which the grammar is compiled again
-STEPS = 32
+STACK = 4 << 20  # bytes; half of what the thread usually has that compiles the grammar afterwards
+STEPS = 32  # tokens that are generated
 
 
 class _Vocabulary:
     """A model's control tokens under their ids, and a token for each byte.
 
-    num_tokens: the size of the model's vocabulary. control: the names of its control tokens, by id. ends: its
-    end-of-sequence tokens. A token for what is missing is added after the others.
+    num_tokens: the size of the model's vocabulary. control: its control tokens: id to name. ends: its
+    end-of-sequence tokens. If it has too few tokens, or no end-of-sequence token, more are added after them.
     """
 
     bos_token_id = None
@@ -60,7 +59,11 @@ class _Trial:
         self._tokenizer = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=vocabulary.ends)
 
     def reason_to_refuse(self, source: str, limits: dict[str, Any]) -> str:
-        """The library's reason for refusing a grammar, at once or after a few tokens; "" if there is none."""
+        """The library's reason to refuse a grammar, at once or after some tokens; "" if there is none.
+
+        source: the grammar as the library takes it. limits: the arguments of `LLParserLimits`. The tokens are
+        chosen among the allowed ones by a fixed rule.
+        """
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LLParserLimits(**limits))
         for step in range(STEPS):
             mask = matcher.compute_bitmask()
@@ -73,7 +76,7 @@ class _Trial:
 
 
 def serve() -> None:
-    """Answer each line of standard input after the first, which has the vocabulary."""
+    """Read the vocabulary from the first line of standard input, and answer each other line."""
     given = json.loads(sys.stdin.readline())
     control = {int(token): name for token, name in given["control"].items()}
     trial = _Trial(_Vocabulary(given["num_tokens"], control, given["ends"]))
@@ -88,7 +91,7 @@ def serve() -> None:
 
 
 def _limit_memory() -> None:
-    """Allow the process `MEMORY` bytes more than it has now, where the system can tell how many these are."""
+    """Allow the process `MEMORY` bytes more than it has now, if /proc tells how many it has."""
     if (sizes := Path("/proc/self/statm")).exists():
         used = int(sizes.read_text().split()[0]) * resource.getpagesize()
         _, most = resource.getrlimit(resource.RLIMIT_AS)
