@@ -8,45 +8,38 @@ belongs to its thread.
 import asyncio
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
 from contextlib import aclosing, contextmanager
-from dataclasses import replace
 from functools import partial
-from itertools import count
 from typing import Any, Self, TypeVar
 
 from tiny_llm_checkpoints.errors import shown
-from tiny_llm_checkpoints.tokenizer import Tokenizer, check_length
+from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 from .admission_control import AdmissionControl
-from .batch_manager import check_num_sequences
 from .beam_search import BeamSearchParams
 from .chat_prompts import ChatOptions, ChatPrompts, Messages
 from .delivery import AsyncListener, Listener
 from .engine_config import EngineConfig
 from .engine_core import EngineCore, EngineStats
 from .engine_loop import EngineLoop, PoolListener, Request, StepTime
-from .errors import EngineStoppingError, SamplingParamsError, prompt_length_errors
+from .errors import EngineStoppingError
 from .forking import note_engine, prepare_to_compute
-from .generation_defaults import fit_to_context
-from .grammar import Grammar
 from .grammar_compiler import GrammarCompiler
 from .inbox import Answer, Inbox, fail, resolve
 from .output_processor import RequestState
 from .outputs import RequestEvent
-from .prompts import ParsedPrompt, PlainPrompt, PromptType, parse_prompt, token_list
+from .prompts import ParsedPrompt, PromptType
+from .request_maker import RequestMaker
 from .resources import requiring
 from .sampling_params import SamplingParams
 from .search_state import SearchState
-from .structured_outputs import StructuredOutputsParams
 
 T = TypeVar("T")
-Prompt = PlainPrompt
 
 ENGINE_STACK = 8 << 20  # bytes, the usual size; `ulimit -s` may be less than MLX and Python need
-MAX_ID_CHARACTERS = 256  # in a request id; every completion's id starts with it
 EXIT_SECONDS = 30.0  # how long the exit of the program, or a finalizer, waits for a step to end
 
 
@@ -77,13 +70,15 @@ class Engine:
         grammars: GrammarCompiler | None = None,
     ) -> None:
         self._grammars = grammars
-        self._chat_prompts = chat_prompts or ChatPrompts("this engine", None, tokenizer, max_model_len)
-        self._defaults = defaults or SamplingParams()
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._max_model_len = max_model_len
-        self._max_num_seqs = config.max_num_seqs
-        self._request_ids = map(str, count())
+        self._maker = RequestMaker(
+            tokenizer,
+            vocab_size,
+            config.max_num_seqs,
+            max_model_len,
+            chat_prompts=chat_prompts,
+            defaults=defaults,
+            grammars=grammars,
+        )
         self._inbox = Inbox()
         self._admission = AdmissionControl(config.max_num_waiting, config.max_num_seqs)
         self._loop = EngineLoop(self._inbox, self._admission)
@@ -97,30 +92,8 @@ class Engine:
         request_id: str | None = None,
         visible: Collection[str] = (),
     ) -> RequestState:
-        """Make a request, which can be submitted once.
-
-        params: the engine's defaults if None. request_id: a string of 1 to 256 characters that no unfinished
-        request has; a new number if None. visible: control tokens that the text has even with
-        `skip_special_tokens`, such as those that mark calls of tools.
-
-        Raises ValueError for an invalid prompt, params or id, and for token ids outside the vocabulary;
-        `SamplingParamsError` names the field of `params` with such ids, and is raised by
-        `GrammarCompiler.compile`. Raises `RequestTooLargeError` if `n` exceeds `max_num_seqs`, and for a
-        prompt that the context cannot hold (before it is tokenized, if its length already shows that).
-        """
-        is_default = params is None
-        params, name = _checked(params, SamplingParams, self._defaults), self._name(request_id)
-        parsed = parse_prompt(prompt)
-        if parsed.cache_salt is not None:
-            params = replace(params, cache_salt=parsed.cache_salt)
-        check_num_sequences(name, params.n, self._max_num_seqs)
-        tokens = self._encode(parsed.content)
-        if is_default:
-            params = self._fitted(params, len(tokens))
-        for field in ("stop_token_ids", "logit_bias"):
-            self._check_vocabulary(field, getattr(params, field) or ())
-        grammar = self._grammar(params)
-        return RequestState(name, parsed.text, tokens, self._tokenizer, params, visible, grammar)
+        """Make a request, which can be submitted once; `RequestMaker.request` says more."""
+        return self._maker.request(prompt, params, request_id, visible)
 
     def chat_request(
         self,
@@ -129,13 +102,8 @@ class Engine:
         options: ChatOptions | None = None,
         request_id: str | None = None,
     ) -> RequestState:
-        """Make a request to answer a conversation, as `request` does; `ChatPrompts.encode` makes the prompt.
-
-        Without a `max_tokens`, from the caller or from the model, the answer may use all tokens that the
-        context has left. Raises the errors of `ChatPrompts.encode` and of `request`.
-        """
-        tokens = self._chat_prompts.encode(messages, options or ChatOptions())
-        return self.request(tokens, self._chat_params(params, len(tokens)), request_id)
+        """Make a request to answer a conversation; `RequestMaker.chat_request` says more."""
+        return self._maker.chat_request(messages, params, options, request_id)
 
     def search(
         self,
@@ -143,18 +111,8 @@ class Engine:
         params: BeamSearchParams,
         request_id: str | None = None,
     ) -> SearchState:
-        """Make a beam search, which can be submitted once; it has a single event, at its end.
-
-        prompt, request_id: as in `request`. Raises ValueError for an invalid prompt, params or id, and
-        `RequestTooLargeError` if `beam_width` exceeds `max_num_seqs`, and for a prompt that the context
-        cannot hold.
-        """
-        params, name = _checked(params, BeamSearchParams), self._name(request_id)
-        parsed = parse_prompt(prompt)
-        check_num_sequences(name, params.beam_width, self._max_num_seqs, "beam_width")
-        if parsed.cache_salt is not None:
-            params = replace(params, cache_salt=parsed.cache_salt)
-        return SearchState(name, self._encode(parsed.content), self._tokenizer, params)
+        """Make a beam search, which can be submitted once; `RequestMaker.search` says more."""
+        return self._maker.search(prompt, params, request_id)
 
     def submit(self, requests: Seq[Request], deliver: Listener) -> Future[None]:
         """Queue requests, all of them or none; returns a future at once, which is done when they are queued.
@@ -315,8 +273,8 @@ class Engine:
         options = ChatOptions(
             add_generation_prompt, continue_final_message, add_special_tokens, chat_template_kwargs, tools
         )
-        tokens = await asyncio.to_thread(self._chat_prompts.encode, messages, options)
-        chosen = self._chat_params(params, len(tokens))
+        tokens = await asyncio.to_thread(self._maker.encode_chat, messages, options)
+        chosen = self._maker.chat_params(params, len(tokens))
         async with aclosing(self.generate(tokens, chosen, request_id=request_id)) as events:
             async for event in events:
                 yield event
@@ -430,32 +388,11 @@ class Engine:
 
     def check_token_ids(self, tokens: Seq[int]) -> list[int]:
         """Token ids as a list of ints. Raises ValueError for other values and ids outside the vocabulary."""
-        tokens = token_list(tokens, "token_ids")
-        if tokens and not (min(tokens) >= 0 and max(tokens) < self._vocab_size):
-            bad = next(token for token in tokens if not 0 <= token < self._vocab_size)
-            raise ValueError(f"token id {shown(bad)} is outside the vocabulary (0 to {self._vocab_size - 1})")
-        return tokens
+        return self._maker.check_token_ids(tokens)
 
-    def _chat_params(self, params: SamplingParams | None, num_prompt_tokens: int) -> SamplingParams:
-        """The parameters of a chat answer to a prompt of this length; the engine's defaults if None."""
-        if params is None:
-            return self._fitted(self._defaults.for_chat(), num_prompt_tokens)
-        return _checked(params, SamplingParams).for_chat()
-
-    def _fitted(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
-        """The default parameters; a recommended `max_tokens` is reduced to the tokens left in the context."""
-        if params.leaves_out_max_tokens or self._max_model_len is None:
-            return params
-        return fit_to_context(params, num_prompt_tokens, self._max_model_len)
-
-    def _name(self, request_id: str | None) -> str:
-        """The id of a new request. Raises ValueError for an invalid one."""
-        if request_id is None:
-            return next(self._request_ids)
-        if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_ID_CHARACTERS:
-            limits = f"a string of 1 to {MAX_ID_CHARACTERS} characters"
-            raise ValueError(f"request_id must be {limits}, not {shown(request_id)}")
-        return str.__str__(request_id)
+    def is_compiled(self, params: SamplingParams) -> bool:
+        """True if a request with these parameters needs no grammar, or one that is compiled already."""
+        return self._maker.is_compiled(params)
 
     def _submittable(self, requests: Seq[Request], deliver: Listener) -> Seq[Request]:
         """The requests as a tuple. Raises TypeError for other values, or if `deliver` is not callable."""
@@ -469,47 +406,6 @@ class Engine:
                 raise TypeError(f"requests[{place}] must {expected}, not {shown(request)}")
         _check_callable("deliver", deliver)
         return tuple(requests)
-
-    def _grammar(self, params: SamplingParams) -> Grammar | None:
-        """The grammar of a request, compiled in the caller's thread; None if any text is allowed."""
-        if params.structured_outputs is None:
-            return None
-        if self._grammars is None:
-            raise SamplingParamsError("structured_outputs is not supported by this engine")
-        return self._grammars.compile(StructuredOutputsParams.of(params.structured_outputs))
-
-    def is_compiled(self, params: SamplingParams) -> bool:
-        """True if a request with these parameters needs no grammar, or one that is compiled already."""
-        form = params.structured_outputs
-        return form is None or (
-            self._grammars is not None and self._grammars.is_compiled(StructuredOutputsParams.of(form))
-        )
-
-    def _check_vocabulary(self, name: str, tokens: Iterable[int]) -> None:
-        """Raise `SamplingParamsError` for a field with a token id outside the vocabulary."""
-        last = self._vocab_size - 1
-        for token in tokens:
-            if token > last:
-                raise SamplingParamsError(
-                    f"{name} has token id {token}, which is outside the vocabulary (0 to {last})"
-                )
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt. Raises for ids outside the vocabulary and for too many tokens."""
-        context = self._max_model_len
-        with prompt_length_errors():
-            if isinstance(prompt, str):
-                return self._tokenizer.encode(prompt, add_special_tokens=True, context=context)
-            check_length(len(prompt), context)
-        return self.check_token_ids(prompt)
-
-
-def _checked(params: T | None, kind: type[T], default: T | None = None) -> T:
-    """The parameters, or the default for None. Raises ValueError if they are not of the right class."""
-    params = default if params is None else params
-    if not isinstance(params, kind):
-        raise ValueError(f"params must be {kind.__name__}, not {shown(params)}")
-    return params
 
 
 def _check_callable(name: str, value: object) -> None:

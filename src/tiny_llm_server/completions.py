@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
-from tiny_llm.engine import Prompt
+from tiny_llm.prompts import PlainPrompt
 
 from tiny_llm import Logprob, RequestEvent, RequestUsage
 from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
@@ -89,7 +89,7 @@ class _Work:
         self._prompt_positions: dict[int, Positions] = {}
         self._usages: list[RequestUsage] = []
 
-    def encoded(self) -> list[Prompt]:
+    def encoded(self) -> list[PlainPrompt]:
         """Set the form, and return the prompts for the engine, which adds special tokens to texts.
 
         Called in a thread.
@@ -144,7 +144,7 @@ class _Work:
         pairs = zip(self.prompts, prompts, strict=True)
         self._prompt_texts = [self._prompt_text(prompt, tokens) for prompt, tokens in pairs]
 
-    def _prompt_text(self, prompt: Prompt, tokens: tuple[int, ...]) -> "_PromptText":
+    def _prompt_text(self, prompt: PlainPrompt, tokens: tuple[int, ...]) -> "_PromptText":
         skips, tokenizer = self._body.skip_special_tokens, self.tokenizer
         if self._body.logprobs is None and not self._body.echo:
             return _PromptText(tokenizer.stream())
@@ -251,7 +251,7 @@ def _without_output(event: RequestEvent) -> RequestEvent:
     )
 
 
-def _prompts(body: CompletionRequest) -> list[Prompt]:
+def _prompts(body: CompletionRequest) -> list[PlainPrompt]:
     """Return the prompts as a list, even if there is only one."""
     prompt = body.prompt
     if isinstance(prompt, str) or isinstance(prompt[0], int):

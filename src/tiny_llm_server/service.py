@@ -12,9 +12,9 @@ from time import time
 from typing import Any
 
 from fastapi import Request
-from tiny_llm.engine import Prompt
 from tiny_llm.generation_defaults import fit_to_context
 from tiny_llm.output_processor import RequestState
+from tiny_llm.prompts import PlainPrompt
 from tiny_llm.resources import requiring
 
 from tiny_llm import (
@@ -183,7 +183,7 @@ class Service:
 
     async def begin(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PlainPrompt],
         params: SamplingParams,
         request_id: str,
         field: str,
@@ -249,7 +249,7 @@ class Service:
 
     def _request(
         self,
-        prompt: Prompt,
+        prompt: PlainPrompt,
         params: SamplingParams,
         request_id: str,
         may_shorten: bool,
