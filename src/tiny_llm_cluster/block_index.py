@@ -5,7 +5,7 @@ once, with one `&` for each block.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 
 class BlockIndex:
@@ -96,9 +96,6 @@ class BlockIndex:
                 del holders[digest]
 
 
-def _members(replicas: int) -> Iterator[int]:
+def _members(replicas: int) -> list[int]:
     """The numbers in a set, smallest first."""
-    while replicas:
-        lowest = replicas & -replicas
-        yield lowest.bit_length() - 1
-        replicas ^= lowest
+    return [number for number, digit in enumerate(reversed(f"{replicas:b}")) if digit == "1"]

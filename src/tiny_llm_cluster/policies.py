@@ -49,18 +49,19 @@ class LeastLoaded:
 
     def _by_cost(self, cached: Mapping[str, int], blocks: PromptBlocks, fleet: Fleet) -> list[str]:
         """Return the replicas by their work with this prompt; cached: blocks of it that replicas have."""
-        replicas, num_all = fleet.replicas, blocks.num_uncached(0)
-        count, weight = len(replicas), self.sequence_cost
-        uncached = {name: blocks.num_uncached(num_blocks) for name, num_blocks in cached.items()}
+        replicas, weight = fleet.replicas, self.sequence_cost
+        uncached = [blocks.num_uncached(num_blocks) for num_blocks in range(len(blocks.hashes) + 1)]
+        count = len(replicas)
         turn = self._turn % max(1, count)
         self._turn += 1
-        keys = []
+        takes: list[tuple[float, int, int, str]] = []
+        is_full: list[tuple[float, int, int, str]] = []
         for place, replica in enumerate(replicas):
             name, unfinished = replica.name, replica.unfinished.value
-            cost = replica.queued_tokens.value + uncached.get(name, num_all) + weight * unfinished
-            keys.append((replica.is_full, cost, unfinished, (place - turn) % count, name))
-        keys.sort()
-        return [key[-1] for key in keys]
+            cost = replica.queued_tokens.value + uncached[cached.get(name, 0)] + weight * unfinished
+            key = (cost, unfinished, (place - turn) % count, name)
+            (is_full if replica.is_full else takes).append(key)
+        return [key[-1] for key in (*sorted(takes), *sorted(is_full))]
 
 
 class PrefixAware(LeastLoaded):
