@@ -161,6 +161,14 @@ class PrefixCache:
         """The number of idle blocks, which `evict` could free now."""
         return len(self._queue)
 
+    @property
+    def hashes(self) -> list[bytes]:
+        """The hashes of all kept blocks: those in use, then the idle ones, the next to be evicted last.
+
+        A block comes after its parent, so that each first part of the list is useful without the rest.
+        """
+        return [digest for digest in self._kept if digest not in self._queue] + [*reversed(self._queue)]
+
     def add(self, block: int, stream: TokenBlocks, index: int) -> None:
         """Keep a table's block, which holds block `index` of a stream and whose hash is not kept yet.
 
