@@ -11,8 +11,8 @@ from typing import Any, Self
 
 import mlx.core as mx
 
-from tiny_llm_checkpoints.chat_template import CONTENT_FORMATS, ChatTemplate
-from tiny_llm_checkpoints.errors import ConfigError, reading, shown
+from tiny_llm_checkpoints.chat_template import CONTENT_FORMATS
+from tiny_llm_checkpoints.errors import ConfigError, shown
 from tiny_llm_checkpoints.suggestions import check_fields
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
@@ -28,7 +28,7 @@ from .evaluation import text_logits
 from .forking import prepare_to_compute
 from .grammar_compiler import GrammarCompiler
 from .kv_pool import DTYPES
-from .loader import load_model
+from .loader import load_chat_template, load_model
 from .managers import make_manager
 from .model import Model
 from .output_processor import RequestState
@@ -90,8 +90,7 @@ class LLM:
         self.max_model_len = self.engine_config.model_len(
             self.model_config, DTYPES[self.engine_config.kv_cache_dtype].size
         )
-        with reading(_template_file(self.model_path)):
-            self.chat_template = _chat_template(self.tokenizer, chat_template_content_format)
+        self.chat_template = load_chat_template(self.model_path, self.tokenizer, chat_template_content_format)
         # A lazy array belongs to the thread that made it, and the engine's thread uses these.
         mx.eval([layer.self_attn.inv_freq for layer in self.model.layers])
         self.engine = Engine(
@@ -332,25 +331,6 @@ def _evaluated_logits(model: Model, token_ids: Sequence[int], config: EngineConf
     logits = text_logits(model, token_ids, config)
     mx.eval(logits)
     return logits
-
-
-def _template_file(model: Path) -> Path:
-    """The file that the chat template comes from, for error messages."""
-    names = ("chat_template.jinja", "tokenizer_config.json")
-    return next((model / name for name in names if (model / name).exists()), model)
-
-
-def _chat_template(tokenizer: Tokenizer, content_format: str) -> ChatTemplate | None:
-    """The tokenizer's chat template; None if it has none."""
-    source = tokenizer.chat_template
-    if source is None:
-        return None
-    return ChatTemplate(
-        source,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        content_format=content_format,
-    )
 
 
 def _check_model(model: object) -> None:

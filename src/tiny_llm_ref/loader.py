@@ -7,6 +7,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
 
+from tiny_llm_checkpoints.chat_template import ChatTemplate
 from tiny_llm_checkpoints.checkpoint import Checkpoint
 from tiny_llm_checkpoints.errors import ModelFileError, reading
 from tiny_llm_checkpoints.gguf_split import stem
@@ -43,6 +44,31 @@ class LoadedModel(NamedTuple):
     sampling_source: str | None
 
 
+class DescribedModel(NamedTuple):
+    """What a model's files say, before any weight is read; the fields are those of `LoadedModel`."""
+
+    name: str
+    path: Path
+    checkpoint: Checkpoint
+    sampling_defaults: Defaults
+    sampling_source: str | None
+
+
+def describe_model(model: str | Path | None, generation_config: str = AUTO) -> DescribedModel:
+    """Find a model and read its description: configuration, tokenizer, recommended sampling parameters.
+
+    The arguments and errors are those of `load_model`.
+    """
+    path = find_model(model)
+    is_hub_id = model is not None and not local_path(model).exists()
+    name = str(model) if is_hub_id else stem(path.resolve().name)
+    with requiring(f"the model {path}", LOADING_BYTES):
+        checkpoint, recommended = _recommended(read_checkpoint(path), generation_config)
+        defaults = {} if recommended is None else defaults_of(recommended)
+    source = recommended.source if recommended is not None and defaults else None
+    return DescribedModel(name, path, checkpoint, defaults, source)
+
+
 def load_model(
     model: str | Path | None, activation_bits: int = 16, generation_config: str = AUTO
 ) -> LoadedModel:
@@ -55,16 +81,28 @@ def load_model(
     were built for another MLX version; `OutOfResourcesError` if memory is short.
     """
     compiled_available()  # first, so that an error about the kernels does not look like one about the file
-    path = find_model(model)
-    is_hub_id = model is not None and not local_path(model).exists()
-    name = str(model) if is_hub_id else stem(path.resolve().name)
-    with requiring(f"the model {path}", LOADING_BYTES):
-        checkpoint, recommended = _recommended(read_checkpoint(path), generation_config)
-        defaults = {} if recommended is None else defaults_of(recommended)
+    name, path, checkpoint, defaults, source = describe_model(model, generation_config)
     with requiring(f"the model {path}", _weight_bytes(checkpoint) + LOADING_BYTES):
         built = build(checkpoint, activation_bits)
-    source = recommended.source if recommended is not None and defaults else None
     return LoadedModel(name, path, built, checkpoint.tokenizer, defaults, source)
+
+
+def load_chat_template(path: Path, tokenizer: Tokenizer, content_format: str) -> ChatTemplate | None:
+    """Make the chat template of a model; None if it has none. Raises `ModelFileError`, naming the file.
+
+    path: the model's file or folder. content_format: one of `CONTENT_FORMATS`.
+    """
+    source = tokenizer.chat_template
+    if source is None:
+        return None
+    names = ("chat_template.jinja", "tokenizer_config.json")
+    with reading(next((path / name for name in names if (path / name).exists()), path)):
+        return ChatTemplate(
+            source,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            content_format=content_format,
+        )
 
 
 def build(checkpoint: Checkpoint, activation_bits: int = 16) -> Model:

@@ -1,0 +1,146 @@
+"""The replicas as a Ray Serve application, on this machine or on a cluster that exists."""
+
+import logging
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Self
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
+from tiny_llm import TinyLLMError
+
+from .calls import Call
+from .config import ClusterConfig
+from .remote_engine import ReplicaError
+from .request_router import PrefixRouter, Routing
+
+APPLICATION, REPLICAS = "tiny-llm", "replicas"  # Serve's names of the application and of the deployment
+MAX_ONGOING = 1 << 20  # calls that Serve sends to a replica: the engine limits its queue itself
+OBJECT_STORE_BYTES = 128 << 20  # Ray's shared memory on this machine: only events travel
+
+
+class ClusterError(TinyLLMError):
+    """The replicas cannot start, or restart."""
+
+
+def replicas_of(engine_options: Mapping[str, Any], config: ClusterConfig) -> serve.Application:
+    """Make the application of the replicas. engine_options: the arguments of `LLM`, with its `model`."""
+    from .replica import EngineReplica
+
+    scaling: dict[str, Any] = {"num_replicas": config.num_replicas}
+    if config.autoscaling_config is not None:
+        scaling = {"autoscaling_config": dict(config.autoscaling_config)}
+    deployment = serve.deployment(
+        EngineReplica,
+        name=REPLICAS,
+        ray_actor_options=dict(config.ray_actor_options),
+        max_ongoing_requests=MAX_ONGOING,
+        graceful_shutdown_timeout_s=config.grace,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=config.health_check_period,
+        request_router_config=RequestRouterConfig(
+            request_router_class=PrefixRouter,
+            request_router_kwargs={"policy": config.routing_policy, "max_staleness": config.max_staleness},
+            request_routing_stats_period_s=config.report_period,
+        ),
+        **scaling,
+    )
+    return deployment.bind(dict(engine_options), config.threads)
+
+
+@dataclass
+class Replicas:
+    """The running replicas: sends calls to them.
+
+    handle: Serve's handle of their deployment. routing: what its router knows.
+    """
+
+    handle: DeploymentHandle[Any]
+    routing: Routing
+
+    @classmethod
+    def of(cls, handle: DeploymentHandle[Any]) -> Self:
+        """The replicas behind a handle, when one of them answers. Blocks: not for an event loop."""
+        handle.is_ready.remote().result()  # Serve makes the handle's router with the first call
+        return cls(handle.options(stream=True, method_name="run"), Routing.of(REPLICAS))
+
+    def send(self, call: Call) -> "RayStream":
+        """Send a call to a replica that the router chooses."""
+        return RayStream(self.handle.remote(call))
+
+
+class RayStream:
+    """A replica's answers to a call. Ray's errors become `ReplicaError`, with a message for a client."""
+
+    def __init__(self, response: DeploymentResponseGenerator[Any]) -> None:
+        self._response = response
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await anext(self._response)
+        except RayTaskError as error:
+            raise ReplicaError(f"the replica failed: {error.cause or error}") from error
+        except RayActorError as error:
+            raise ReplicaError("the replica has ended") from error
+        except RayError as error:
+            raise ReplicaError(f"the replica cannot be reached: {error}") from error
+
+    def cancel(self) -> None:
+        """Cancel the call on its replica; does nothing if it has ended."""
+        with suppress(Exception):
+            self._response.cancel()
+
+
+def start_here(engine_options: Mapping[str, Any], config: ClusterConfig) -> Replicas:
+    """Start Ray on this machine, for this process only, and the replicas; returns when they are ready.
+
+    Raises `ClusterError` if Ray or a replica cannot start.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use over the network
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with _explaining("the replicas cannot start"):
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            object_store_memory=OBJECT_STORE_BYTES,
+            num_cpus=max(os.cpu_count() or 1, config.num_replicas),
+        )
+        serve.start(http_options={"location": "NoServer"})
+        handle = serve.run(replicas_of(engine_options, config), name=APPLICATION, route_prefix=None)
+        return Replicas.of(handle)
+
+
+def restart_here(engine_options: Mapping[str, Any], config: ClusterConfig) -> None:
+    """Replace each replica by a new one, one after the other; returns when all are new.
+
+    A replica that stops takes no new calls, and has `config.grace` seconds to finish its own.
+    """
+    with _explaining("the replicas cannot restart"):
+        serve.run(replicas_of(engine_options, config), name=APPLICATION, route_prefix=None)
+
+
+def stop_here() -> None:
+    """Stop the replicas and Ray on this machine; does nothing if they do not run."""
+    if ray.is_initialized():
+        with suppress(Exception):
+            serve.shutdown()
+        ray.shutdown()
+
+
+@contextmanager
+def _explaining(what: str) -> Iterator[None]:
+    """Turn an error of Ray into a `ClusterError` of one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ClusterError(f"{what}: {' '.join(str(error).split())[:1000]}") from error

@@ -1,0 +1,67 @@
+"""What travels between the ingress and a replica: a call to a replica, and what it answers.
+
+A call carries the engine requests of one HTTP request. The replica answers with a stream: first whether it
+has accepted them, then lists of their events.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tiny_llm import RequestEvent, SamplingParams, TinyLLMError
+
+from .prompt_blocks import PromptBlocks
+
+
+@dataclass(frozen=True)
+class PromptCall:
+    """One prompt of a call: the request's id in the engine, and the prompt's token ids."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """The engine requests of one HTTP request; a replica accepts all of them or none.
+
+    params: those of every prompt. visible: as in `Engine.request`. blocks: those of the first prompt, by
+    which the call is routed. refused_by: replicas that have refused it, or ended before they answered; it
+    goes to them only if there is no other.
+    """
+
+    prompts: tuple[PromptCall, ...]
+    params: SamplingParams
+    visible: tuple[str, ...]
+    blocks: PromptBlocks
+    refused_by: frozenset[str] = frozenset()
+
+    @property
+    def call_id(self) -> str:
+        """The id by which the router knows the call: that of its first request."""
+        return self.prompts[0].request_id
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The first answer of a replica that runs the call."""
+
+    replica: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The only answer of a replica that does not run the call, with the error for the client."""
+
+    replica: str
+    error: TinyLLMError
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of one request that has failed on a replica. reason: the error's message."""
+
+    request_id: str
+    reason: str
+
+
+Events = Sequence[RequestEvent | Failure]

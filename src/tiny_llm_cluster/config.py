@@ -1,0 +1,63 @@
+"""The options of a cluster: how many replicas there are, how requests are routed, and how replicas end."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from tiny_llm import ConfigError
+from tiny_llm_checkpoints.suggestions import check_fields
+
+from .fleet import MAX_STALENESS
+from .policies import POLICIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """The replicas and the router. Every field has a default. Raises `ConfigError` for an invalid value.
+
+    num_replicas: how many replicas run; ignored with `autoscaling_config`.
+    autoscaling_config: Ray Serve's options for autoscaling, such as {"min_replicas": 1, "max_replicas": 8,
+        "target_ongoing_requests": 16}; None: a fixed number.
+    ray_actor_options: what Ray reserves for each replica, such as {"num_cpus": 16}, and other options of its
+        process.
+    threads: threads of each replica's kernels; None: all processors that the replica sees.
+    routing_policy: prefix, least-loaded or round-robin.
+    report_period: seconds between two reports of a replica, about its load and the blocks that it caches.
+    max_staleness: seconds after which a report counts for nothing.
+    health_check_period: seconds between two checks of a replica.
+    grace: seconds that a replica's requests have to finish when the replica is to stop.
+    """
+
+    num_replicas: int = 1
+    autoscaling_config: Mapping[str, Any] | None = None
+    ray_actor_options: Mapping[str, Any] = field(default_factory=dict)
+    threads: int | None = None
+    routing_policy: str = "prefix"
+    report_period: float = 1.0
+    max_staleness: float = MAX_STALENESS
+    health_check_period: float = 2.0
+    grace: float = 30.0
+
+    @classmethod
+    def from_options(cls, **options: Any) -> Self:
+        """Make a config; an unknown option is an error that suggests the right name."""
+        check_fields(cls, options, "option", ConfigError)
+        return cls(**options)
+
+    def __post_init__(self) -> None:
+        for name in ("num_replicas", "threads"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        for name in ("report_period", "max_staleness", "health_check_period", "grace"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise ConfigError(f"{name} must be more than 0 seconds, not {value!r}")
+        if self.max_staleness <= self.report_period:
+            raise ConfigError(
+                f"max_staleness ({self.max_staleness:g} s) must exceed report_period "
+                f"({self.report_period:g} s): reports would be too old when they come"
+            )
+        if self.routing_policy not in POLICIES:
+            known = ", ".join(POLICIES)
+            raise ConfigError(f"routing_policy must be one of {known}, not {self.routing_policy!r}")

@@ -1,0 +1,246 @@
+"""The engine as the ingress sees it: requests are checked here, and run on one of the replicas.
+
+It has the interface that the server needs (`ServedEngine`), so the server's routes do not know the
+difference.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any, Protocol
+
+from tiny_llm.delivery import Item, Listener
+from tiny_llm.engine_core import sum_stats
+from tiny_llm.request_maker import RequestMaker
+
+from tiny_llm import (
+    EngineDeadError,
+    EngineStats,
+    EngineStoppingError,
+    PoolChange,
+    QueueFullError,
+    RequestEvent,
+    RequestFailedError,
+    SamplingParams,
+    TinyLLMError,
+)
+
+from .calls import Accepted, Call, Failure, Refused
+from .prompt_blocks import PromptBlocks
+from .remote_request import RemoteRequest
+
+ELSEWHERE = (QueueFullError, EngineStoppingError, EngineDeadError)  # another replica may take the call
+
+
+class ReplicaError(TinyLLMError):
+    """An error of a replica: one that it reported, or the end of its process."""
+
+
+class Stream(Protocol):
+    """A replica's answers to a call; `DeploymentResponseGenerator` is one."""
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+    async def __anext__(self) -> Any: ...
+    def cancel(self) -> None:
+        """Cancel the call on its replica."""
+
+
+class Routed(Protocol):
+    """What the engine tells the routing, and asks it; `request_router.Routing` is one."""
+
+    @property
+    def stats(self) -> Mapping[str, EngineStats]: ...
+    @property
+    def replicas(self) -> Sequence[str]: ...
+    def started(self, call_id: str) -> None: ...
+    def ended(self, call_id: str) -> None: ...
+
+
+Send = Callable[[Call], Stream]  # sends a call to a replica that the router chooses
+
+
+class RemoteEngine:
+    """Runs requests on replicas. Belongs to one event loop; only `stats` may be read elsewhere.
+
+    maker: makes and checks
+    requests. block_size: of the replicas' pools.
+    """
+
+    def __init__(self, send: Send, routing: Routed, maker: RequestMaker, block_size: int) -> None:
+        self._send = send
+        self._routing = routing
+        self._maker = maker
+        self._block_size = block_size
+        self._tasks: dict[str, asyncio.Task[None]] = {}  # the calls that have not ended, by request id
+        self._is_draining = False
+
+    # What a request needs before it can be sent.
+
+    def request(
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        request_id: str | None = None,
+        visible: Collection[str] = (),
+    ) -> RemoteRequest:
+        """Make a request; raises as `Engine.request` does."""
+        return RemoteRequest(self._maker.request(prompt, params, request_id, visible), visible)
+
+    def check_token_ids(self, tokens: Sequence[int]) -> list[int]:
+        """As `Engine.check_token_ids`."""
+        ids: list[int] = self._maker.check_token_ids(tokens)
+        return ids
+
+    def is_compiled(self, params: SamplingParams) -> bool:
+        """As `Engine.is_compiled`."""
+        return bool(self._maker.is_compiled(params))
+
+    def check_admission(self) -> None:
+        """Raise the error with which any request would be refused now. Replicas check their own queues."""
+        if (refusal := self.refusal) is not None:
+            raise refusal
+
+    # Calls.
+
+    def submit(self, requests: Sequence[RemoteRequest], deliver: Listener) -> Future[None]:
+        """Send requests to a replica, all to the same one; returns at once.
+
+        The future is done when a replica has accepted them. If one refuses because its queue is full, or ends
+        before it answers, the next best is tried, each replica once. `deliver` is called in the event loop.
+        """
+        self.check_admission()
+        accepted: Future[None] = Future()
+        task = asyncio.get_running_loop().create_task(self._run(requests, deliver, accepted))
+        for request in requests:
+            self._tasks[request.request_id] = task
+        return accepted
+
+    def cancel(self, request_id: str) -> None:
+        """Cancel a request, and those that were submitted with it; an unknown id is ignored."""
+        if (task := self._tasks.get(request_id)) is not None:
+            task.cancel()
+
+    async def _run(
+        self, requests: Sequence[RemoteRequest], deliver: Listener, accepted: Future[None]
+    ) -> None:
+        """Run a call to its end, and deliver its events."""
+        call = self._call(requests)
+        try:
+            stream = await self._accepted(call)
+            accepted.set_result(None)
+            try:
+                await self._deliver_all(call, stream, requests, deliver)
+            finally:
+                stream.cancel()
+        except asyncio.CancelledError:
+            if not accepted.done():
+                accepted.set_exception(EngineStoppingError("the request was cancelled"))
+            deliver([event for request in requests for event in request.abort()])
+        except Exception as error:
+            if accepted.done():
+                deliver([_failure(one, error) for one in requests if not one.is_finished])
+            else:
+                accepted.set_exception(error)
+        finally:
+            self._routing.ended(call.call_id)
+            for request in requests:
+                self._tasks.pop(request.request_id, None)
+
+    def _call(self, requests: Sequence[RemoteRequest]) -> Call:
+        """The call that carries requests; they have the same parameters."""
+        first = requests[0]
+        blocks = PromptBlocks.of(first.prompt_token_ids, self._block_size, first.params.cache_salt)
+        prompts = tuple(request.prompt_call for request in requests)
+        return Call(prompts, first.params, first.visible, blocks)
+
+    async def _accepted(self, call: Call) -> Stream:
+        """Send a call until a replica accepts it; returns its further answers.
+
+        A call that a replica refuses for lack of space, or because it stops, goes to the next one. Raises the
+        last such error when all have refused, and any other error of a replica at once.
+        """
+        for _ in range(len(self._routing.replicas) + 1):
+            stream = self._send(call)
+            try:
+                first = await anext(stream)
+            except ReplicaError as error:  # its process ended, and the router knows
+                refusal: TinyLLMError = error
+                continue
+            if isinstance(first, Accepted):
+                return stream
+            assert isinstance(first, Refused)
+            refusal = first.error
+            if not isinstance(refusal, ELSEWHERE):
+                break
+            call = replace(call, refused_by=call.refused_by | {first.replica})
+        raise refusal
+
+    async def _deliver_all(
+        self, call: Call, stream: Stream, requests: Sequence[RemoteRequest], deliver: Listener
+    ) -> None:
+        """Deliver the events of an accepted call until its requests have ended."""
+        known = {request.request_id: request for request in requests}
+        has_started = False
+        async for events in stream:
+            if not has_started:
+                self._routing.started(call.call_id)
+                has_started = True
+            deliver([_item(event, known[event.request_id]) for event in events])
+        if not all(request.is_finished for request in requests):
+            raise ReplicaError("the replica ended its answer too early")
+
+    # The end, and figures.
+
+    async def drain(self, timeout: float | None = None) -> None:
+        """Refuse new requests; return when all others have ended. After `timeout` seconds, cancel them."""
+        self._is_draining = True
+        tasks = set(self._tasks.values())
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout)
+            self.stop()
+            await asyncio.wait(tasks)
+
+    def stop(self) -> None:
+        """Refuse new requests and cancel all others."""
+        self._is_draining = True
+        for task in set(self._tasks.values()):
+            task.get_loop().call_soon_threadsafe(task.cancel)
+
+    @property
+    def refusal(self) -> Exception | None:
+        """The error that any new request would get now; None while requests are taken."""
+        if self._is_draining:
+            return EngineStoppingError("the server is draining: it takes no new requests")
+        if not self._routing.replicas:
+            return EngineStoppingError("no replica is ready: try again in some seconds")
+        return None
+
+    @property
+    def replica_stats(self) -> Mapping[str, EngineStats]:
+        """The figures of each replica, as it last reported them."""
+        return self._routing.stats
+
+    @property
+    def stats(self) -> EngineStats:
+        """The sum of the replicas' figures."""
+        return sum_stats(self._routing.stats.values())
+
+    def watch_blocks(self, watcher: Callable[[PoolChange], None]) -> Callable[[], object]:
+        """Not possible: the pools are elsewhere. Raises ValueError."""
+        raise ValueError("the blocks of replicas cannot be watched")
+
+
+def _item(event: RequestEvent | Failure, request: RemoteRequest) -> Item:
+    """An event of a replica as the engine would deliver it; the request counts it."""
+    if isinstance(event, Failure):
+        return _failure(request, ReplicaError(event.reason))
+    request.note(event)
+    return event
+
+
+def _failure(request: RemoteRequest, cause: Exception) -> RequestFailedError:
+    """The error that ends a request."""
+    failure = RequestFailedError(f"request {request.request_id!r} has failed: {cause}", request.request_id)
+    failure.__cause__ = cause
+    return failure

@@ -1,0 +1,46 @@
+"""A model whose engine runs on replicas: the tokenizer and the description are here, the weights are not."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from tiny_llm.chat_prompts import ChatPrompts
+from tiny_llm.grammar_compiler import GrammarCompiler
+from tiny_llm.kv_pool import DTYPES
+from tiny_llm.loader import describe_model, load_chat_template
+from tiny_llm.request_maker import RequestMaker
+
+from tiny_llm import EngineConfig, SamplingParams
+
+from .remote_engine import RemoteEngine, Routed, Send
+
+
+class RemoteModel:
+    """A loaded model as the server uses it (`ServedModel`).
+
+    engine_options: the arguments of `LLM`, as the replicas get them. send, routing: as in `RemoteEngine`.
+    Raises the errors of `LLM`.
+    """
+
+    def __init__(self, engine_options: Mapping[str, Any], send: Send, routing: Routed) -> None:
+        options = dict(engine_options)
+        model, content_format = (
+            options.pop("model", None),
+            options.pop("chat_template_content_format", "auto"),
+        )
+        self.engine_config = config = EngineConfig.from_options(**options)
+        described = describe_model(model, config.generation_config)
+        self.model_name = described.name
+        self.sampling_defaults, self.sampling_source = described.sampling_defaults, described.sampling_source
+        self.tokenizer, model_config = described.checkpoint.tokenizer, described.checkpoint.config
+        self.chat_template = load_chat_template(described.path, self.tokenizer, content_format)
+        self.max_model_len = config.model_len(model_config, DTYPES[config.kv_cache_dtype].size)
+        maker = RequestMaker(
+            self.tokenizer,
+            model_config.vocab_size,
+            config.max_num_seqs,
+            self.max_model_len,
+            chat_prompts=ChatPrompts(self.model_name, self.chat_template, self.tokenizer, self.max_model_len),
+            defaults=SamplingParams.from_options(**self.sampling_defaults),
+            grammars=GrammarCompiler(self.tokenizer, model_config.vocab_size, model_config.eos_token_ids),
+        )
+        self.engine = RemoteEngine(send, routing, maker, config.block_size)

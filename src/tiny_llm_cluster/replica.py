@@ -1,0 +1,97 @@
+"""A replica: one engine in a process of its own, which Ray Serve starts, watches, drains and replaces."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from functools import partial
+from time import time
+from typing import Any
+
+from ray import serve
+from tiny_llm.delivery import AsyncListener, Item
+from tiny_llm.errors import described
+from tiny_llm.kernels import compiled_available, compiled_kernel
+from tiny_llm.output_processor import RequestState
+
+from tiny_llm import LLM, RequestEvent, RequestFailedError, TinyLLMError
+
+from .calls import Accepted, Call, Events, Failure, Refused
+from .messages import stats_message
+from .reports import read_report
+
+
+class EngineReplica:
+    """The class of the replicas' deployment.
+
+    engine_options: the arguments of `LLM`, with its `model`. threads: of the kernels; None: one for each
+    processor.
+    """
+
+    def __init__(self, engine_options: Mapping[str, Any], threads: int | None = None) -> None:
+        if threads is not None and compiled_available():
+            compiled_kernel("set_num_threads")(threads)
+        self._llm = LLM(**engine_options)
+        self._name = serve.get_replica_context().replica_id.unique_id
+
+    async def run(self, call: Call) -> AsyncGenerator[Accepted | Refused | Events, None]:
+        """Run a call: yield whether it is accepted, then the events of its requests as they come.
+
+        Ends when all requests have ended. They are cancelled if the call is, or if the ingress has gone.
+        """
+        engine, listener = self._llm.engine, AsyncListener()
+        unfinished = {prompt.request_id for prompt in call.prompts}
+        try:
+            requests = await asyncio.to_thread(self._requests, call)
+            await asyncio.wrap_future(engine.submit(requests, listener))
+            yield Accepted(self._name)
+            while unfinished:
+                events = [_event(item) for item in await listener.next_items()]
+                unfinished -= {event.request_id for event in events if _ends_request(event)}
+                yield events
+        except TinyLLMError as error:
+            unfinished.clear()
+            yield Refused(self._name, error)
+        finally:
+            for request_id in unfinished:
+                engine.cancel(request_id)
+
+    def is_ready(self) -> bool:
+        """True: a replica that answers has loaded its model."""
+        return True
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """What this replica has cached and has to do, for the router and `/metrics`; called by Serve."""
+        engine, core, config = self._llm.engine, self._llm.core, self._llm.engine_config
+        read = partial(read_report, core.manager, time(), max_waiting=config.max_num_waiting)
+        report = engine.call(read)
+        return {"report": report.as_message(), "stats": stats_message(engine.stats)}
+
+    def check_health(self) -> None:
+        """Raise the error of an engine that has ended; Serve then replaces this replica."""
+        if (refusal := self._llm.engine.refusal) is not None:
+            raise refusal
+
+    def __del__(self) -> None:
+        """Stop the engine; Serve calls this when the replica's calls have ended."""
+        if hasattr(self, "_llm"):
+            self._llm.close()
+
+    def _requests(self, call: Call) -> list[RequestState]:
+        """Make the engine's requests; new grammars are compiled here too."""
+        engine = self._llm.engine
+        return [
+            engine.request(list(prompt.token_ids), call.params, prompt.request_id, call.visible)
+            for prompt in call.prompts
+        ]
+
+
+def _event(item: Item) -> RequestEvent | Failure:
+    """An item of the engine in a form that can travel. Raises the error that has ended the engine."""
+    if isinstance(item, RequestEvent):
+        return item
+    if isinstance(item, RequestFailedError):
+        return Failure(item.request_id, described(item.__cause__ or item))
+    raise item
+
+
+def _ends_request(event: RequestEvent | Failure) -> bool:
+    return isinstance(event, Failure) or event.usage is not None
