@@ -68,8 +68,8 @@ def main() -> None:
     steps = [step for one in by_running.values() for step in one]
     model = StepTime.fit(steps[::2])
     rows: dict[str, Any] = {}
-    tests: dict[object, Steps] = {**by_running, "all": steps}
-    for name, tested in tests.items():
+    tests: list[tuple[object, Steps]] = [*by_running.items(), ("all", steps)]
+    for name, tested in tests:
         errors = relative_errors(model, tested[1::2])
         total = sum(map(model.seconds, (work for work, _ in tested))) / sum(taken for _, taken in tested)
         rows[str(name)] = {

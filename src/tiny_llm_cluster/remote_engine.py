@@ -224,7 +224,8 @@ class RemoteEngine:
     @property
     def stats(self) -> EngineStats:
         """The sum of the replicas' figures."""
-        return sum_stats(self._routing.stats.values())
+        total: EngineStats = sum_stats(self._routing.stats.values())
+        return total
 
     def watch_blocks(self, watcher: Callable[[PoolChange], None]) -> Callable[[], object]:
         """Not possible: the pools are elsewhere. Raises ValueError."""

@@ -4,12 +4,13 @@ Works with token ids, never with text; does not start threads and never prints. 
 because the core owns every array.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, fields
+from itertools import groupby, zip_longest
 from time import perf_counter
+from typing import Any
 
 import mlx.core as mx
 
@@ -65,6 +66,32 @@ class EngineStats:
     steps_of: tuple[int, ...] = ()
     num_waiting_requests: int = 0
     drafts: DraftStats = NO_DRAFTS
+
+
+def sum_stats(stats: Iterable[EngineStats]) -> EngineStats:
+    """The statistics of several engines together: counts are added, histograms entry by entry.
+
+    >>> one = EngineStats(1, 0, 0, 6, 1, 8, 0, 20, 16, num_tokens=5, steps_of=(1, 0, 1))
+    >>> other = EngineStats(2, 3, 0, 0, 0, 8, 1, 10, 0, num_tokens=2, steps_of=(2,))
+    >>> total = sum_stats([one, other])
+    >>> total.num_running, total.num_blocks, total.prefix_cache_queries, total.num_tokens, total.steps_of
+    (3, 16, 30, 7, (3, 0, 1))
+    """
+    total = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0)
+    for one in stats:
+        total = EngineStats(
+            **{f.name: _added(getattr(total, f.name), getattr(one, f.name)) for f in fields(EngineStats)}
+        )
+    return total
+
+
+def _added(left: Any, right: Any) -> Any:
+    """The sum of two fields of `EngineStats`: of counts, of histograms, or of the counts of drafts."""
+    if isinstance(left, DraftStats):
+        return DraftStats(*map(_added, left, right))
+    if isinstance(left, tuple):
+        return tuple(map(sum, zip_longest(left, right, fillvalue=0)))
+    return left + right
 
 
 @dataclass

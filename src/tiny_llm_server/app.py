@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from tiny_llm import LLM, TinyLLMError
+from tiny_llm import TinyLLMError
 
 from . import chat, completions, live, status
 from .body_limit import BodyLimit
@@ -20,6 +20,7 @@ from .guards import CatchAll, HostGuard, KeyGuard, OriginGuard
 from .live_page import add_page
 from .paths import PlainPaths
 from .request_log import RequestLog
+from .served_model import ServedModel
 from .service import Service
 from .sse import REQUEST_ID, ClientDisconnectedError
 from .throughput import ThroughputLog
@@ -43,7 +44,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(load: Callable[[], LLM], config: ServerConfig | None = None) -> FastAPI:
+def make_app(load: Callable[[], ServedModel], config: ServerConfig | None = None) -> FastAPI:
     """Make the application. `load` makes the model; it is called in a thread when the server starts.
 
     `app.state.service` is the application's `Service`.

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Response
 
-from tiny_llm import Engine, EngineStats, PoolChange, SequenceView
+from tiny_llm import EngineStats, PoolChange, SequenceView
 
 from .errors import refused
+from .served_model import ServedEngine
 from .service import Service
 from .sse import EventStream
 
@@ -53,7 +54,7 @@ class _Collector:
     news: set for every new step. is_overrun: the limit was reached, and later steps are not collected.
     """
 
-    def __init__(self, engine: Engine, news: asyncio.Event) -> None:
+    def __init__(self, engine: ServedEngine, news: asyncio.Event) -> None:
         self.steps: list[_Step] = []
         self._engine = engine
         self._news = news
@@ -156,7 +157,7 @@ class _Watcher:
             self._tables.pop(seq_id, None)
         return {
             "t": step.moment,
-            "events": [[kind.value, block, holders, other] for kind, block, holders, other in change.events],
+            "events": [[one.kind.value, one.block, one.holders, one.other] for one in change.events],
             "sequences": [self._sequence(view) for view in change.sequences],
             "ended": change.ended,
             "stats": _stats(step.stats),

@@ -1,19 +1,22 @@
 """Prometheus metrics under vLLM's names, so that dashboards for vLLM work.
 
-The engine's own counters are read at each scrape; the times of a request are recorded as its events arrive.
+`EngineFigures` reads the engine's own counters at each scrape; the times of a request are recorded as its
+events arrive.
 """
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from itertools import accumulate
 from time import monotonic
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from tiny_llm import LLM, DraftStats, RequestEvent, RequestUsage
+from tiny_llm import RequestEvent, RequestUsage
+
+from .engine_figures import EngineFigures
+from .served_model import ServedModel
 
 FAST = (
     0.001,
@@ -43,12 +46,12 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
 class Metrics:
     """The metrics of one server. `llm` and `model_name` are functions: the model may still be loading."""
 
-    def __init__(self, llm: Callable[[], LLM | None], model_name: Callable[[], str]) -> None:
+    def __init__(self, llm: Callable[[], ServedModel | None], model_name: Callable[[], str]) -> None:
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
         self._registry = CollectorRegistry()
         self._model_name = model_name
-        self._registry.register(_EngineFigures(llm, model_name))
+        self._registry.register(EngineFigures(llm, model_name))
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "Seconds from arrival to the first token.", FAST
         )
@@ -200,77 +203,3 @@ class _TokenTotals(Collector):
             if count:
                 counter.add_metric([self._model_name()], count)
             yield counter
-
-
-class _EngineFigures(Collector):
-    """The engine's counters, read at each scrape; no metrics while the model loads."""
-
-    def __init__(self, llm: Callable[[], LLM | None], model_name: Callable[[], str]) -> None:
-        self._llm = llm
-        self._model_name = model_name
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield one family for each metric."""
-        llm = self._llm()
-        if llm is None:
-            return
-        stats = llm.engine.stats
-        used = stats.num_blocks - stats.num_free_blocks - stats.num_cached_blocks
-        gauges = {
-            "num_requests_running": ("Sequences that are running.", stats.num_running),
-            "num_requests_waiting": ("Sequences that are waiting.", stats.num_waiting),
-            "kv_cache_usage_perc": (
-                "Fraction of the KV pool's blocks in use, 0 to 1.",
-                used / max(1, stats.num_blocks),
-            ),
-        }
-        counters = {
-            "prefix_cache_queries": (
-                "Prompt tokens looked up in the prefix cache.",
-                stats.prefix_cache_queries,
-            ),
-            "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
-            "num_preemptions": ("Preemptions of sequences.", stats.num_preemptions),
-        }
-        if llm.engine_config.speculative_config is not None:
-            counters |= _speculation(stats.drafts)
-        for name, (text, value) in gauges.items():
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-            gauge.add_metric([self._model_name()], value)
-            yield gauge
-        for name, (text, count) in counters.items():
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-            counter.add_metric([self._model_name()], count)
-            yield counter
-        steps = HistogramMetricFamily(
-            "vllm:iteration_tokens_total", "Tokens computed in an engine step.", labels=["model_name"]
-        )
-        steps.add_metric([self._model_name()], _buckets(stats.steps_of), stats.num_tokens)
-        yield steps
-        if llm.engine_config.speculative_config is not None:
-            yield self._accepted_by_position(stats.drafts)
-
-    def _accepted_by_position(self, drafts: DraftStats) -> Metric:
-        counter = CounterMetricFamily(
-            "vllm:spec_decode_num_accepted_tokens_per_pos",
-            "Accepted guessed tokens by their position in the draft, from 0.",
-            labels=["model_name", "position"],
-        )
-        for position, count in enumerate(drafts.accepted_at):
-            counter.add_metric([self._model_name(), str(position)], count)
-        return counter
-
-
-def _speculation(drafts: DraftStats) -> dict[str, tuple[str, int]]:
-    """The counters of speculative decoding: description and value by name."""
-    return {
-        "spec_decode_num_drafts": ("Drafts that were checked.", drafts.num_drafts),
-        "spec_decode_num_draft_tokens": ("Guessed tokens that were checked.", drafts.num_draft_tokens),
-        "spec_decode_num_accepted_tokens": ("Guessed tokens that were right.", drafts.num_accepted_tokens),
-    }
-
-
-def _buckets(steps_of: Sequence[int]) -> list[tuple[str, float]]:
-    """Turn counts by powers of two into Prometheus's cumulative buckets; the last one has no bound."""
-    bounds = [str(float(1 << power)) for power in range(len(steps_of) - 1)]
-    return list(zip([*bounds, "+Inf"], accumulate(steps_of), strict=True))

@@ -11,12 +11,12 @@ from contextlib import aclosing, contextmanager
 from typing import NamedTuple, Self
 
 from tiny_llm.delivery import AsyncListener, Gathering, Item
-from tiny_llm.output_processor import RequestState
 
-from tiny_llm import Engine, RequestEvent
+from tiny_llm import RequestEvent
 
 from .errors import ApiError
 from .metrics import RequestStats
+from .served_model import ServedEngine, ServedRequest
 
 
 class PromptEvent(NamedTuple):
@@ -35,8 +35,8 @@ class Run:
 
     def __init__(
         self,
-        engine: Engine,
-        requests: Sequence[RequestState],
+        engine: ServedEngine,
+        requests: Sequence[ServedRequest],
         stats: RequestStats,
         timeout: float | None = None,
     ) -> None:
@@ -52,8 +52,8 @@ class Run:
     @classmethod
     async def begin(
         cls,
-        engine: Engine,
-        requests: Sequence[RequestState],
+        engine: ServedEngine,
+        requests: Sequence[ServedRequest],
         stats: RequestStats,
         timeout: float | None = None,
     ) -> Self:

@@ -13,12 +13,10 @@ from typing import Any
 
 from fastapi import Request
 from tiny_llm.generation_defaults import fit_to_context
-from tiny_llm.output_processor import RequestState
 from tiny_llm.prompts import PlainPrompt
 from tiny_llm.resources import requiring
 
 from tiny_llm import (
-    LLM,
     EngineStats,
     RequestTooLargeError,
     SamplingParams,
@@ -37,6 +35,7 @@ from .metrics import Metrics
 from .run import Run
 from .sampling_defaults import checked_overrides, described
 from .schema import ROLES, ChatCompletionRequest, Generation, TokenizeRequest
+from .served_model import ServedModel, ServedRequest
 from .structured_fields import STRUCTURED_OUTPUTS
 from .tool_use import refused_message
 
@@ -55,15 +54,15 @@ class Status(Enum):
 class Service:
     """An engine that loads while the server already answers.
 
-    load: makes the LLM; it is called in a thread. failure: the error that it raised.
+    load: makes the model; it is called in a thread. failure: the error that it raised.
     """
 
-    def __init__(self, load: Callable[[], LLM], config: ServerConfig) -> None:
+    def __init__(self, load: Callable[[], ServedModel], config: ServerConfig) -> None:
         self.config = config
         self.created = int(time())
         self.failure: Exception | None = None
         self._load = load
-        self._llm: LLM | None = None
+        self._llm: ServedModel | None = None
         self.is_stopping = False
         self._at_end: list[Callable[[], None]] = []
         self._overrides = checked_overrides(config.override_generation_config)
@@ -73,7 +72,7 @@ class Service:
 
     async def load(self) -> None:
         """Load the model; returns when it is loaded or has failed. Cancelling stops only the waiting."""
-        outcome: Future[LLM] = Future()
+        outcome: Future[ServedModel] = Future()
         try:
             with requiring("the thread that loads the model"):
                 Thread(target=_resolve_with, args=(outcome, self._load), name="load", daemon=True).start()
@@ -83,7 +82,7 @@ class Service:
         else:
             self._log_ready(self._llm)
 
-    def _log_ready(self, llm: LLM) -> None:
+    def _log_ready(self, llm: ServedModel) -> None:
         LOG.info(
             "%s is ready: %d blocks of %d tokens, context of %d tokens; the API is at /v1%s",
             *(self.model_name, llm.engine.stats.num_blocks, llm.engine_config.block_size, llm.max_model_len),
@@ -105,7 +104,7 @@ class Service:
         return Status.READY if self._llm.engine.refusal is None else Status.DRAINING
 
     @property
-    def llm(self) -> LLM:
+    def llm(self) -> ServedModel:
         """The model. Raises `ApiError` (503) if it is not loaded."""
         if self._llm is None:
             raise ApiError(
@@ -227,11 +226,11 @@ class Service:
             raise refused(str(error), field) from error
 
     async def _in_thread(
-        self, make: Callable[[], list[RequestState]], params: SamplingParams, form: AnswerForm | None
-    ) -> list[RequestState]:
+        self, make: Callable[[], list[ServedRequest]], params: SamplingParams, form: AnswerForm | None
+    ) -> list[ServedRequest]:
         """Make requests in a thread. Raises `ApiError` that names the field if the form is at fault."""
 
-        def make_or_refuse() -> list[RequestState]:
+        def make_or_refuse() -> list[ServedRequest]:
             try:
                 return make()
             except SamplingParamsError as error:
@@ -254,7 +253,7 @@ class Service:
         request_id: str,
         may_shorten: bool,
         visible: Collection[str],
-    ) -> RequestState:
+    ) -> ServedRequest:
         request = self.llm.engine.request(prompt, params, request_id, visible)
         if not may_shorten:
             return request
@@ -349,7 +348,7 @@ class Service:
             self._llm.engine.stop()
 
 
-def _resolve_with(outcome: "Future[LLM]", load: Callable[[], LLM]) -> None:
+def _resolve_with(outcome: "Future[ServedModel]", load: Callable[[], ServedModel]) -> None:
     """Set the future to what `load` returns or raises."""
     outcome.set_running_or_notify_cancel()  # cancelling has no effect from now on
     try:
