@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _SERVER, _ACCESS, _DEFAULTS = "Server", "Access", "Sampling defaults"
 _ANSWERS = "Tools and reasoning"
+_REPLICAS, _POLICIES = "Replicas", ("prefix", "least-loaded", "round-robin")
 _LIMITS, _CONNECTIONS, _LOGGING = "Limits of a request", "Connections", "Page and log"
 _KEY_VARIABLE = "TINY_LLM_API_KEY"  # holds one key, whatever characters are in it
 _LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
@@ -256,6 +257,25 @@ def serve(
             rich_help_panel=_DEFAULTS,
         ),
     ] = 0,
+    replicas: Annotated[
+        int,
+        typer.Option(
+            help="Engines that serve the requests, each in a process of its own with its own model and KV "
+            "pool; they share --threads. More than 1 needs Ray: pip install 'tiny-llm[cluster]'.",
+            min=1,
+            rich_help_panel=_REPLICAS,
+        ),
+    ] = 1,
+    routing_policy: Annotated[
+        str,
+        typer.Option(
+            help="Which replica gets a request. prefix: the one with the least work before the first token, "
+            "which is less where the prompt's start is cached. least-loaded: the same without the cache. "
+            "round-robin: each in turn.",
+            metavar="|".join(_POLICIES),
+            rich_help_panel=_REPLICAS,
+        ),
+    ] = "prefix",
     demo: Annotated[
         bool,
         typer.Option(
@@ -304,6 +324,9 @@ def serve(
     if demo:
         _check_demo(context)
         engine = replace(engine, num_blocks=_DEMO_BLOCKS, preemption_mode="swap")
+    if routing_policy not in _POLICIES:
+        known = ", ".join(_POLICIES)
+        raise typer.BadParameter(f"{routing_policy!r} is not one of {known}", param_hint="--routing-policy")
     from tiny_llm_server import make_app
     from tiny_llm_server.serve import GracefulServer, listen
 
@@ -314,8 +337,15 @@ def serve(
             f"tiny-llm: warning: other machines may reach {host}, and requests need no key: see --api-key",
             file=sys.stderr,
         )
-    app = make_app(partial(load_silently, engine, seed=seed), config)
-    GracefulServer(app, host, port, grace, log_level).run(listen(host, port))
+    if replicas == 1:
+        app = make_app(partial(load_silently, engine, seed=seed), config)
+        GracefulServer(app, host, port, grace, log_level).run(listen(host, port))
+        return
+    from .replicas import Replicated
+
+    with Replicated(engine, replicas, routing_policy, grace, seed) as replicated:
+        app = make_app(replicated.load, replace(config, live=False))  # the page shows one pool
+        GracefulServer(app, host, port, grace, log_level).run(listen(host, port))
 
 
 def _check_demo(context: typer.Context) -> None:

@@ -1,0 +1,45 @@
+"""A server on this machine whose engine runs on replicas: `tiny-llm serve --replicas`.
+
+The HTTP server is this process; Ray Serve runs the replicas in processes of their own.
+"""
+
+import logging
+import signal
+from collections.abc import Mapping
+from threading import Thread
+from types import FrameType
+from typing import Any
+
+from .application import ClusterError, restart_here, start_here
+from .config import ClusterConfig
+from .remote_model import RemoteModel
+
+LOG = logging.getLogger("uvicorn.error")  # the server's log
+
+
+def load_here(engine_options: Mapping[str, Any], config: ClusterConfig) -> RemoteModel:
+    """Start the replicas on this machine, and return the model that runs on them.
+
+    Raises the errors of `LLM` for a model or options that cannot work, and `ClusterError`.
+    """
+    replicas = start_here(engine_options, config)
+    LOG.info("%d replicas are ready; SIGHUP restarts them one after the other", config.num_replicas)
+    return RemoteModel(engine_options, replicas.send, replicas.routing)
+
+
+def restart_on_hangup(engine_options: Mapping[str, Any], config: ClusterConfig) -> None:
+    """From now on, SIGHUP replaces all replicas by new ones, and no request is lost."""
+
+    def restart() -> None:
+        LOG.info("Restarting the replicas")
+        try:
+            restart_here(engine_options, config)
+        except ClusterError as error:
+            LOG.error("%s", error)
+        else:
+            LOG.info("All replicas have been restarted")
+
+    def handle(_: int, __: FrameType | None) -> None:
+        Thread(target=restart, name="restart", daemon=True).start()
+
+    signal.signal(signal.SIGHUP, handle)
