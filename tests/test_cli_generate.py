@@ -302,7 +302,7 @@ def test_a_line_has_its_own_form(cli: Run) -> None:
     [
         (["--choice", "a", "--regex", "b"], "an answer has only one form, not --regex and --choice"),
         (["--choice", ""], "--choice must be a list of strings that are not empty"),
-        (["--regex", "("], "--regex: at 1(8): invalid regex"),
+        (["--regex", "("], "--regex: the regular expression '(' is wrong at character 1: unclosed group"),
         (["--json-schema", "{missing}"], "missing: No such file"),
         (["--json-schema", "{file}"], "--json-schema at #/items: Invalid type: strin"),
         (["--grammar", "{file}"], "--grammar must be a grammar in Lark's syntax"),

@@ -384,6 +384,37 @@ def test_a_form_without_a_grammar_is_rejected_with_the_librarys_reason(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"regex": r"\d("}, r"regex: the regular expression '\d(' is wrong at character 3: unclosed group"),
+        (
+            {"regex": "é/(["},
+            r"regex: the regular expression 'é\/([' is wrong at character 5: unclosed character class",
+        ),
+        (
+            {"regex": r"a\b"},
+            r"regex: the regular expression 'a\b' has an anchor or a word boundary inside, "
+            "which is not supported",
+        ),
+        (
+            {"json": {"properties": {"a": {"pattern": "a{3"}}}},
+            "json at #/properties/a: the regular expression 'a{3' is wrong at character 2: "
+            "unclosed counted repetition",
+        ),
+        ({"grammar": "start: a\n\na: b"}, 'grammar: unknown name: "b" (line 3)'),
+        (
+            {"grammar": "start: A\nA: /(/"},
+            "grammar: the regular expression '(' is wrong at character 1: unclosed group (line 2)",
+        ),
+    ],
+)
+def test_an_error_names_the_place_in_an_expression_or_a_grammar(form: dict[str, Any], message: str) -> None:
+    with pytest.raises(SamplingParamsError) as error:
+        byte_grammar(**form)
+    assert str(error.value) == f"structured_outputs.{message}"
+
+
 def chain(count: int) -> str:
     """A grammar whose rules refer to one another, so deeply that a recursion runs out of stack."""
     rules = "\n".join(f'r{i}: "a" r{i + 1} | r{i + 1}' for i in range(count))

@@ -213,11 +213,11 @@ def schema(**of: Any) -> dict[str, Any]:
             "type None is not supported; supported: text, json",
         ),
         ({"response_format": {"type": "json"}}, "response_format", "type 'json' is not supported"),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema must be an object"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema is required$"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
             "response_format",
-            "json_schema.schema must be an object, not None",
+            "json_schema.schema is required$",
         ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
@@ -237,14 +237,18 @@ def schema(**of: Any) -> dict[str, Any]:
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "scheme": {}}}},
             "response_format",
-            "json_schema.'scheme' is not supported; did you mean schema",
+            "^response_format.json_schema.'scheme' is not supported; did you mean schema",
         ),
         (
             {"response_format": {"type": "json_object", "json_schema": {"name": "x", "schema": {}}}},
             "response_format",
             "json_schema is only allowed with type json_schema",
         ),
-        ({"response_format": {"type": "text", "schema": {}}}, "response_format", "'schema' is not supported"),
+        (
+            {"response_format": {"type": "text", "schema": {}}},
+            "response_format",
+            "^response_format.'schema' is not supported",
+        ),
         (
             {"response_format": schema(type="strin")},
             "response_format",

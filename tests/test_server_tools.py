@@ -370,11 +370,11 @@ def test_a_user_who_types_the_marker_does_not_open_the_reasoning(
         ({"tools": [WEATHER] * 129}, "tools", "must have at most 128 items"),
         ({"tools": "f"}, "tools", "must be a list"),
         ({"tools": [{}], "tool_choice": "none"}, "tools[0].type", "must be 'function'"),
-        ({"tool_choice": "required"}, "tool_choice", "tools is required"),
+        ({"tool_choice": "required"}, "tool_choice", "tools is required with 'required'"),
         (
             {"tool_choice": {"type": "function", "function": {"name": "f"}}},
             "tool_choice",
-            "tools is required",
+            "tools is required with a function",
         ),
         (
             {"tools": [WEATHER, NOW], "tool_choice": {"type": "function", "function": {"name": "then"}}},

@@ -18,7 +18,7 @@ class FormOptions:
         Path | None,
         typer.Option(
             help="Answer with JSON that satisfies the JSON Schema in this file. Say in the prompt what the "
-            "fields mean: the model is not shown the schema.",
+            "fields mean: the model does not see the schema.",
             metavar="FILE",
             rich_help_panel=_FORM,
         ),
@@ -31,7 +31,7 @@ class FormOptions:
         str | None,
         typer.Option(
             help="Answer with a text that matches this regular expression as a whole, for example "
-            r"'\d{4}-\d{2}-\d{2}'.",
+            "'[0-9]{4}-[0-9]{2}-[0-9]{2}'.",
             metavar="REGEX",
             rich_help_panel=_FORM,
         ),
@@ -39,7 +39,7 @@ class FormOptions:
     choice: Annotated[
         list[str] | None,
         typer.Option(
-            help="Answer with this text or another --choice: repeat the option for each.",
+            help="Answer with one of these texts. Repeat the option for each.",
             metavar="TEXT",
             rich_help_panel=_FORM,
         ),
@@ -47,8 +47,8 @@ class FormOptions:
     grammar: Annotated[
         Path | None,
         typer.Option(
-            help="Answer with a sentence of the grammar in this file, in Lark's syntax; its first rule is "
-            "`start`.",
+            help="Answer with a sentence of the grammar in this file, in llguidance's dialect of Lark. It "
+            "begins with the rule `start`.",
             metavar="FILE",
             rich_help_panel=_FORM,
         ),

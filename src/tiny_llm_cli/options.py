@@ -207,9 +207,9 @@ class EngineOptions:
         Any,
         typer.Option(
             help="Speculative decoding: guess tokens from earlier repeats in the text, and check several in "
-            'one step. Answers do not change. A JSON object, such as \'{"method": "ngram"}\', with '
-            "num_speculative_tokens (7; 1 to 64), prompt_lookup_max (4) and prompt_lookup_min (2; both 1 to "
-            "32).",
+            'one step. Answers do not change. A JSON object: \'{"method": "ngram"}\', with optional '
+            "num_speculative_tokens (default 7, at most 64), prompt_lookup_max (4) and prompt_lookup_min (2; "
+            "both at most 32).",
             show_default="no speculation",
             metavar="JSON",
             parser=parse_object,

@@ -192,8 +192,8 @@ class ServerOptions:
     tool_call_parser: Annotated[
         str,
         typer.Option(
-            help="The form of the model's calls of tools: hermes (also Qwen), llama3_json, mistral, smollm2. "
-            "auto: the form that the chat template shows; smollm2 if it has no tools. none: refuse tools.",
+            help="How the model writes calls of tools: hermes (also Qwen), llama3_json, mistral or smollm2. "
+            "auto: as the chat template shows; smollm2 if it has no tools. none: reject requests with tools.",
             metavar="NAME",
             rich_help_panel=_ANSWERS,
         ),
@@ -201,9 +201,9 @@ class ServerOptions:
     reasoning_parser: Annotated[
         str,
         typer.Option(
-            help="The form of the model's reasoning, which answers have as reasoning_content: deepseek_r1 "
-            "(<think>; every answer starts with it), qwen3 (<think>) or mistral ([THINK]). auto: the form "
-            "that the chat template shows. none: reasoning is a part of the content.",
+            help="How the model marks its reasoning, which answers have in reasoning_content: qwen3 "
+            "(<think>), deepseek_r1 (the same, but every answer starts with reasoning) or mistral ([THINK]). "
+            "auto: as the chat template shows. none: reasoning is a part of the content.",
             metavar="NAME",
             rich_help_panel=_ANSWERS,
         ),

@@ -3,18 +3,16 @@
 A `Grammar` belongs to one sequence and is used by one thread. `GrammarCompiler.compile` makes grammars.
 """
 
-import re
 from array import array
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 from .errors import GrammarError
+from .grammar_reasons import reworded
 from .token_mask import TokenMask, num_words
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
-
-LONGEST_REASON = 300  # characters of the library's reason in an error
 
 
 class Grammar:
@@ -106,18 +104,6 @@ class Grammar:
         """Raise `GrammarError` if the library reports an error."""
         if self._matcher.is_error():
             raise GrammarError(f"{problem}: {reworded(self._matcher.get_error())}")
-
-
-def reworded(reason: str) -> str:
-    """The library's reason for an error in one line of at most 300 characters, clearer where it is known."""
-    reason = " ".join(reason.replace("<non-verbose/>", "").split("while processing")[0].split())
-    if keywords := re.fullmatch(r"Unimplemented keys: \[(.*)\]", reason):
-        return f"{keywords[1]} is not supported"
-    if reason == "NoExtensionBias":
-        return "no text satisfies it"
-    if reason.startswith("oneOf"):  # the library would have its caller ignore the difference
-        return "oneOf needs alternatives that exclude each other, such as by a constant: use anyOf"
-    return reason[:LONGEST_REASON]
 
 
 def _fitted(mask: bytes, vocab_size: int) -> "array[int]":

@@ -14,7 +14,8 @@ from tiny_llm_checkpoints.errors import shown
 from tiny_llm_checkpoints.tokenizer import Tokenizer
 
 from .errors import GrammarError, SamplingParamsError
-from .grammar import Grammar, reworded
+from .grammar import Grammar
+from .grammar_reasons import reworded
 from .grammar_trials import TOO_COSTLY, GrammarTrials
 from .grammar_vocabulary import library_tokenizer
 from .json_schema import check_schema, parsed, place_of_error, with_alternatives_in_place, with_closed_objects
@@ -108,7 +109,7 @@ class GrammarCompiler:
         """Compile a grammar, and compute its first mask."""
         field = f"{FIELD}.{params.kind}"
         source = _source(params, field)
-        if reason := self._reason_to_refuse(source):
+        if reason := self._reason_to_refuse(source, names_line=params.grammar is not None):
             raise SamplingParamsError(f"{self._place(params, reason)}: {reason}")
         grammar = Grammar(_matcher(vocabulary, source), self._vocab_size)
         try:
@@ -117,9 +118,9 @@ class GrammarCompiler:
             raise SamplingParamsError(f"{field}: {error}") from None
         return grammar
 
-    def _reason_to_refuse(self, source: str) -> str:
+    def _reason_to_refuse(self, source: str, *, names_line: bool = False) -> str:
         """The reason why a grammar cannot be compiled, or ""."""
-        return reworded(self._trials.reason_to_refuse(source, LIMITS))
+        return reworded(self._trials.reason_to_refuse(source, LIMITS), names_line=names_line)
 
     def _place(self, params: StructuredOutputsParams, reason: str) -> str:
         """The field that is refused for a reason, and the place in a schema if it is known."""

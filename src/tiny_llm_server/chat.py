@@ -97,7 +97,7 @@ class _Work:
         service, body = self._service, self._body
         use, form = tool_use(body), service.chat_format
         if use.callable and form.tools is None:
-            message = "tools: the server does not know how this model writes calls (--tool-call-parser)"
+            message = "tools: --tool-call-parser is none, or the form of this model's calls is not known"
             raise refused(message, "tools", "unsupported_field")
         prompt = service.encode_chat(body, [tool.fields for tool in use.offered], service.max_model_len)
         continued = text_of(body.messages[-1]) if body.continue_final_message else None

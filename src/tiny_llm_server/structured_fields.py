@@ -29,7 +29,7 @@ def _response_format(value: Any) -> StructuredOutputsParams | None:
     if kind not in TYPES:
         message = f"type {shown(kind)} is not supported; supported: {', '.join(TYPES)}"
         raise PydanticCustomError(UNSUPPORTED, "response_format: {message}", {"message": message})
-    _check_names(value, ("type", "json_schema"), "")
+    _check_names(value, ("type", "json_schema"), f"{RESPONSE_FORMAT}.")
     if kind != "json_schema":
         if value.get("json_schema") is not None:
             raise ValueError(f"json_schema is only allowed with type json_schema, not {kind}")
@@ -40,10 +40,11 @@ def _response_format(value: Any) -> StructuredOutputsParams | None:
 def _json_schema(value: Any) -> StructuredOutputsParams:
     """Read the schema of a `response_format`. It is enforced with `strict` true and false alike."""
     _check_object(value, "json_schema")
-    _check_names(value, ("name", "schema", "strict", "description"), "json_schema.")
+    _check_names(value, ("name", "schema", "strict", "description"), f"{RESPONSE_FORMAT}.json_schema.")
     name, strict, about = (value.get(key) for key in ("name", "strict", "description"))
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
-        raise ValueError(f"json_schema.name must be a string of 1 to {LONGEST_NAME} characters")
+        found = "" if name is None else f", not {shown(name)}"
+        raise ValueError(f"json_schema.name must be a string of 1 to {LONGEST_NAME} characters{found}")
     if not (strict is None or isinstance(strict, bool)):
         raise ValueError(f"json_schema.strict must be true or false, not {shown(strict)}")
     if not (about is None or isinstance(about, str)):
@@ -70,6 +71,8 @@ def _structured_outputs(value: Any) -> StructuredOutputsParams | None:
 
 
 def _check_object(value: Any, name: str) -> None:
+    if value is None:
+        raise ValueError(f"{name} is required")
     if not isinstance(value, dict):
         raise ValueError(f"{name} must be an object, not {shown(value)}".strip())
 

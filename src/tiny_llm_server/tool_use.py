@@ -44,7 +44,8 @@ def tool_use(body: ChatCompletionRequest) -> ToolUse:
     choice = body.tool_choice
     if choice == "none" or not tools:
         if choice not in ("none", "auto", None):
-            raise refused("tool_choice: tools is required with this choice", "tool_choice")
+            what = "a function" if isinstance(choice, dict) else repr(choice)
+            raise refused(f"tool_choice: tools is required with {what}", "tool_choice")
         return ToolUse()
     if not isinstance(choice, dict):
         return ToolUse(tools, tools, choice == "required", parallel=body.parallel_tool_calls)
