@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from tiny_llm import TinyLLMError
 from .calls import Call
 from .config import ClusterConfig
 from .remote_engine import ReplicaError
-from .request_router import PrefixRouter, Routing
+from .routing import Routing
 
 APPLICATION, REPLICAS = "tiny-llm", "replicas"  # Serve's names of the application and of the deployment
+ROUTER = "tiny_llm_cluster.request_router.PrefixRouter"  # a class would be copied by value
 MAX_ONGOING = 1 << 20  # calls that Serve sends to a replica: the engine limits its queue itself
 OBJECT_STORE_BYTES = 128 << 20  # Ray's shared memory on this machine: only events travel
 
@@ -45,7 +47,7 @@ def replicas_of(engine_options: Mapping[str, Any], config: ClusterConfig) -> ser
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=config.health_check_period,
         request_router_config=RequestRouterConfig(
-            request_router_class=PrefixRouter,
+            request_router_class=ROUTER,
             request_router_kwargs={"policy": config.routing_policy, "max_staleness": config.max_staleness},
             request_routing_stats_period_s=config.report_period,
         ),
@@ -106,15 +108,17 @@ def start_here(engine_options: Mapping[str, Any], config: ClusterConfig) -> Repl
     Raises `ClusterError` if Ray or a replica cannot start.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use over the network
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with _explaining("the replicas cannot start"):
-        ray.init(
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            object_store_memory=OBJECT_STORE_BYTES,
-            num_cpus=max(os.cpu_count() or 1, config.num_replicas),
-        )
+        with _children_without_interrupt():
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+                num_cpus=max(os.cpu_count() or 1, config.num_replicas),
+            )
         serve.start(http_options={"location": "NoServer"})
         handle = serve.run(replicas_of(engine_options, config), name=APPLICATION, route_prefix=None)
         return Replicas.of(handle)
@@ -130,11 +134,24 @@ def restart_here(engine_options: Mapping[str, Any], config: ClusterConfig) -> No
 
 
 def stop_here() -> None:
-    """Stop the replicas and Ray on this machine; does nothing if they do not run."""
+    """Stop the replicas, and end Ray's processes on this machine; does nothing if they do not run."""
     if ray.is_initialized():
         with suppress(Exception):
             serve.shutdown()
         ray.shutdown()
+
+
+@contextmanager
+def _children_without_interrupt() -> Iterator[None]:
+    """Let processes that this thread starts ignore Ctrl-C, which a terminal sends to all of them.
+
+    The server must drain before they end.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

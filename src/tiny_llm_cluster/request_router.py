@@ -1,107 +1,16 @@
-"""Ray Serve's side of routing: asks a policy where a call goes, and keeps the policy's view up to date.
+"""Ray Serve's side of routing: asks a `Routing` where a call goes, and tells it what Serve knows.
 
-Serve makes one router in each process that calls the replicas; an ingress finds that of its own process in
-`Routing.of`. Serve's routers have an event loop of their own, and the ingress another one: a lock protects
-the view.
+Serve copies this module by value into other processes, so it must hold nothing but the class: the state is in
+`routing`, where the ingress of the same process finds it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from threading import Lock
-from time import time
-from typing import Any, ClassVar
+from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from tiny_llm import EngineStats
-
 from .calls import Call
-from .fleet import MAX_STALENESS, Fleet
-from .messages import stats_of
-from .policies import make_policy
-from .reports import ReplicaReport
-
-
-class Routing:
-    """Where calls go, and what the replicas last said. Any thread may use it.
-
-    policy: a name of `POLICIES`. max_staleness: as in `Fleet`.
-    """
-
-    _of_deployments: ClassVar[dict[str, "Routing"]] = {}
-
-    def __init__(self, policy: str = "prefix", max_staleness: float = MAX_STALENESS) -> None:
-        self._policy = make_policy(policy)
-        self._fleet = Fleet(max_staleness=max_staleness)
-        self._stats: dict[str, EngineStats] = {}
-        self._lock = Lock()
-        self._now = 0.0
-
-    @classmethod
-    def of(cls, deployment: str) -> "Routing":
-        """The routing of a deployment in this process, which its router fills."""
-        return cls._of_deployments.setdefault(deployment, cls())
-
-    def configure(self, policy: str, max_staleness: float) -> None:
-        """Set the policy and the bound on staleness, before the first call."""
-        with self._lock:
-            self._policy, self._fleet = make_policy(policy), Fleet(max_staleness=max_staleness)
-
-    @property
-    def stats(self) -> Mapping[str, EngineStats]:
-        """The figures of each replica, as it last reported them."""
-        return self._stats
-
-    @property
-    def replicas(self) -> Sequence[str]:
-        """The names of the replicas that calls may go to."""
-        with self._lock:
-            return [replica.name for replica in self._fleet.replicas]
-
-    def update(self, replicas: Mapping[str, Mapping[str, Any]]) -> None:
-        """Take the replicas that run, and the routing stats of each: empty until its first report."""
-        with self._lock:
-            now = self._time()
-            self._fleet.set_replicas(replicas, now)
-            for name, message in replicas.items():
-                if message:
-                    self._fleet.take_report(name, ReplicaReport.of_message(message["report"]), now)
-            self._stats = {name: stats_of(one["stats"]) for name, one in replicas.items() if one}
-
-    def remove(self, replica: str) -> None:
-        """Forget a replica that has died."""
-        with self._lock:
-            self._fleet.remove(replica)
-            self._stats = {name: stats for name, stats in self._stats.items() if name != replica}
-
-    def rank(self, call: Call) -> list[str]:
-        """The replicas in the order in which the call should try them; it counts as load of the first."""
-        with self._lock:
-            now = self._time()
-            names = self._policy.rank(call.blocks, self._fleet, now)
-            names.sort(key=lambda name: name in call.refused_by)
-            if names:
-                self._fleet.routed(call.call_id, call.blocks, names[0], now)
-            return names
-
-    def routed(self, call: Call, replica: str) -> None:
-        """Note where a call went, which may be another replica than the first of its rank."""
-        with self._lock:
-            self._fleet.routed(call.call_id, call.blocks, replica, self._time())
-
-    def started(self, call_id: str) -> None:
-        """Note that a call's first token came."""
-        with self._lock:
-            self._fleet.started(call_id, self._time())
-
-    def ended(self, call_id: str) -> None:
-        """Note that a call has ended, for any reason."""
-        with self._lock:
-            self._fleet.ended(call_id, self._time())
-
-    def _time(self) -> float:
-        """The time of day, which replicas on other machines use too; it never goes back."""
-        self._now = max(self._now, time())
-        return self._now
+from .fleet import MAX_STALENESS
+from .routing import Routing
 
 
 class PrefixRouter(RequestRouter):
@@ -131,7 +40,8 @@ class PrefixRouter(RequestRouter):
             return [candidate_replicas]
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         ranked = [name for name in self._routing.rank(call) if name in by_name]
-        return [[by_name[name]] for name in _with_all(ranked, by_name)]
+        known = dict.fromkeys((*ranked, *by_name))  # then those that have not reached the fleet yet
+        return [[by_name[name]] for name in known]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Serve when a replica has taken a call."""
@@ -144,8 +54,3 @@ def _call_of(pending_request: PendingRequest) -> Call | None:
     """The call of a request to a replica; None for another method's."""
     args = pending_request.args
     return args[0] if args and isinstance(args[0], Call) else None
-
-
-def _with_all(ranked: Iterable[str], names: Iterable[str]) -> list[str]:
-    """The ranked names, then the others: replicas that have not reached the fleet yet."""
-    return list(dict.fromkeys((*ranked, *names)))
