@@ -20,14 +20,16 @@ class Replicated:
 
     def load(self) -> "RemoteModel":
         """Start the replicas, and return the model that runs on them."""
-        from tiny_llm_cluster.local import load_here
+        from tiny_llm_cluster.local import load_model
 
-        return load_here(self._engine_options, self._config)
+        return load_model(self._engine_options, self._config)
 
     def __enter__(self) -> Self:
-        """From now on, SIGHUP restarts the replicas."""
+        """Start Ray. From now on, SIGHUP restarts the replicas."""
+        from tiny_llm_cluster.application import start_ray_here
         from tiny_llm_cluster.local import restart_on_hangup
 
+        start_ray_here(self._config)
         restart_on_hangup(self._engine_options, self._config)
         return self
 

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -102,29 +101,33 @@ class RayStream:
             self._response.cancel()
 
 
-def start_here(engine_options: Mapping[str, Any], config: ClusterConfig) -> Replicas:
-    """Start Ray on this machine, for this process only, and the replicas; returns when they are ready.
+def start_ray_here(config: ClusterConfig) -> None:
+    """Start Ray on this machine, for this process only. Raises `ClusterError` if that fails.
 
-    Raises `ClusterError` if Ray or a replica cannot start.
+    Call it in the main thread: Ray's processes end with the thread that started them.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use over the network
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    with _explaining("the replicas cannot start"):
-        with _children_without_interrupt():
-            ray.init(
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=OBJECT_STORE_BYTES,
-                num_cpus=max(os.cpu_count() or 1, config.num_replicas),
-            )
+    with _explaining("Ray cannot start"):
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+            num_cpus=max(os.cpu_count() or 1, config.num_replicas),
+        )
         serve.start(http_options={"location": "NoServer"})
+
+
+def start_replicas(engine_options: Mapping[str, Any], config: ClusterConfig) -> Replicas:
+    """Start the replicas; returns when they are ready. Raises `ClusterError` if one cannot start."""
+    with _explaining("the replicas cannot start"):
         handle = serve.run(replicas_of(engine_options, config), name=APPLICATION, route_prefix=None)
         return Replicas.of(handle)
 
 
-def restart_here(engine_options: Mapping[str, Any], config: ClusterConfig) -> None:
+def restart_replicas(engine_options: Mapping[str, Any], config: ClusterConfig) -> None:
     """Replace each replica by a new one, one after the other; returns when all are new.
 
     A replica that stops takes no new calls, and has `config.grace` seconds to finish its own.
@@ -136,22 +139,8 @@ def restart_here(engine_options: Mapping[str, Any], config: ClusterConfig) -> No
 def stop_here() -> None:
     """Stop the replicas, and end Ray's processes on this machine; does nothing if they do not run."""
     if ray.is_initialized():
-        with suppress(Exception):
-            serve.shutdown()
+        serve.shutdown()
         ray.shutdown()
-
-
-@contextmanager
-def _children_without_interrupt() -> Iterator[None]:
-    """Let processes that this thread starts ignore Ctrl-C, which a terminal sends to all of them.
-
-    The server must drain before they end.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

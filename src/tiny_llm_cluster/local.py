@@ -10,19 +10,19 @@ from threading import Thread
 from types import FrameType
 from typing import Any
 
-from .application import ClusterError, restart_here, start_here
+from .application import ClusterError, restart_replicas, start_replicas
 from .config import ClusterConfig
 from .remote_model import RemoteModel
 
 LOG = logging.getLogger("uvicorn.error")  # the server's log
 
 
-def load_here(engine_options: Mapping[str, Any], config: ClusterConfig) -> RemoteModel:
-    """Start the replicas on this machine, and return the model that runs on them.
+def load_model(engine_options: Mapping[str, Any], config: ClusterConfig) -> RemoteModel:
+    """Start the replicas on Ray, which runs already, and return the model that runs on them.
 
     Raises the errors of `LLM` for a model or options that cannot work, and `ClusterError`.
     """
-    replicas = start_here(engine_options, config)
+    replicas = start_replicas(engine_options, config)
     LOG.info("%d replicas are ready; SIGHUP restarts them one after the other", config.num_replicas)
     return RemoteModel(engine_options, replicas.send, replicas.routing)
 
@@ -33,7 +33,7 @@ def restart_on_hangup(engine_options: Mapping[str, Any], config: ClusterConfig) 
     def restart() -> None:
         LOG.info("Restarting the replicas")
         try:
-            restart_here(engine_options, config)
+            restart_replicas(engine_options, config)
         except ClusterError as error:
             LOG.error("%s", error)
         else:
