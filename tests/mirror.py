@@ -15,6 +15,7 @@ class Mirror:
     def __init__(self) -> None:
         self.holders: dict[int, int] = {}
         self.cached: set[int] = set()
+        self.hashes: set[bytes] = set()
         self.sequences: dict[str, SequenceView] = {}
 
     def apply(self, change: PoolChange) -> None:
@@ -25,7 +26,7 @@ class Mirror:
             assert self.sequences.get(view.seq_id) != view, "a view is sent without a change"
             self.sequences[view.seq_id] = view
         before = dict(self.holders)
-        for kind, block, holders, _ in change.events:
+        for kind, block, holders, _, digest in change.events:
             had = before.get(block, 0)
             assert kind is not Kind.ALLOCATED or (not had and block not in self.cached), (
                 "allocated a block that is not free"
@@ -33,10 +34,14 @@ class Mirror:
             assert kind is not Kind.SHARED or holders > had, "shared, but no holder was added"
             assert kind is not Kind.RELEASED or holders < had, "released, but no holder was removed"
             self.holders[block] = holders
+            assert (digest is not None) == (kind in (Kind.CACHED, Kind.EVICTED))
             if kind is Kind.CACHED:
+                assert digest not in self.hashes, "cached a hash that is cached already"
                 self.cached.add(block)
+                self.hashes.add(digest)
             if kind is Kind.EVICTED:
                 self.cached.remove(block)
+                self.hashes.remove(digest)
             assert kind is not Kind.FREED or (holders == 0 and block not in self.cached), (
                 "freed a block that is in use"
             )
@@ -46,6 +51,7 @@ class Mirror:
         held = Counter(block for sequence in manager.running for block in sequence.blocks)
         assert {block: count for block, count in self.holders.items() if count} == held
         assert self.cached == set(manager.prefix.blocks)
+        assert self.hashes == set(manager.prefix.hashes())
         active = {sequence.seq_id: sequence for sequence in (*manager.running, *manager.waiting)}
         assert self.sequences.keys() == active.keys()
         for seq_id, view in self.sequences.items():

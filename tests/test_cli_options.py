@@ -126,6 +126,17 @@ def test_server_options_match_the_server_configuration() -> None:
     assert [field.name for field in fields(ServerOptions)] == [field.name for field in fields(ServerConfig)]
 
 
+def test_keys_of_a_file_are_added_to_those_of_the_options_or_else_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TINY_LLM_API_KEY", raising=False)
+    assert server_config(ServerOptions(), keys_of_file=["c", "d"]).api_keys == ("c", "d")
+    monkeypatch.setenv("TINY_LLM_API_KEY", "b")
+    assert server_config(ServerOptions(), keys_of_file=["c"]).api_keys == ("b", "c")
+    assert server_config(ServerOptions(api_keys=["a"]), keys_of_file=["c"]).api_keys == ("a", "c")
+    assert server_config(ServerOptions(), "localhost", ["c"]).allowed_hosts == ()
+
+
 def test_sampling_options_are_fields_of_sampling_params() -> None:
     """Parameters that a model may recommend default to None, because omitting one differs from giving it."""
     known = {field.name: field.default for field in fields(SamplingParams)}

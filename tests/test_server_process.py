@@ -399,6 +399,28 @@ def test_the_environment_variable_holds_exactly_one_key(monkeypatch: pytest.Monk
         assert server.exit_code(SECONDS) == 2, "an empty variable must not disable the key"
 
 
+@pytest.mark.parametrize(("mode", "warns"), [(0o600, False), (0o644, True)])
+def test_a_server_accepts_the_keys_of_the_file_and_warns_if_others_can_read_it(
+    mode: int, warns: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TINY_LLM_API_KEY", "variable")
+    file = tmp_path / "keys.txt"
+    file.write_text("# comment\nsesame\nopen\n")
+    file.chmod(mode)
+    with (
+        process("--api-key-file", str(file)) as server,
+        httpx.Client(base_url=server.url(), timeout=SECONDS) as client,
+    ):
+        ready(client)
+        statuses = {
+            key: client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+            for key in ("sesame", "open", "variable", "comment", "# comment")
+        }
+    assert statuses == {"sesame": 200, "open": 200, "variable": 200, "comment": 401, "# comment": 401}
+    assert any(f"other users can access {file}" in line for line in server.lines) == warns
+    assert not any("sesame" in line for line in server.lines)
+
+
 def test_on_loopback_without_a_key_only_loopback_hosts_are_allowed() -> None:
     """DNS rebinding: a web page's own name resolves to this machine, and its browser sends that name."""
     names = ["localhost:8000", "127.0.0.1", "[::1]:80", "Gateway:1", "evil.example", "evil.example:8000"]

@@ -2,13 +2,16 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .engine import load_silently
+from .key_file import read_keys
 from .model_check import check_model
 from .options import EngineOptions, parse_bytes, parse_object, takes_groups
 
@@ -249,6 +252,16 @@ def serve(
             rich_help_panel=_SERVER,
         ),
     ] = 30.0,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Accept the keys in this file too, one on each line, besides those of --api-key or "
+            f"{_KEY_VARIABLE}. Blank lines and lines that start with # are ignored.",
+            metavar="FILE",
+            show_default="none",
+            rich_help_panel=_ACCESS,
+        ),
+    ] = None,
     seed: Annotated[
         int,
         typer.Option(
@@ -330,7 +343,7 @@ def serve(
     from tiny_llm_server import make_app
     from tiny_llm_server.serve import GracefulServer, listen
 
-    config = server_config(server, host)
+    config = server_config(server, host, () if api_key_file is None else _keys_of(api_key_file))
     check_model(engine, seed=seed)
     if host not in _LOOPBACK and not config.api_keys:
         print(
@@ -348,6 +361,21 @@ def serve(
         GracefulServer(app, host, port, grace, log_level).run(listen(host, port))
 
 
+def _keys_of(file: Path) -> Sequence[str]:
+    """The keys of a file; warns if other users can access it. Raises a usage error for an invalid file."""
+    try:
+        keys, is_private = read_keys(file)
+    except OSError as error:
+        reason = f"{file}: {error.strerror or error}"
+        raise typer.BadParameter(reason, param_hint="--api-key-file") from error
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--api-key-file") from error
+    if not is_private:
+        warning = f"tiny-llm: warning: other users can access {file}, which holds API keys: run chmod 600"
+        print(warning, file=sys.stderr)
+    return keys
+
+
 def _check_demo(context: typer.Context) -> None:
     """Reject options that --demo would override, or that would leave nothing to see."""
     for name in ("num_blocks", "kv_cache_memory", "preemption_mode", "batching", "live"):
@@ -360,18 +388,21 @@ def _check_demo(context: typer.Context) -> None:
             )
 
 
-def server_config(options: ServerOptions, host: str = "0.0.0.0") -> "ServerConfig":
+def server_config(
+    options: ServerOptions, host: str = "0.0.0.0", keys_of_file: Sequence[str] = ()
+) -> "ServerConfig":
     """Make a `ServerConfig` from `options`.
 
     host: the address to listen on. Allowed hosts are those of `options.allowed_hosts` and the loopback's
     names. Without `options.allowed_hosts`, these names are the only ones if `host` is one of them and there
-    are no keys; otherwise any host is allowed.
+    are no keys; otherwise any host is allowed. keys_of_file: API keys in addition to those of the options, or
+    to that of the environment if the options have none.
     """
     from tiny_llm_server import ServerConfig
 
     values = asdict(options)
     held = os.environ.get(_KEY_VARIABLE)
-    keys = tuple(options.api_keys or ([] if held is None else [held]))
+    keys = (*(options.api_keys or ([] if held is None else [held])), *keys_of_file)
     hosts = tuple(options.allowed_hosts or ())
     values["api_keys"] = keys
     values["allowed_hosts"] = hosts + _LOOPBACK if hosts or (host in _LOOPBACK and not keys) else ()

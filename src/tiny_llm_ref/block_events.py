@@ -30,12 +30,16 @@ class BlockEventKind(Enum):
 
 
 class BlockEvent(NamedTuple):
-    """One change of a block. holders: tables that hold it now. other: the other block of a copy."""
+    """One change of a block. holders: tables that hold it now. other: the other block of a copy.
+
+    hash: for CACHED and EVICTED, the hash under which the prefix cache keeps, or kept, the block.
+    """
 
     kind: BlockEventKind
     block: int
     holders: int
     other: int | None = None
+    hash: bytes | None = None
 
 
 class TableView(NamedTuple):
@@ -92,12 +96,13 @@ class BlockWatch:
     def snapshot(self) -> PoolChange:
         """Return the state at the last `poll`, as the changes that lead to it from an empty pool."""
         holders, kept = self._holders, self._kept
-        return PoolChange(_events({}, holders, set(), kept), list(self._sequences.values()), [])
+        return PoolChange(_events({}, holders, {}, kept), list(self._sequences.values()), [])
 
     def poll(self) -> PoolChange:
         """Return the net changes since the last `poll`, or since this object was made.
 
-        Copies come first, then the other events in the order of the block ids.
+        Copies come first, then evictions, then the other events in the order of the block ids. So a hash that
+        has moved to another block is evicted first and then cached.
         """
         (holders, kept), sequences = self._count(), self._views()
         change = PoolChange(
@@ -108,13 +113,13 @@ class BlockWatch:
         self._holders, self._kept, self._sequences = holders, kept, sequences
         return change
 
-    def _count(self) -> tuple[dict[int, int], set[int]]:
-        """Return how many tables hold each held block, and which blocks the prefix cache keeps."""
+    def _count(self) -> tuple[dict[int, int], dict[int, bytes]]:
+        """Return how many tables hold each held block, and the hash of each block that the cache keeps."""
         holders: dict[int, int] = {}
         for sequence in self._manager.running:
             for block in sequence.blocks:
                 holders[block] = holders.get(block, 0) + 1
-        return holders, set(self._manager.prefix.blocks)
+        return holders, dict(self._manager.prefix.hash_of)
 
     def _views(self) -> dict[str, SequenceView]:
         """Return views of the running sequences, in their order, and of the first waiting ones."""
@@ -158,27 +163,49 @@ def _view(sequence: PagedSequence) -> SequenceView:
 
 
 def _events(
-    before: dict[int, int], after: dict[int, int], was_kept: set[int], is_kept: set[int]
+    before: dict[int, int], after: dict[int, int], was_kept: dict[int, bytes], is_kept: dict[int, bytes]
 ) -> list[BlockEvent]:
-    """Compare the holders and the kept blocks before and after; return the events, by block id."""
-    return [
-        BlockEvent(kind, block, after.get(block, 0))
-        for block in sorted({*before, *after, *was_kept, *is_kept})
+    """Compare the holders and the kept blocks before and after; return the events, evictions first.
+
+    A block that the cache keeps under another hash than before was evicted, and cached again.
+    """
+    evicted = {block: digest for block, digest in was_kept.items() if is_kept.get(block) != digest}
+    cached = {block: digest for block, digest in is_kept.items() if was_kept.get(block) != digest}
+    held = {block for block in before.keys() | after.keys() if before.get(block) != after.get(block)}
+    others = [
+        BlockEvent(
+            kind,
+            block,
+            after.get(block, 0),
+            hash=cached.get(block) if kind is BlockEventKind.CACHED else None,
+        )
+        for block in sorted({*held, *evicted, *cached})
         for kind in _event_kinds(
-            before.get(block, 0), after.get(block, 0), block in was_kept, block in is_kept
+            before.get(block, 0),
+            after.get(block, 0),
+            was_kept=block in was_kept,
+            is_kept=block in is_kept,
+            is_new=block in cached,
         )
     ]
+    return [
+        BlockEvent(BlockEventKind.EVICTED, block, after.get(block, 0), hash=evicted[block])
+        for block in sorted(evicted)
+    ] + others
 
 
-def _event_kinds(before: int, after: int, was_kept: bool, is_kept: bool) -> list[BlockEventKind]:
-    """Return the events of one block. before, after: its number of holders."""
+def _event_kinds(
+    before: int, after: int, *, was_kept: bool, is_kept: bool, is_new: bool
+) -> list[BlockEventKind]:
+    """Return the events of one block, except evictions.
+
+    before, after: its number of holders. is_new: the prefix cache keeps it now, and did not under this hash.
+    """
     kinds = []
-    if was_kept and not is_kept:
-        kinds.append(BlockEventKind.EVICTED)
     if after > before:
-        is_shared = before > 0 or (was_kept and is_kept)
+        is_shared = before > 0 or (is_kept and not is_new)
         kinds.append(BlockEventKind.SHARED if is_shared else BlockEventKind.ALLOCATED)
-    if is_kept and not was_kept:
+    if is_new:
         kinds.append(BlockEventKind.CACHED)
     if after < before and (after or is_kept):
         kinds.append(BlockEventKind.RELEASED)

@@ -6,6 +6,7 @@
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 from .paged_attention import BlockAllocator
@@ -46,6 +47,10 @@ class PrefixPolicy(Protocol):
         """The cached blocks; the cache holds one reference to each."""
 
     @property
+    def hash_of(self) -> Mapping[int, bytes]:
+        """The hash of each cached block, by the block's id; do not change it."""
+
+    @property
     def num_idle(self) -> int:
         """The number of cached blocks that no table holds: `evict` can free these now."""
 
@@ -64,6 +69,9 @@ class PrefixPolicy(Protocol):
     def released(self, blocks: Seq[int]) -> None:
         """Note that a table has released these blocks, listed in the table's order."""
 
+    def hashes(self, limit: int | None = None) -> Seq[bytes]:
+        """The hashes of the cached blocks, at most `limit`: the next to be evicted are left out."""
+
     def evict(self, num_blocks: int) -> int:
         """Free up to `num_blocks` idle blocks; none for a number below 1. Returns how many were freed."""
 
@@ -76,6 +84,7 @@ class NoPrefixSharing:
 
     num_idle = 0
     blocks: Seq[int] = ()
+    hash_of: Mapping[int, bytes] = MappingProxyType({})
 
     def __init__(self, allocator: BlockAllocator, block_size: int) -> None:
         self.block_size = block_size
@@ -95,6 +104,10 @@ class NoPrefixSharing:
 
     def released(self, blocks: Seq[int]) -> None:
         """Nothing was cached."""
+
+    def hashes(self, limit: int | None = None) -> Seq[bytes]:
+        """None are cached."""
+        return ()
 
     def evict(self, num_blocks: int) -> int:
         """0: there is nothing to evict."""

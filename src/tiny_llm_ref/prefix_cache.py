@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 from typing import NamedTuple
 
 from .paged_attention import BlockAllocator, BlockTable
@@ -152,6 +153,11 @@ class PrefixCache:
         return [kept.block for kept in self._kept.values()]
 
     @property
+    def hash_of(self) -> Mapping[int, bytes]:
+        """The hash of each kept block, by the block's id; do not change it."""
+        return self._hash_of
+
+    @property
     def idle(self) -> list[int]:
         """The ids of the idle blocks, the next to be evicted first."""
         return [kept.block for kept in self._queue.values()]
@@ -161,13 +167,17 @@ class PrefixCache:
         """The number of idle blocks, which `evict` could free now."""
         return len(self._queue)
 
-    @property
-    def hashes(self) -> list[bytes]:
-        """The hashes of all kept blocks: those in use, then the idle ones, the next to be evicted last.
+    def hashes(self, limit: int | None = None) -> list[bytes]:
+        """The hashes of the kept blocks, at most `limit` of them; a block's comes after that of its parent.
 
-        A block comes after its parent, so that each first part of the list is useful without the rest.
+        If there are more, the idle blocks that will be evicted first are left out, then the blocks in use
+        that were kept last. So the result never has a block without its parent, as long as no window has
+        passed the parent.
         """
-        return [digest for digest in self._kept if digest not in self._queue] + [*reversed(self._queue)]
+        if limit is None or len(self._kept) <= limit:
+            return list(self._kept)
+        in_use = [digest for digest in self._kept if digest not in self._queue]
+        return [*in_use[:limit], *islice(reversed(self._queue), max(0, limit - len(in_use)))]
 
     def add(self, block: int, stream: TokenBlocks, index: int) -> None:
         """Keep a table's block, which holds block `index` of a stream and whose hash is not kept yet.

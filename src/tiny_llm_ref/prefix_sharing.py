@@ -33,6 +33,11 @@ class PrefixSharing:
         return self.cache.blocks
 
     @property
+    def hash_of(self) -> Mapping[int, bytes]:
+        """The hash of each kept block, by the block's id; do not change it."""
+        return self.cache.hash_of
+
+    @property
     def num_idle(self) -> int:
         """The number of idle blocks, which `evict` could free now."""
         return self.cache.num_idle
@@ -119,6 +124,10 @@ class PrefixSharing:
     def released(self, blocks: Seq[int]) -> None:
         """Make idle the blocks that only the cache still holds; `blocks` are in the order of their table."""
         self.cache.released(blocks)
+
+    def hashes(self, limit: int | None = None) -> list[bytes]:
+        """The hashes of the kept blocks, at most `limit` of them, as `PrefixCache.hashes` lists them."""
+        return self.cache.hashes(limit)
 
     def evict(self, num_blocks: int) -> int:
         """Free up to `num_blocks` idle blocks; return how many were freed."""
