@@ -34,7 +34,7 @@ from tiny_llm_cluster.simulator import FleetOptions, Simulator
 from tiny_llm_cluster.step_time import StepTime, StepWork
 from tiny_llm_cluster.traces import TRACES, Sizes, Trace
 
-STEP_TIME = StepTime(base=0.006, prefill_row=0.0019, decode_row=0.0022, attended=2e-6)
+STEP_TIME = StepTime(base=0.0082, prefill_row=0.0027, decode_row=0.0018, attended=2.2e-6)
 SYSTEMS_PER_REPLICA = 4
 TURNS = 4  # mean turns of a chat, whose requests are fewer conversations
 Figures = dict[str, float]
@@ -77,12 +77,17 @@ def seconds_without_hits(trace: Trace) -> float:
     return seconds / len(trace.conversations)
 
 
-def simulate(trace: Trace, make_policy: Callable[[], RoutingPolicy], replicas: int) -> Figures:
+def simulate(trace: Trace, make_policy: Callable[[], RoutingPolicy], replicas: int, routers: int) -> Figures:
     """The figures of one run."""
-    policy = Timed(make_policy())
-    served = Simulator(trace, policy, FleetOptions(replicas, STEP_TIME)).run()
-    figures = asdict(summarize(served, replicas))
-    return {**figures, "us_per_decision": 1e6 * median(policy.seconds)}
+    policies: list[Timed] = []
+
+    def make_timed() -> Timed:
+        policies.append(Timed(make_policy()))
+        return policies[-1]
+
+    served = Simulator(trace, make_timed, FleetOptions(replicas, STEP_TIME, num_routers=routers)).run()
+    seconds = [one for policy in policies for one in policy.seconds]
+    return {**asdict(summarize(served, replicas)), "us_per_decision": 1e6 * median(seconds)}
 
 
 def compare(
@@ -97,7 +102,7 @@ def compare(
             for seed in range(options.repetitions):
                 trace = make_trace(name, replicas, options.requests, options.load, seed)
                 for policy, make_policy in policies.items():
-                    runs[policy].append(simulate(trace, make_policy, replicas))
+                    runs[policy].append(simulate(trace, make_policy, replicas, options.routers))
             for policy, figures in runs.items():
                 medians = {key: median(one[key] for one in figures) for key in figures[0]}
                 rows.append({"trace": name, "replicas": replicas, "policy": policy, **medians})
@@ -171,6 +176,12 @@ def main() -> None:
     options.add_argument(
         "--load", type=float, default=0.9, help="share of the capacity without hits (default: %(default)s)"
     )
+    options.add_argument(
+        "--routers",
+        type=harness.positive,
+        default=1,
+        help="routers that know only their own requests (default: %(default)s)",
+    )
     options.add_argument("--traces", nargs="+", choices=[*TRACES], default=[*TRACES])
     options.add_argument(
         "--sequence-costs",
@@ -190,8 +201,13 @@ def main() -> None:
     rows = compare(policies, args, args.traces)
     if args.plot:
         draw(rows, args.plot)
-    show = {"benchmark": "routing", "step_time": STEP_TIME._asdict(), "load": args.load, "rows": rows}
-    harness.show(show, as_json=args.json, text=as_text(rows))
+    show = {
+        "benchmark": "routing",
+        "step_time": STEP_TIME._asdict(),
+        "load": args.load,
+        "routers": args.routers,
+    }
+    harness.show({**show, "rows": rows}, as_json=args.json, text=as_text(rows))
 
 
 if __name__ == "__main__":

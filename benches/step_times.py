@@ -1,9 +1,9 @@
 """How well does a linear function of its work predict the time of an engine's step?
 
-Runs requests of 16 to 1,200 prompt tokens on the embedded model, 1 to 32 at a time, some with a shared
-prefix, and records each step: its prefill rows, decode rows, attended tokens and seconds. Half of the steps
-fit the function (`tiny_llm_cluster.step_time`), the other half tests it. `pdm run bench routing` uses the
-result.
+Runs requests of 16 to 1,200 prompt tokens and 16 to 96 output tokens on the embedded model, 1 to 32 at a
+time, a third with a shared prefix, and records each step: its prefill rows, decode rows, attended tokens and
+seconds. Half of the steps fit the function (`tiny_llm_cluster.step_time`), the other half tests it.
+`pdm run bench routing` uses the result.
 
 Expected: 6 ms for any step (reading the weights), 2 ms for each row, 2 us for each attended token; a median
 error of 10%, because a few rows cost little while reading the weights takes longer.
@@ -36,9 +36,9 @@ def record(core: EngineCore, numbers: random.Random, running: int, seconds: floa
     while perf_counter() - started < seconds:
         while len(active) < running:
             name = f"{running}-{next(names)}"
-            own = numbers.choices(range(100, 40_000), k=numbers.randint(16, 800))
+            own = numbers.choices(range(100, 40_000), k=round(16 * 50 ** numbers.random()))
             prompt = prefix + own if numbers.random() < 1 / 3 else own
-            params = SamplingParams(temperature=0, max_tokens=numbers.randint(8, 48), ignore_eos=True)
+            params = SamplingParams(temperature=0, max_tokens=numbers.randint(16, 96), ignore_eos=True)
             core.add_request(name, prompt, params)
             active.add(name)
         before = perf_counter()
@@ -68,11 +68,11 @@ def main() -> None:
     steps = [step for one in by_running.values() for step in one]
     model = StepTime.fit(steps[::2])
     rows: dict[str, Any] = {}
-    tests: list[tuple[object, Steps]] = [*by_running.items(), ("all", steps)]
-    for name, tested in tests:
+    tests = {**{str(running): recorded for running, recorded in by_running.items()}, "all": steps}
+    for name, tested in tests.items():
         errors = relative_errors(model, tested[1::2])
         total = sum(map(model.seconds, (work for work, _ in tested))) / sum(taken for _, taken in tested)
-        rows[str(name)] = {
+        rows[name] = {
             "steps": len(tested),
             "error_p50": percentile(errors, 50),
             "error_p90": percentile(errors, 90),

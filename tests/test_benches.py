@@ -1,5 +1,6 @@
 """`pdm run bench`: the list, the help texts and wrong command lines. The measurements are not tested."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,9 @@ def test_a_peer_that_fails_is_left_out_and_the_reason_is_recorded(
         (["growth", "--prompt", "500"], "--prompt 500: at most 192"),
         (["roofline", "--repetitions", "0"], "'0' is not a whole number of 1 or more"),
         (["peers", "--plot", "picture.txt"], "--plot picture.txt"),
+        (["routing", "--plot", "picture.txt"], "--plot picture.txt"),
+        (["routing", "--load", "0"], "--load 0.0: must be more than 0"),
+        (["routing", "--traces", "poems"], "invalid choice: 'poems'"),
     ],
 )
 def test_wrong_arguments_are_errors_before_any_measurement(arguments: list[str], message: str) -> None:
@@ -144,6 +148,33 @@ def test_a_changed_option_changes_counts_but_not_answers(monkeypatch: pytest.Mon
     assert rows["no_prefix_cache"]["computed"] - rows["default"]["computed"] == knobs.PREFIX
     assert rows["no_prefix_cache"]["hits"] == 0
     assert [line.split()[0] for line in knobs.as_text(rows).splitlines()[1:]] == [*rows]
+
+
+def test_routing_simulates_every_trace_number_of_replicas_and_policy(tmp_path: Path) -> None:
+    plot = tmp_path / "picture.svg"
+    command = ["routing", "--replicas", "2", "3", "--requests", "4", "--traces", "shared", "unrelated"]
+    ran = bench(*command, "--json", "--plot", str(plot))
+    assert ran.returncode == 0, ran.stderr
+    rows = json.loads(ran.stdout)["rows"]
+    found = [(row["trace"], row["replicas"], row["policy"], row["num_requests"]) for row in rows]
+    assert found == [
+        (trace, replicas, policy, 4 * replicas)
+        for trace in ("shared", "unrelated")
+        for replicas in (2, 3)
+        for policy in ("prefix", "least-loaded", "round-robin")
+    ]
+    assert plot.stat().st_size > 1000
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(not tiny_llm_kernels.available(), reason="the embedded model is too slow")
+def test_a_simulated_replica_finds_as_many_tokens_in_its_cache_as_the_engine() -> None:
+    ran = bench("replay", "--json", "--fit", "1", "--conversations", "3", "--rate", "0.1", "--trace", "chats")
+    assert ran.returncode == 0, ran.stderr
+    real, simulated = (json.loads(ran.stdout)["rows"][name] for name in ("real", "simulated"))
+    assert real["num_requests"] == simulated["num_requests"] > 5
+    assert real["hit_rate"] == pytest.approx(simulated["hit_rate"], abs=0.02)
+    assert real["hit_rate"] > 0.4
 
 
 METRICS = """

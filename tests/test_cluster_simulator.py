@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from promises import check_all_returned, check_pages
-from tiny_llm_cluster.policies import POLICIES, PrefixAware, make_policy
+from tiny_llm_cluster.policies import POLICIES, PrefixAware
 from tiny_llm_cluster.prompt_blocks import PromptBlocks
 from tiny_llm_cluster.served import Served, Summary, percentile, summarize
 from tiny_llm_cluster.simulated_replica import ReplicaSizes, SimulatedReplica
@@ -31,7 +31,7 @@ def options(num_replicas: int, **changes: object) -> FleetOptions:
 
 
 def run(trace: Trace, policy: str, fleet: FleetOptions) -> list[Served]:
-    return Simulator(trace, make_policy(policy), fleet).run()
+    return Simulator(trace, POLICIES[policy], fleet).run()
 
 
 def figures(trace: Trace, policy: str, fleet: FleetOptions) -> Summary:
@@ -167,15 +167,17 @@ CASES = st.tuples(
 
 
 @settings(max_examples=examples(80))
-@given(CASES, st.sampled_from([*POLICIES]), st.integers(1, 4), st.sampled_from([0.0, 0.05, 0.7]))
+@given(CASES, st.sampled_from([*POLICIES]), st.integers(1, 4), st.integers(1, 3), st.sampled_from([0.0, 0.7]))
 def test_every_request_is_answered_once_and_pages_are_conserved(
-    case: tuple[str, int, float, int], policy: str, num_replicas: int, delay: float
+    case: tuple[str, int, float, int], policy: str, num_replicas: int, routers: int, delay: float
 ) -> None:
     """With few blocks, so that sequences are preempted and blocks evicted."""
     name, count, rate, seed = case
     trace = TRACES[name](count, rate, seed, SMALL)
-    fleet = options(num_replicas, sizes=FEW_BLOCKS, report_delay=delay, report_period=0.3)
-    simulator = Simulator(trace, make_policy(policy), fleet)
+    fleet = options(
+        num_replicas, sizes=FEW_BLOCKS, report_delay=delay, report_period=0.3, num_routers=routers
+    )
+    simulator = Simulator(trace, POLICIES[policy], fleet)
     served = simulator.run()
     turns = {f"{i}.{j}" for i, one in enumerate(trace.conversations) for j in range(len(one.turns))}
     assert sorted(one.request_id for one in served) == sorted(turns)
@@ -188,11 +190,11 @@ def test_every_request_is_answered_once_and_pages_are_conserved(
     for replica in simulator.replicas.values():
         check_pages(replica.manager)
         check_all_returned(replica.manager)
-    fleet_view = simulator._fleet
-    assert not fleet_view._routed
-    fleet_view.expire(1e9)
-    assert len(fleet_view._index) == 0
-    assert all(one.queued_tokens.value == one.unfinished.value == 0 for one in fleet_view.replicas)
+    for _, view in simulator._routers:
+        assert not view._routed
+        view.expire(1e9)
+        assert len(view._index) == 0
+        assert all(one.queued_tokens.value == one.unfinished.value == 0 for one in view.replicas)
 
 
 @pytest.mark.parametrize("name", TRACES)
@@ -221,8 +223,22 @@ def test_a_follow_up_finds_the_answer_before_it_in_the_cache() -> None:
 def test_equal_texts_with_different_salts_share_nothing() -> None:
     turn = Turn(tuple(range(100, 105)), 2)
     system = tuple(range(1000, 1100))
-    trace = Trace("salts", tuple(Conversation(5.0 * i, system, (turn,), str(i % 2)) for i in range(4)))
+    trace = Trace("salts", tuple(Conversation(1.0 * i, system, (turn,), str(i % 2)) for i in range(4)))
     assert [one.num_cached_tokens for one in run(trace, "prefix", options(1))] == [0, 0, 96, 96]
+    replicas = [one.replica for one in run(trace, "prefix", options(2, report_delay=60.0))]
+    assert replicas == ["replica-0", "replica-1"] * 2, "the router sees no common prefix either"
+
+
+def test_a_prompt_that_is_computed_is_not_queued_any_more() -> None:
+    """The second request comes during the first one's answer, and no report has come."""
+    system = tuple(range(1000, 1100))
+    trace = Trace(
+        "two",
+        (Conversation(1.0, system, (Turn((1,), 300),)), Conversation(2.0, system, (Turn((2,), 1),))),
+    )
+    second, first = Simulator(trace, lambda: PrefixAware(0), options(3, report_delay=60.0)).run()
+    assert second.first_token < first.end
+    assert second.replica == first.replica
 
 
 def test_shared_prompts_are_found_more_often_and_answered_sooner_with_the_prefix_policy() -> None:
@@ -252,12 +268,25 @@ def test_without_reports_the_router_still_balances_what_it_has_sent() -> None:
 
 
 def test_a_policy_sees_only_reports_that_have_arrived() -> None:
-    """Two requests, the second before any report of the first: only the routing itself is known."""
-    system = tuple(range(1000, 1100))
-    turn = Turn((1, 2, 3), 2)
+    """The second request comes when only reports can tell where the first one went."""
+    system, turn = tuple(range(1000, 1100)), Turn((1, 2, 3), 2)
     trace = Trace("two", (Conversation(0.0, system, (turn,)), Conversation(30.0, system, (turn,))))
-    late = options(3, report_period=100.0, max_staleness=10.0)
-    served = Simulator(trace, PrefixAware(), late).run()
-    assert served[0].replica != served[1].replica, "what was routed 30 seconds ago counts for nothing"
-    known = Simulator(trace, PrefixAware(), options(3, report_period=1.0, max_staleness=10.0)).run()
-    assert known[0].replica == known[1].replica
+
+    def go_to_the_same(**changes: object) -> bool:
+        first, second = run(trace, "prefix", options(3, max_staleness=10.0, **changes))
+        return first.replica == second.replica
+
+    assert go_to_the_same(report_period=1.0)
+    assert not go_to_the_same(report_period=100.0)
+    assert not go_to_the_same(report_period=1.0, report_delay=20.0)
+
+
+def test_routers_learn_from_reports_what_others_have_sent() -> None:
+    """Each turn of a conversation goes to another router, which knows its prefix only from reports."""
+    trace = TRACES["chats"](30, 1.0, 0, Sizes(num_systems=8))
+    one, three, blind = (
+        figures(trace, "prefix", options(4, num_routers=number, report_delay=delay))
+        for number, delay in ((1, 0.05), (3, 0.05), (3, 60.0))
+    )
+    assert one.hit_rate == pytest.approx(three.hit_rate, abs=0.03)
+    assert three.hit_rate > blind.hit_rate + 0.1

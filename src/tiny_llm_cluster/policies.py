@@ -6,7 +6,7 @@ from typing import Protocol
 from .fleet import Fleet
 from .prompt_blocks import PromptBlocks
 
-SEQUENCE_COST = 16  # tokens of prefill that an unfinished sequence costs a new request
+SEQUENCE_COST = 32  # tokens of prefill that an unfinished sequence costs a new request (`bench routing`)
 
 
 class RoutingPolicy(Protocol):

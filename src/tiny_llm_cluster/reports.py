@@ -5,12 +5,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Self
 
 from tiny_llm.batch_manager import BatchManager
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.prefix_sharing import PrefixSharing
+from tiny_llm.sequence import PagedSequence, Sequence
 
 from .prompt_blocks import HASH_BYTES, short_hash
 
@@ -70,7 +70,7 @@ def read_report(
     waiting = manager.num_waiting_requests
     return ReplicaReport(
         made_at=made_at,
-        hashes=frozenset(islice(_cached_hashes(manager), max_hashes)),
+        hashes=frozenset(_cached_hashes(manager, max_hashes)),
         queued_tokens=_queued_tokens(manager),
         num_running=len(manager.running),
         num_waiting=len(manager.waiting),
@@ -78,10 +78,10 @@ def read_report(
     )
 
 
-def _cached_hashes(manager: BatchManager) -> Iterator[bytes]:
-    """The short hashes of the cached blocks, each after its parent."""
-    if isinstance(manager, PagedBatchManager) and isinstance(manager.prefix, PrefixSharing):
-        yield from map(short_hash, manager.prefix.cache.hashes)
+def _cached_hashes(manager: BatchManager, limit: int) -> Iterator[bytes]:
+    """The short hashes of cached blocks, at most `limit`."""
+    if isinstance(manager, PagedBatchManager):
+        yield from map(short_hash, manager.prefix.hashes(limit))
 
 
 def _queued_tokens(manager: BatchManager) -> int:
@@ -91,7 +91,7 @@ def _queued_tokens(manager: BatchManager) -> int:
     `MAX_MATCHED` of them; of the others, the same share of tokens counts.
     """
     running: int = sum(max(0, sequence.num_uncomputed - 1) for sequence in manager.running)
-    waiting: int = sum(sequence.num_tokens for sequence in manager.waiting)
+    waiting: int = sum(sequence.num_tokens - _num_swapped(sequence) for sequence in manager.waiting)
     if not isinstance(manager, PagedBatchManager) or not isinstance(manager.prefix, PrefixSharing):
         return running + waiting
     known, found = 0, 0
@@ -100,3 +100,9 @@ def _queued_tokens(manager: BatchManager) -> int:
         known += sequence.num_tokens
         found += manager.block_size * len(manager.prefix.cache.match(sequence.stream_of(0, stop), 0, stop))
     return running + waiting - (waiting * found // known if known else 0)
+
+
+def _num_swapped(sequence: Sequence) -> int:
+    """The tokens of a swapped sequence that cost nothing: those on the host, and the one to decode next."""
+    swapped = sequence.swapped if isinstance(sequence, PagedSequence) else None
+    return 0 if swapped is None else swapped.num_computed + 1

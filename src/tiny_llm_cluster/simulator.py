@@ -1,4 +1,4 @@
-"""Simulates many replicas behind one router: any number of replicas, on one core, in less than real time.
+"""Simulates many replicas behind one endpoint: any number of replicas, on one core, in less than real time.
 
 The router's policy and its view of the fleet are the real ones, and so are each replica's scheduler and
 prefix cache. Only the model is missing: a step takes as long as `StepTime` says, and answers are drawn from
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from heapq import heappop, heappush
 from itertools import count
+from typing import NamedTuple
 
 from .fleet import MAX_STALENESS, Fleet
 from .policies import RoutingPolicy
@@ -25,17 +26,26 @@ from .traces import Trace
 class FleetOptions:
     """A simulated fleet; times are in seconds.
 
-    report_period: between two reports of a replica. report_delay: from when a report is made until the router
-    has it. network_delay: from the router to a replica.
+    num_routers: routers that do not know what the others have sent; the turns of a conversation go to them in
+    turn. report_period: between two reports of a replica. report_delay: from when a report is made until the
+    routers have it. network_delay: from a router to a replica.
     """
 
     num_replicas: int
     step_time: StepTime
     sizes: ReplicaSizes = field(default_factory=ReplicaSizes)
+    num_routers: int = 1
     report_period: float = 1.0
     report_delay: float = 0.05
     network_delay: float = 0.002
     max_staleness: float = MAX_STALENESS
+
+
+class _Router(NamedTuple):
+    """A router: its policy, and its view of the fleet."""
+
+    policy: RoutingPolicy
+    fleet: Fleet
 
 
 @dataclass
@@ -46,6 +56,7 @@ class _Request:
     turn: int
     prompt: list[int]
     arrival: float
+    router: _Router
     replica: str
     first_token: float = 0.0
 
@@ -53,16 +64,19 @@ class _Request:
 class Simulator:
     """One run of a trace on a fleet.
 
-    replicas: the simulated replicas, by name; after `run` they are idle.
+    make_policy: makes the policy of each router. replicas: the simulated replicas, by name; after `run` they
+    are idle.
     """
 
-    def __init__(self, trace: Trace, policy: RoutingPolicy, options: FleetOptions) -> None:
+    def __init__(self, trace: Trace, make_policy: Callable[[], RoutingPolicy], options: FleetOptions) -> None:
         self._trace = trace
-        self._policy = policy
         self._options = options
         names = [f"replica-{number}" for number in range(options.num_replicas)]
         self.replicas = {name: SimulatedReplica(name, options.sizes, options.step_time) for name in names}
-        self._fleet = Fleet(names, max_staleness=options.max_staleness)
+        self._routers = [
+            _Router(make_policy(), Fleet(names, max_staleness=options.max_staleness))
+            for _ in range(options.num_routers)
+        ]
         self._events: list[tuple[float, int, Callable[[float], None]]] = []  # a heap
         self._numbers = count()  # events at the same time happen in the order in which they were planned
         self._requests: dict[str, _Request] = {}
@@ -89,9 +103,10 @@ class Simulator:
         prompt = [*before, *script.turns[turn].text]
         request_id = f"{conversation}.{turn}"
         blocks = PromptBlocks.of(prompt, self._options.sizes.block_size, script.salt)
-        name = self._policy.rank(blocks, self._fleet, now)[0]
-        self._fleet.routed(request_id, blocks, name, now)
-        self._requests[request_id] = _Request(conversation, turn, prompt, now, name)
+        router = self._routers[(conversation + turn) % len(self._routers)]
+        name = router.policy.rank(blocks, router.fleet, now)[0]
+        router.fleet.routed(request_id, blocks, name, now)
+        self._requests[request_id] = _Request(conversation, turn, prompt, now, router, name)
         self._at(now + self._options.network_delay, partial(self._reach, request_id))
 
     def _reach(self, request_id: str, now: float) -> None:
@@ -112,8 +127,9 @@ class Simulator:
     def _end_step(self, replica: SimulatedReplica, now: float) -> None:
         for token in replica.end_step():
             if token.is_first:
-                self._requests[token.request_id].first_token = now
-                self._fleet.started(token.request_id, now)
+                request = self._requests[token.request_id]
+                request.first_token = now
+                request.router.fleet.started(token.request_id, now)
             if token.is_last:
                 self._end(token, now)
         self._start_step(replica, now)
@@ -121,7 +137,7 @@ class Simulator:
     def _end(self, token: Token, now: float) -> None:
         """Record a request, and plan the next turn of its conversation."""
         request = self._requests.pop(token.request_id)
-        self._fleet.ended(token.request_id, now)
+        request.router.fleet.ended(token.request_id, now)
         turns = self._trace.conversations[request.conversation].turns
         answer = self._trace.answer(request.conversation, request.turn)
         self._served.append(
@@ -149,4 +165,5 @@ class Simulator:
             self._at(now + self._options.report_period, partial(self._make_report, replica))
 
     def _take_report(self, name: str, report: ReplicaReport, now: float) -> None:
-        self._fleet.take_report(name, report, now)
+        for router in self._routers:
+            router.fleet.take_report(name, report, now)

@@ -25,7 +25,6 @@ from .delivery import AsyncListener, Listener
 from .engine_config import EngineConfig
 from .engine_core import EngineCore, EngineStats
 from .engine_loop import EngineLoop, PoolListener, Request, StepTime
-from .engine_report import EngineReport, report_of
 from .errors import EngineStoppingError
 from .forking import note_engine, prepare_to_compute
 from .grammar_compiler import GrammarCompiler
@@ -291,14 +290,6 @@ class Engine:
         listener = partial(watcher)  # a new object, because one watcher may be added twice
         self.call(partial(self._loop.watch, listener))
         return lambda: self._inbox.post(partial(self._loop.unwatch, listener))
-
-    def report(self, max_hashes: int | None = None) -> EngineReport:
-        """What a router needs to know of this engine; waits for the end of the current step.
-
-        max_hashes: the most hashes of cached blocks to report, those that stay longest; None: all of them.
-        Raises the errors of `call`.
-        """
-        return self.call(partial(report_of, self.core, max_hashes))
 
     async def drain(self, timeout: float | None = None) -> None:
         """Reject new requests, and return when all accepted requests have ended.

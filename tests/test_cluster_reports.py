@@ -1,29 +1,24 @@
-"""What an engine reports to a router: the hashes of its cached blocks, and the tokens that wait.
+"""What a replica reports to a router: the hashes of its cached blocks, and the tokens that wait.
 
-Oracle of the hashes: a watcher that replays the events of the pool. No model runs, except behind an engine.
+Oracle of the hashes: a watcher that replays the events of the pool. No model runs.
 """
 
 import random
-import threading
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llm.block_events import BlockEventKind, BlockWatch
 from tiny_llm.dense_batch import DenseBatchManager
-from tiny_llm.engine_core import EngineCore
-from tiny_llm.engine_report import EngineReport, report_of
 from tiny_llm.layer_groups import group_layers
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.prefix_cache import TokenBlocks
 from tiny_llm.sequence import SequenceState
 
 from promises import policies
-from tiny_llm import Engine, EngineStoppingError, SamplingParams
+from tiny_llm import SamplingParams
+from tiny_llm_cluster.reports import ReplicaReport, read_report
 from tiny_model import examples, random_prompt, tiny_model
-from toy_engine import LONG, SECONDS, engine, make_engine
-
-__all__ = ["engine"]
 
 Windows = tuple[int | None, ...]
 
@@ -66,7 +61,7 @@ def test_the_hashes_are_those_that_a_watcher_of_the_pool_knows(
     """After every step of random traffic, with cancelled requests and compaction."""
     draw = random.Random(seed)
     manager = make_manager(windows, 24 * len(group_layers(windows)), swap_blocks=swap_blocks)
-    core, watch = EngineCore(manager, ()), BlockWatch(manager)
+    watch = BlockWatch(manager)
     known: set[bytes] = set()
     for number in range(40):
         if draw.random() < 0.4:
@@ -88,7 +83,7 @@ def test_the_hashes_are_those_that_a_watcher_of_the_pool_knows(
                 known.remove(event.hash)
             else:
                 assert event.hash is None
-        hashes = report_of(core).prefix_hashes
+        hashes = manager.prefix.hashes()
         assert len(hashes) == len(set(hashes))
         assert set(hashes) == known
 
@@ -120,11 +115,10 @@ def test_a_limit_never_leaves_out_a_block_before_a_reported_one(num_steps: int) 
         manager.add_request(text, str(number), SamplingParams(max_tokens=3 + 4 * number))
     for _ in range(num_steps):
         step(manager)
-    core = EngineCore(manager, ())
-    kept = report_of(core).prefix_hashes
+    kept = manager.prefix.hashes()
     assert kept
     for limit in range(len(kept) + 2):
-        hashes = report_of(core, limit).prefix_hashes
+        hashes = manager.prefix.hashes(limit)
         assert len(hashes) == min(limit, len(kept))
         assert set(hashes) <= set(kept)
         for text in texts:
@@ -154,64 +148,36 @@ def test_without_a_prefix_cache_there_are_no_hashes() -> None:
     dense = DenseBatchManager(4, 40, model=tiny_model())
     for manager in (paged, dense):
         manager.add_request([1] * 9, "a", SamplingParams(max_tokens=4))
-        report = report_of(EngineCore(manager, ()))
-        assert report == EngineReport((), 9, report.stats)
-        assert report.stats.num_waiting == 1
+        assert read_report(manager, 5.0) == ReplicaReport(5.0, frozenset(), 9, 0, 1, False)
 
 
 # ---- the tokens that wait ----
 
 
 def test_prompt_tokens_count_until_they_are_computed() -> None:
-    """Oracle: by hand: 16 tokens in a step, and the outputs of the first request do not count."""
+    """Oracle: by hand: 16 tokens in a step; a running sequence's last token and its outputs do not count."""
     manager = make_manager(blocks=60)
-    core = EngineCore(manager, ())
     manager.add_request(random_prompt(20, 1), "a", SamplingParams(max_tokens=9))
     manager.add_request(random_prompt(30, 2), "b", SamplingParams(max_tokens=9))
-    counts = [report_of(core).num_queued_tokens]
+    counts = [read_report(manager, 0.0).queued_tokens]
     for _ in range(5):
         step(manager)
-        counts.append(report_of(core).num_queued_tokens)
-    assert counts == [50, 34, 18, 3, 0, 0]
+        counts.append(read_report(manager, 0.0).queued_tokens)
+    assert counts == [50, 32, 17, 2, 0, 0]
 
 
 def test_a_swapped_prompt_is_not_queued_again_but_a_recomputed_one_is() -> None:
     """Oracle: the state of each preempted sequence."""
     for swap_blocks, is_queued in ((0, True), (60, False)):
         manager = make_manager(blocks=16, swap_blocks=swap_blocks, budget=64)
-        core = EngineCore(manager, ())
         for number in range(3):
             manager.add_request(random_prompt(12, number), str(number), SamplingParams(max_tokens=12))
         while not manager.num_preemptions:
             step(manager)
         [waiting] = manager.waiting
         assert (waiting.state is SequenceState.SWAPPED) != is_queued
-        expected = len(waiting.prompt) - waiting.num_computed if is_queued else 0
-        assert report_of(core).num_queued_tokens == expected
+        stream = waiting.stream_of(0, waiting.num_tokens // 3)
+        cached = 3 * len(manager.prefix.cache.match(stream, 0, (waiting.num_tokens - 1) // 3))
+        expected = waiting.num_tokens - cached if is_queued else 0
+        assert read_report(manager, 0.0).queued_tokens == expected
         assert (expected > 0) == is_queued
-
-
-# ---- an engine ----
-
-
-def test_any_thread_may_ask_a_busy_engine_for_its_report(engine: Engine) -> None:
-    """Oracle: the core, when nothing runs any more."""
-    reports: list[EngineReport] = []
-    begun = threading.Event()
-    engine.submit([engine.request(random_prompt(9, 1), LONG, "a")], lambda _: begun.set()).result(SECONDS)
-    assert begun.wait(SECONDS)
-    threads = [threading.Thread(target=lambda: reports.append(engine.report(2))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(SECONDS)
-    assert [len(report.prefix_hashes) for report in reports] == [2, 2, 2]
-    engine.cancel("a").result(SECONDS)
-    assert engine.report() == engine.call(engine.report) == report_of(engine.core)
-
-
-def test_a_stopped_engine_has_no_report() -> None:
-    engine = make_engine()
-    engine.stop()
-    with pytest.raises(EngineStoppingError):
-        engine.report()
