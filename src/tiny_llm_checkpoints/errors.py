@@ -7,10 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from reprlib import Repr
+from typing import Any
 
 
 class TinyLLMError(Exception):
-    """Base class of every error that tiny-llm raises on purpose."""
+    """Base class of every error that tiny-llm raises on purpose. It can be pickled, without its cause."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Make the copy without `__init__` if that takes other arguments than `args` has."""
+        return _unpickled, (type(self), self.args, self.__dict__)
+
+
+def _unpickled(kind: type[TinyLLMError], args: tuple[Any, ...], attributes: dict[str, Any]) -> TinyLLMError:
+    try:
+        error = kind(*args)
+    except TypeError:
+        error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigError(TinyLLMError, ValueError):

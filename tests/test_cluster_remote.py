@@ -1,0 +1,252 @@
+"""The engine of the ingress, with replicas that are scripted: no Ray, no model."""
+
+import asyncio
+import pickle
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from tiny_llm.delivery import AsyncListener, Gathering
+from tiny_llm.outputs import RequestMetrics
+from tiny_llm.request_maker import RequestMaker
+
+from tiny_llm import (
+    EngineDeadError,
+    EngineStats,
+    EngineStoppingError,
+    QueueFullError,
+    RequestEvent,
+    RequestFailedError,
+    RequestUsage,
+    SamplingParams,
+    TinyLLMError,
+)
+from tiny_llm_cluster.calls import Accepted, Call, Failure, Refused
+from tiny_llm_cluster.remote_engine import RemoteEngine, ReplicaError
+from tiny_llm_cluster.remote_request import RemoteRequest
+
+Answer = Any  # what a scripted replica yields or raises, or a function that is awaited
+
+
+def usage(tokens: int) -> RequestUsage:
+    return RequestUsage(3, tokens, 0, RequestMetrics(0.0))
+
+
+def event(request_id: str, index: int = 0, *, reason: str | None = None, ends: bool = False) -> RequestEvent:
+    return RequestEvent(request_id, index, "x", (7,), finish_reason=reason, usage=usage(1) if ends else None)
+
+
+class Script:
+    """The answers of one replica to one call."""
+
+    def __init__(self, answers: Iterable[Answer]) -> None:
+        self.answers = deque(answers)
+        self.is_cancelled = False
+
+    def __aiter__(self) -> "Script":
+        return self
+
+    async def __anext__(self) -> Any:
+        if not self.answers:
+            raise StopAsyncIteration
+        answer = self.answers.popleft()
+        if callable(answer):
+            answer = await answer()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Routing:
+    """Replicas by name, and what the engine has told."""
+
+    def __init__(self, *replicas: str) -> None:
+        self.replicas = list(replicas)
+        self.stats: dict[str, EngineStats] = {}
+        self.told: list[tuple[str, str]] = []
+
+    def started(self, call_id: str) -> None:
+        self.told.append(("started", call_id))
+
+    def ended(self, call_id: str) -> None:
+        self.told.append(("ended", call_id))
+
+
+class Bench:
+    """An engine whose calls are answered by scripts, one after the other."""
+
+    def __init__(self, *scripts: Iterable[Answer], replicas: Iterable[str] = ("a", "b")) -> None:
+        self.scripts = deque(Script(script) for script in scripts)
+        self.calls: list[Call] = []
+        self.sent: list[Script] = []
+        self.routing = Routing(*replicas)
+        maker = RequestMaker(None, vocab_size=26, max_num_seqs=4, max_model_len=64)
+        self.engine = RemoteEngine(self._send, self.routing, maker, 4)
+
+    def _send(self, call: Call) -> Script:
+        self.calls.append(call)
+        self.sent.append(self.scripts.popleft())
+        return self.sent[-1]
+
+    def request(self, request_id: str = "r", **params: Any) -> RemoteRequest:
+        return RemoteRequest(FakeState(request_id, SamplingParams(**params)), ())  # type: ignore[arg-type]
+
+    async def run(self, *requests: RemoteRequest) -> list[RequestEvent]:
+        """Submit requests and return all their events. Raises what a server would see."""
+        listener, gathering = AsyncListener(), Gathering(requests)
+        await asyncio.wrap_future(self.engine.submit(requests, listener))
+        events: list[RequestEvent] = []
+        while gathering.unfinished:
+            events += gathering.take(await listener.next_items())
+            gathering.check()
+        return events
+
+
+class FakeState:
+    """The part of a `RequestState` that a remote request reads."""
+
+    def __init__(self, request_id: str, params: SamplingParams) -> None:
+        self.request_id, self.params = request_id, params
+        self.prompt_token_ids = (1, 2, 3)
+
+
+def run(bench: Bench, *requests: RemoteRequest) -> list[RequestEvent]:
+    return asyncio.run(asyncio.wait_for(bench.run(*requests), 30))
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+def test_events_arrive_in_order_and_the_routing_learns_of_the_first_token_and_of_the_end() -> None:
+    bench = Bench([Accepted("a"), [event("r")], [event("r", reason="length", ends=True)]])
+    assert [one.finish_reason for one in run(bench, bench.request())] == [None, "length"]
+    assert bench.routing.told == [("started", "r"), ("ended", "r")]
+    assert bench.sent[0].is_cancelled, "nothing of the call may stay on the replica"
+
+
+def test_a_call_carries_all_prompts_and_the_blocks_of_the_first() -> None:
+    ends = [event(name, reason="stop", ends=True) for name in ("r", "s")]
+    bench = Bench([Accepted("a"), ends])
+    run(bench, bench.request("r"), bench.request("s"))
+    [call] = bench.calls
+    assert [prompt.request_id for prompt in call.prompts] == ["r", "s"]
+    assert call.blocks.num_tokens == 3
+
+
+@pytest.mark.parametrize(
+    "error", [QueueFullError("full"), EngineStoppingError("stops"), EngineDeadError("dead")]
+)
+def test_a_replica_that_cannot_take_a_call_is_left_out_next_time(error: TinyLLMError) -> None:
+    bench = Bench([Refused("a", error)], [Accepted("b"), [event("r", reason="stop", ends=True)]])
+    assert len(run(bench, bench.request())) == 1
+    assert [call.refused_by for call in bench.calls] == [frozenset(), frozenset({"a"})]
+
+
+def test_the_client_gets_the_error_if_all_replicas_are_full() -> None:
+    full = QueueFullError("2 requests wait and max_num_waiting is 2")
+    bench = Bench(*([Refused(name, full)] for name in "aba"))
+    with pytest.raises(QueueFullError, match="max_num_waiting is 2"):
+        run(bench, bench.request())
+    assert bench.routing.told == [("ended", "r")]
+
+
+def test_an_error_of_the_request_itself_is_not_tried_elsewhere() -> None:
+    bench = Bench([Refused("a", TinyLLMError("wrong"))])
+    with pytest.raises(TinyLLMError, match="wrong"):
+        run(bench, bench.request())
+    assert len(bench.calls) == 1
+
+
+def test_a_replica_that_ends_before_it_accepts_loses_nothing() -> None:
+    bench = Bench([ReplicaError("ended")], [Accepted("b"), [event("r", reason="stop", ends=True)]])
+    assert [one.finish_reason for one in run(bench, bench.request())] == ["stop"]
+
+
+def test_a_replica_that_ends_in_the_middle_fails_the_unfinished_completions_only() -> None:
+    bench = Bench([Accepted("a"), [event("r", 0, reason="length")], [event("r", 1)], ReplicaError("gone")])
+    events = run(bench, bench.request(n=2))
+    assert [(one.index, one.finish_reason) for one in events] == [(0, "length"), (1, None), (1, "error")]
+    assert events[-1].error == "gone"
+    assert events[-1].usage is not None
+    assert events[-1].usage.completion_tokens == 2
+
+
+def test_a_stream_that_stops_without_an_end_is_an_error() -> None:
+    bench = Bench([Accepted("a"), [event("r")]])
+    with pytest.raises(RequestFailedError, match="ended its answer too early"):
+        run(bench, bench.request())
+
+
+def test_a_request_that_fails_on_its_replica_does_not_end_its_neighbour() -> None:
+    bench = Bench([Accepted("a"), [Failure("r", "broken")], [event("s", reason="stop", ends=True)]])
+    events = run(bench, bench.request("r"), bench.request("s"))
+    assert [(one.request_id, one.finish_reason) for one in events] == [("r", "error"), ("s", "stop")]
+
+
+def test_cancelling_ends_the_call_on_its_replica() -> None:
+    bench = Bench([Accepted("a"), [event("r")], forever])
+
+    async def leave() -> None:
+        listener = AsyncListener()
+        await asyncio.wrap_future(bench.engine.submit([bench.request()], listener))
+        await listener.next()
+        bench.engine.cancel("unknown")
+        bench.engine.cancel("r")
+        [last] = await listener.next()
+        assert last.finish_reason == "abort"
+
+    asyncio.run(asyncio.wait_for(leave(), 30))
+    assert bench.sent[0].is_cancelled
+    assert bench.routing.told[-1] == ("ended", "r")
+
+
+@pytest.mark.parametrize(("timeout", "reason"), [(None, "stop"), (0.01, "abort")])
+def test_draining_refuses_new_requests_and_waits_for_the_others(timeout: float | None, reason: str) -> None:
+    released = asyncio.Event()
+
+    async def later() -> list[RequestEvent]:
+        await released.wait()
+        return [event("r", reason="stop", ends=True)]
+
+    async def drain() -> None:
+        bench, listener = Bench([Accepted("a"), later]), AsyncListener()
+        await asyncio.wrap_future(bench.engine.submit([bench.request()], listener))
+        draining = asyncio.create_task(bench.engine.drain(timeout))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineStoppingError, match="draining"):
+            bench.engine.submit([bench.request("late")], listener)
+        if timeout is None:
+            released.set()
+        await draining
+        assert [one.finish_reason for one in await listener.next()] == [reason]
+
+    asyncio.run(asyncio.wait_for(drain(), 30))
+
+
+def test_without_replicas_requests_are_refused_at_once() -> None:
+    bench = Bench(replicas=())
+    with pytest.raises(EngineStoppingError, match="no replica is ready"):
+        run(bench, bench.request())
+    assert isinstance(bench.engine.refusal, EngineStoppingError)
+
+
+def all_errors(base: type[TinyLLMError] = TinyLLMError) -> list[type[TinyLLMError]]:
+    return [base, *(kind for one in base.__subclasses__() for kind in all_errors(one))]
+
+
+@pytest.mark.parametrize("kind", all_errors())
+def test_errors_survive_the_way_between_processes(kind: type[TinyLLMError]) -> None:
+    for arguments in (("a message",), ("a message", "second")):
+        try:
+            error = kind(*arguments)
+        except TypeError:
+            continue
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is kind
+        assert str(copy) == str(error)
+        assert vars(copy) == vars(error)
