@@ -34,7 +34,7 @@ from tiny_llm_cluster.simulator import FleetOptions, Simulator
 from tiny_llm_cluster.step_time import StepTime, StepWork
 from tiny_llm_cluster.traces import TRACES, Sizes, Trace
 
-STEP_TIME = StepTime(base=0.0082, prefill_row=0.0027, decode_row=0.0018, attended=2.2e-6)
+STEP_TIME = StepTime(base=0.0039, prefill_row=0.0013, decode_row=0.0016, attended=1.7e-6)
 SYSTEMS_PER_REPLICA = 4
 TURNS = 4  # mean turns of a chat, whose requests are fewer conversations
 Figures = dict[str, float]
