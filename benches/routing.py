@@ -154,14 +154,14 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             axis.set_xscale("log")
             axis.set_xticks(replicas, [str(number) for number in replicas])
             axis.minorticks_off()
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1 if key == "hit_rate" else None)
             axis.tick_params(labelsize=8)
             if line == 0:
                 axis.set_title(name, fontsize=10)
             if column == 0:
                 axis.set_ylabel(label, fontsize=9)
         axes[-1][column].set_xlabel("replicas", fontsize=9)
-    axes[0][0].legend(fontsize=7)
+    axes[0][-1].legend(fontsize=7)
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
