@@ -1,6 +1,6 @@
 """Does the simulator predict what a real replica does? One trace on both: hit rates and times.
 
-A trace of `tiny_llm_cluster.traces` is replayed on the embedded model in real time, and simulated. Both have
+A trace of `tiny_llm_routing.traces` is replayed on the embedded model in real time, and simulated. Both have
 the same requests, arrivals and pool; only the answers differ, which are as long. The time of a step is fitted
 to `--fit` seconds of steps of this machine, recorded just before.
 
@@ -21,12 +21,12 @@ from tiny_llm.managers import make_manager
 import harness
 from step_times import record
 from tiny_llm import LLM, EngineConfig, EngineCore, SamplingParams
-from tiny_llm_cluster.policies import RoundRobin
-from tiny_llm_cluster.served import Served, summarize
-from tiny_llm_cluster.simulated_replica import ReplicaSizes
-from tiny_llm_cluster.simulator import FleetOptions, Simulator
-from tiny_llm_cluster.step_time import StepTime
-from tiny_llm_cluster.traces import TRACES, Sizes, Trace
+from tiny_llm_routing.policies import RoundRobin
+from tiny_llm_routing.served import Served, summarize
+from tiny_llm_routing.simulated_replica import ReplicaSizes
+from tiny_llm_routing.simulator import FleetOptions, Simulator
+from tiny_llm_routing.step_time import StepTime
+from tiny_llm_routing.traces import TRACES, Sizes, Trace
 
 SIZES = Sizes(num_systems=6, system=(128, 512), text=(16, 64), outputs=(8, 32), think_seconds=2.0)
 

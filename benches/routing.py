@@ -26,15 +26,15 @@ from time import perf_counter
 from typing import Any
 
 import harness
-from tiny_llm_cluster.fleet import Fleet
-from tiny_llm_cluster.policies import POLICIES, SEQUENCE_COST, PrefixAware, RoutingPolicy
-from tiny_llm_cluster.prompt_blocks import PromptBlocks
-from tiny_llm_cluster.served import summarize
-from tiny_llm_cluster.simulator import FleetOptions, Simulator
-from tiny_llm_cluster.step_time import StepTime, StepWork
-from tiny_llm_cluster.traces import TRACES, Sizes, Trace
+from tiny_llm_routing.fleet import Fleet
+from tiny_llm_routing.policies import POLICIES, SEQUENCE_COST, PrefixAware, RoutingPolicy
+from tiny_llm_routing.prompt_blocks import PromptBlocks
+from tiny_llm_routing.served import summarize
+from tiny_llm_routing.simulator import FleetOptions, Simulator
+from tiny_llm_routing.step_time import StepTime, StepWork
+from tiny_llm_routing.traces import TRACES, Sizes, Trace
 
-STEP_TIME = StepTime(base=0.0082, prefill_row=0.0027, decode_row=0.0018, attended=2.2e-6)
+STEP_TIME = StepTime(base=0.0039, prefill_row=0.0013, decode_row=0.0016, attended=1.7e-6)
 SYSTEMS_PER_REPLICA = 4
 TURNS = 4  # mean turns of a chat, whose requests are fewer conversations
 Figures = dict[str, float]
@@ -154,14 +154,14 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             axis.set_xscale("log")
             axis.set_xticks(replicas, [str(number) for number in replicas])
             axis.minorticks_off()
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1 if key == "hit_rate" else None)
             axis.tick_params(labelsize=8)
             if line == 0:
                 axis.set_title(name, fontsize=10)
             if column == 0:
                 axis.set_ylabel(label, fontsize=9)
         axes[-1][column].set_xlabel("replicas", fontsize=9)
-    axes[0][0].legend(fontsize=7)
+    axes[0][-1].legend(fontsize=7)
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 

@@ -2,7 +2,7 @@
 
 Runs requests of 16 to 1,200 prompt tokens and 16 to 96 output tokens on the embedded model, 1 to 32 at a
 time, a third with a shared prefix, and records each step: its prefill rows, decode rows, attended tokens and
-seconds. Half of the steps fit the function (`tiny_llm_cluster.step_time`), the other half tests it.
+seconds. Half of the steps fit the function (`tiny_llm_routing.step_time`), the other half tests it.
 `pdm run bench routing` uses the result.
 
 Expected: 6 ms for any step (reading the weights), 2 ms for each row, 2 us for each attended token; a median
@@ -20,8 +20,8 @@ from tiny_llm.paged_batch import PagedBatchManager
 
 import harness
 from tiny_llm import EngineConfig, EngineCore, SamplingParams
-from tiny_llm_cluster.served import percentile
-from tiny_llm_cluster.step_time import StepTime, StepWork, relative_errors
+from tiny_llm_routing.served import percentile
+from tiny_llm_routing.step_time import StepTime, StepWork, relative_errors
 
 RUNNING = (1, 2, 4, 8, 16, 32)  # requests at a time
 SHARED = 400  # tokens of the prefix that a third of the prompts begin with

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tiny_llm import RequestEvent, SamplingParams, TinyLLMError
-
-from .prompt_blocks import PromptBlocks
+from tiny_llm_routing.prompt_blocks import PromptBlocks
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from typing import Any, Self
 
 from tiny_llm import ConfigError
 from tiny_llm_checkpoints.suggestions import check_fields
-
-from .fleet import MAX_STALENESS
-from .policies import POLICIES
+from tiny_llm_routing.fleet import MAX_STALENESS
+from tiny_llm_routing.policies import POLICIES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,9 @@ from tiny_llm import (
     SamplingParams,
     TinyLLMError,
 )
+from tiny_llm_routing.prompt_blocks import PromptBlocks
 
 from .calls import Accepted, Call, Failure, Refused
-from .prompt_blocks import PromptBlocks
 from .remote_request import RemoteRequest
 
 ELSEWHERE = (QueueFullError, EngineStoppingError, EngineDeadError)  # another replica may take the call

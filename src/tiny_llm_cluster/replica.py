@@ -11,12 +11,12 @@ from tiny_llm.delivery import AsyncListener, Item
 from tiny_llm.errors import described
 from tiny_llm.kernels import compiled_available, compiled_kernel
 from tiny_llm.output_processor import RequestState
+from tiny_llm_routing.reports import read_report
 
 from tiny_llm import LLM, RequestEvent, RequestFailedError, TinyLLMError
 
 from .calls import Accepted, Call, Events, Failure, Refused
 from .messages import stats_message
-from .reports import read_report
 
 
 class EngineReplica:

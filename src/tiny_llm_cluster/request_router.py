@@ -8,8 +8,9 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from tiny_llm_routing.fleet import MAX_STALENESS
+
 from .calls import Call
-from .fleet import MAX_STALENESS
 from .routing import Routing
 
 

@@ -8,13 +8,14 @@ from threading import Lock
 from time import time
 from typing import Any, ClassVar
 
+from tiny_llm_routing.reports import ReplicaReport
+
 from tiny_llm import EngineStats
+from tiny_llm_routing.fleet import MAX_STALENESS, Fleet
+from tiny_llm_routing.policies import make_policy
 
 from .calls import Call
-from .fleet import MAX_STALENESS, Fleet
 from .messages import stats_of
-from .policies import make_policy
-from .reports import ReplicaReport
 
 
 class Routing:

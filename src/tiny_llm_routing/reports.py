@@ -5,6 +5,8 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
+from struct import iter_unpack
 from typing import Any, Self
 
 from tiny_llm.batch_manager import BatchManager
@@ -54,9 +56,8 @@ class ReplicaReport:
         >>> ReplicaReport.of_message(report.as_message()) == report
         True
         """
-        joined = message["hashes"]
-        hashes = (joined[start : start + HASH_BYTES] for start in range(0, len(joined), HASH_BYTES))
-        return cls(**{**message, "hashes": frozenset(hashes)})
+        hashes = frozenset(chain.from_iterable(iter_unpack(f"{HASH_BYTES}s", message["hashes"])))
+        return cls(**{**message, "hashes": hashes})
 
 
 def read_report(

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from promises import check_all_returned, check_pages
-from tiny_llm_cluster.policies import POLICIES, PrefixAware
-from tiny_llm_cluster.prompt_blocks import PromptBlocks
-from tiny_llm_cluster.served import Served, Summary, percentile, summarize
-from tiny_llm_cluster.simulated_replica import ReplicaSizes, SimulatedReplica
-from tiny_llm_cluster.simulator import FleetOptions, Simulator
-from tiny_llm_cluster.step_time import StepTime, StepWork, relative_errors
-from tiny_llm_cluster.traces import TRACES, Conversation, Sizes, Trace, Turn
+from tiny_llm_routing.policies import POLICIES, PrefixAware
+from tiny_llm_routing.prompt_blocks import PromptBlocks
+from tiny_llm_routing.served import Served, Summary, percentile, summarize
+from tiny_llm_routing.simulated_replica import ReplicaSizes, SimulatedReplica
+from tiny_llm_routing.simulator import FleetOptions, Simulator
+from tiny_llm_routing.step_time import StepTime, StepWork, relative_errors
+from tiny_llm_routing.traces import TRACES, Conversation, Sizes, Trace, Turn
 from tiny_model import examples
 
 STEP_TIME = StepTime(0.006, 0.002, 0.002, 0.000002)

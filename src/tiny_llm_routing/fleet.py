@@ -90,6 +90,7 @@ class Fleet:
 
     def set_replicas(self, names: Iterable[str], now: float) -> None:
         """Add the replicas that are new, and remove those that are not named."""
+        self.expire(now)
         wanted = dict.fromkeys(names)
         for name in [name for name in self._replicas if name not in wanted]:
             self.remove(name)

@@ -6,7 +6,10 @@ from typing import Protocol
 from .fleet import Fleet
 from .prompt_blocks import PromptBlocks
 
-SEQUENCE_COST = 32  # tokens of prefill that an unfinished sequence costs a new request (`bench routing`)
+# Tokens of prefill that an unfinished sequence costs a new request. In the simulations of
+# `pdm run bench routing --sequence-costs` the time to the first token does not change up to 32 and grows from
+# 128 on, because hits are given up. A larger cost spreads long answers better.
+SEQUENCE_COST = 32
 
 
 class RoutingPolicy(Protocol):
