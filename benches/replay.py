@@ -1,8 +1,9 @@
-"""Does the simulator predict what a real replica does? One trace on both: hit rates and times.
+"""Does the simulator predict what real replicas do? One trace on both: hit rates and times.
 
 A trace of `tiny_llm_routing.traces` is replayed on the embedded model in real time, and simulated. Both have
-the same requests, arrivals and pool; only the answers differ, which are as long. The time of a step is fitted
-to `--fit` seconds of steps of this machine, recorded just before.
+the same requests, arrivals and pools; only the answers differ, which are as long. With `--replicas 2` or more
+the replicas run under Ray Serve (the group cluster) and share the kernels' threads. The time of a step is
+fitted to `--fit` seconds of steps of this machine, recorded just before, with the threads of one replica.
 
 Expected: equal hit rates, because the scheduler and the cache are the same code; only requests that arrive
 while a prefix is computed can differ. Times within 20%: the fit's error, and the machine's noise.
@@ -13,15 +14,17 @@ import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
+from tiny_llm.delivery import AsyncListener, Gathering
+from tiny_llm.kernels import compiled_available, compiled_kernel
 from tiny_llm.loader import load_model
 from tiny_llm.managers import make_manager
 
 import harness
 from step_times import record
-from tiny_llm import LLM, EngineConfig, EngineCore, SamplingParams
-from tiny_llm_routing.policies import RoundRobin
+from tiny_llm import LLM, EngineConfig, EngineCore, SamplingParams, kernel_info
+from tiny_llm_routing.policies import POLICIES
 from tiny_llm_routing.served import Served, summarize
 from tiny_llm_routing.simulated_replica import ReplicaSizes
 from tiny_llm_routing.simulator import FleetOptions, Simulator
@@ -94,8 +97,70 @@ def ask_engine(llm: LLM) -> Ask:
     return ask
 
 
-def fit(seconds: float) -> StepTime:
-    """Fit the time of a step to steps of this machine."""
+class NotedStream:
+    """A replica's answers to a call; notes which replica has accepted it."""
+
+    def __init__(self, stream: Any, call_id: str, replica_of: dict[str, str]) -> None:
+        self._stream = stream
+        self._call_id = call_id
+        self._replica_of = replica_of
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        answer = await anext(self._stream)
+        if self._call_id not in self._replica_of:
+            self._replica_of[self._call_id] = answer.replica
+        return answer
+
+    def cancel(self) -> None:
+        """Cancel the call."""
+        self._stream.cancel()
+
+
+def ask_replicas(engine: Any, replica_of: dict[str, str]) -> Ask:
+    """Ask replicas under Ray Serve. replica_of: has each request's replica once it is accepted."""
+
+    async def ask(prompt: list[int], num_outputs: int, salt: str) -> AsyncIterator[Piece]:
+        params = SamplingParams(temperature=0, max_tokens=num_outputs, ignore_eos=True, cache_salt=salt)
+        request = engine.request(prompt, params)
+        listener, gathering = AsyncListener(), Gathering([request])
+        await asyncio.wrap_future(engine.submit([request], listener))
+        while gathering.unfinished:
+            for event in gathering.take(await listener.next_items()):
+                cached = event.usage.num_cached_tokens if event.usage is not None else 0
+                yield Piece(event.token_ids, cached, replica_of[request.request_id])
+            gathering.check()
+
+    return ask
+
+
+def replay_on_replicas(trace: Trace, num_replicas: int, threads: int, policy: str) -> list[Served]:
+    """Replay a trace on replicas of this machine."""
+    from tiny_llm_cluster.application import start_ray_here, start_replicas, stop_here
+    from tiny_llm_cluster.config import ClusterConfig
+    from tiny_llm_cluster.remote_model import RemoteModel
+
+    config = ClusterConfig(num_replicas=num_replicas, threads=threads, routing_policy=policy)
+    replica_of: dict[str, str] = {}
+    start_ray_here(config)
+    try:
+        replicas = start_replicas({}, config)
+
+        def send(call: Any) -> NotedStream:
+            return NotedStream(replicas.send(call), call.call_id, replica_of)
+
+        engine = RemoteModel({}, send, replicas.routing).engine
+        return asyncio.run(replay(trace, ask_replicas(engine, replica_of)))
+    finally:
+        stop_here()
+
+
+def fit(seconds: float, threads: int | None) -> StepTime:
+    """Fit the time of a step to steps of this machine, with this many threads."""
+    if threads is not None and compiled_available():
+        compiled_kernel("set_num_threads")(threads)
     core = EngineCore(make_manager(EngineConfig(), load_model(None).model), ())
     numbers = random.Random(0)
     record(core, numbers, 2, 1.0)  # warms up
@@ -111,17 +176,30 @@ def main() -> None:
     options.add_argument("--conversations", type=harness.positive, default=12)
     options.add_argument("--rate", type=float, default=0.3, help="conversations per second (default: 0.3)")
     options.add_argument("--fit", type=harness.positive, default=8, help="seconds for each of 4 loads")
+    options.add_argument(
+        "--replicas", type=harness.positive, default=1, help="real and simulated (default: 1)"
+    )
+    options.add_argument(
+        "--policy", choices=[*POLICIES], default="prefix", help="of routing (default: prefix)"
+    )
     args = options.parse_args()
-    step_time = fit(args.fit)
+    count = args.replicas
+    threads = None if count == 1 else max(1, (kernel_info().num_threads or 1) // count)
+    step_time = fit(args.fit, threads)
     trace = TRACES[args.trace](args.conversations, args.rate, 0, SIZES)
     config = EngineConfig()
     with LLM() as llm:
-        real = asyncio.run(replay(trace, ask_engine(llm)))
         num_blocks = llm.engine.stats.num_blocks
+        if threads is None:
+            real = asyncio.run(replay(trace, ask_engine(llm)))
+    if threads is not None:
+        real = replay_on_replicas(trace, count, threads, args.policy)
     sizes = ReplicaSizes(num_blocks, config.block_size, config.max_num_seqs, config.max_num_batched_tokens)
-    simulated = Simulator(trace, RoundRobin, FleetOptions(1, step_time, sizes, network_delay=0.0)).run()
+    simulated = Simulator(
+        trace, POLICIES[args.policy], FleetOptions(count, step_time, sizes, network_delay=0.0)
+    ).run()
     rows: dict[str, dict[str, Any]] = {
-        name: asdict(summarize(served, 1)) for name, served in (("real", real), ("simulated", simulated))
+        name: asdict(summarize(served, count)) for name, served in (("real", real), ("simulated", simulated))
     }
     cached = {one.request_id: one.num_cached_tokens for one in real}
     different = sum(cached[one.request_id] != one.num_cached_tokens for one in simulated)
@@ -132,7 +210,14 @@ def main() -> None:
             f"{row['ttft_p99']:>8.3f}{row['latency_p50']:>9.3f}{row['throughput']:>8.1f}"
         )
     lines.append(f"requests with another number of cached tokens: {different}")
-    result = {"benchmark": "replay", "trace": trace.name, "rows": rows, "different": different}
+    result = {
+        "benchmark": "replay",
+        "trace": trace.name,
+        "replicas": count,
+        "policy": args.policy,
+        "rows": rows,
+        "different": different,
+    }
     harness.show({**result, "step_time": step_time._asdict()}, as_json=args.json, text="\n".join(lines))
 
 

@@ -39,6 +39,7 @@ ALLOWED = {
         "tiny_llm",
         "tiny_llm_checkpoints",
         "tiny_llm_cli",
+        "tiny_llm_cluster",
         "tiny_llm_course",
         "tiny_llm_kernels",
         "tiny_llm_routing",
