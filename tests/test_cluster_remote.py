@@ -4,14 +4,17 @@ import asyncio
 import pickle
 from collections import deque
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny_llm.delivery import AsyncListener, Gathering
 from tiny_llm.outputs import RequestMetrics
+from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.request_maker import RequestMaker
 
 from tiny_llm import (
+    EngineCore,
     EngineDeadError,
     EngineStats,
     EngineStoppingError,
@@ -25,6 +28,8 @@ from tiny_llm import (
 from tiny_llm_cluster.calls import Accepted, Call, Failure, Refused
 from tiny_llm_cluster.remote_engine import RemoteEngine, ReplicaError
 from tiny_llm_cluster.remote_request import RemoteRequest
+from tiny_llm_server import ServerConfig
+from tiny_llm_server.service import Service
 
 Answer = Any  # what a scripted replica yields or raises, or a function that is awaited
 
@@ -233,6 +238,32 @@ def test_without_replicas_requests_are_refused_at_once() -> None:
     with pytest.raises(EngineStoppingError, match="no replica is ready"):
         run(bench, bench.request())
     assert isinstance(bench.engine.refusal, EngineStoppingError)
+
+
+def test_a_request_without_a_seed_gets_the_one_that_a_single_engine_would_give() -> None:
+    """Oracle: the seeds of `EngineCore`."""
+    scripts = [[Accepted("a"), [event(name, reason="stop", ends=True)]] for name in "rst"]
+    bench = Bench(*scripts)
+    for request in (bench.request("r"), bench.request("s", seed=5), bench.request("t")):
+        run(bench, request)
+    core = EngineCore(PagedBatchManager(8, 4, 4), ())
+    for name, seed in (("r", None), ("s", 5), ("t", None)):
+        core.add_request(name, [1, 2, 3], SamplingParams(seed=seed))
+    expected = [core.manager.sequence(name).seed for name in "rst"]
+    assert [call.prompts[0].seed for call in bench.calls] == expected
+    assert len(set(expected)) == 3
+
+
+@pytest.mark.parametrize("replicas", [(), ("a",)])
+def test_a_server_without_replicas_is_unavailable_and_a_draining_one_is_draining(
+    replicas: tuple[str, ...],
+) -> None:
+    bench = Bench(replicas=replicas)
+    service = Service(lambda: None, ServerConfig())  # type: ignore[arg-type, return-value]
+    service._llm = SimpleNamespace(engine=bench.engine)  # type: ignore[assignment]
+    assert service.status.value == ("ready" if replicas else "unavailable")
+    asyncio.run(bench.engine.drain())
+    assert service.status.value == "draining"
 
 
 def all_errors(base: type[TinyLLMError] = TinyLLMError) -> list[type[TinyLLMError]]:

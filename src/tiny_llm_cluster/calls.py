@@ -13,19 +13,20 @@ from tiny_llm_routing.prompt_blocks import PromptBlocks
 
 @dataclass(frozen=True)
 class PromptCall:
-    """One prompt of a call: the request's id in the engine, and the prompt's token ids."""
+    """One prompt of a call: the request's id in the engine, the prompt's token ids, and its seed."""
 
     request_id: str
     token_ids: tuple[int, ...]
+    seed: int
 
 
 @dataclass(frozen=True)
 class Call:
     """The engine requests of one HTTP request; a replica accepts all of them or none.
 
-    params: those of every prompt. visible: as in `Engine.request`. blocks: those of the first prompt, by
-    which the call is routed. refused_by: replicas that have refused it, or ended before they answered; it
-    goes to them only if there is no other.
+    params: those of every prompt, but for the seed. visible: as in `Engine.request`. blocks: those of the
+    first prompt, by which the call is routed. refused_by: replicas that have refused it; it goes to them only
+    if there is no other.
     """
 
     prompts: tuple[PromptCall, ...]

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import count
 from typing import Any, Protocol
 
 from tiny_llm.delivery import Item, Listener
@@ -37,6 +38,10 @@ class ReplicaError(TinyLLMError):
     """An error of a replica: one that it reported, or the end of its process."""
 
 
+class NoReplicaError(EngineStoppingError):
+    """No replica can take a request now; one may in some seconds."""
+
+
 class Stream(Protocol):
     """A replica's answers to a call; `DeploymentResponseGenerator` is one."""
 
@@ -64,16 +69,20 @@ class RemoteEngine:
     """Runs requests on replicas. Belongs to one event loop; only `stats` may be read elsewhere.
 
     maker: makes and checks
-    requests. block_size: of the replicas' pools.
+    requests. block_size: of the replicas' pools. seed: the seeds of requests that have none follow from it
+    and from their order here, as in a single engine.
     """
 
-    def __init__(self, send: Send, routing: Routed, maker: RequestMaker, block_size: int) -> None:
+    def __init__(
+        self, send: Send, routing: Routed, maker: RequestMaker, block_size: int, seed: int = 0
+    ) -> None:
         self._send = send
         self._routing = routing
         self._maker = maker
         self._block_size = block_size
+        self._seeds = count(seed, 1 << 20)  # as `EngineCore` gives them
         self._tasks: dict[str, asyncio.Task[None]] = {}  # the calls that have not ended, by request id
-        self._is_draining = False
+        self.is_draining = False
 
     # What a request needs before it can be sent.
 
@@ -151,7 +160,7 @@ class RemoteEngine:
         """The call that carries requests; they have the same parameters."""
         first = requests[0]
         blocks = PromptBlocks.of(first.prompt_token_ids, self._block_size, first.params.cache_salt)
-        prompts = tuple(request.prompt_call for request in requests)
+        prompts = tuple(request.prompt_call(next(self._seeds)) for request in requests)
         return Call(prompts, first.params, first.visible, blocks)
 
     async def _accepted(self, call: Call) -> Stream:
@@ -165,7 +174,7 @@ class RemoteEngine:
             try:
                 first = await anext(stream)
             except ReplicaError as error:  # its process ended, and the router knows
-                refusal: TinyLLMError = error
+                refusal: TinyLLMError = NoReplicaError(f"no replica has taken the request: {error}")
                 continue
             if isinstance(first, Accepted):
                 return stream
@@ -194,7 +203,7 @@ class RemoteEngine:
 
     async def drain(self, timeout: float | None = None) -> None:
         """Refuse new requests; return when all others have ended. After `timeout` seconds, cancel them."""
-        self._is_draining = True
+        self.is_draining = True
         tasks = set(self._tasks.values())
         if tasks:
             await asyncio.wait(tasks, timeout=timeout)
@@ -203,17 +212,17 @@ class RemoteEngine:
 
     def stop(self) -> None:
         """Refuse new requests and cancel all others."""
-        self._is_draining = True
+        self.is_draining = True
         for task in set(self._tasks.values()):
             task.get_loop().call_soon_threadsafe(task.cancel)
 
     @property
     def refusal(self) -> Exception | None:
         """The error that any new request would get now; None while requests are taken."""
-        if self._is_draining:
+        if self.is_draining:
             return EngineStoppingError("the server is draining: it takes no new requests")
         if not self._routing.replicas:
-            return EngineStoppingError("no replica is ready: try again in some seconds")
+            return NoReplicaError("no replica is ready: try again in some seconds")
         return None
 
     @property

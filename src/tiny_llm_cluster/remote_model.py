@@ -43,4 +43,4 @@ class RemoteModel:
             defaults=SamplingParams.from_options(**self.sampling_defaults),
             grammars=GrammarCompiler(self.tokenizer, model_config.vocab_size, model_config.eos_token_ids),
         )
-        self.engine = RemoteEngine(send, routing, maker, config.block_size)
+        self.engine = RemoteEngine(send, routing, maker, config.block_size, config.seed)

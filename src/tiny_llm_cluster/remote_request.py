@@ -29,10 +29,10 @@ class RemoteRequest:
         self._num_tokens = 0
         self._num_failed = 0
 
-    @property
-    def prompt_call(self) -> PromptCall:
-        """What a replica needs to know of it, besides the parameters."""
-        return PromptCall(self.request_id, self.prompt_token_ids)
+    def prompt_call(self, seed: int) -> PromptCall:
+        """What a replica needs to know of it, besides the parameters. seed: for a request without one."""
+        own = self.params.seed
+        return PromptCall(self.request_id, self.prompt_token_ids, seed if own is None else own)
 
     @property
     def has_begun(self) -> bool:

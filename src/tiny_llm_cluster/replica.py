@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from functools import partial
 from time import time
 from typing import Any
@@ -11,9 +12,9 @@ from tiny_llm.delivery import AsyncListener, Item
 from tiny_llm.errors import described
 from tiny_llm.kernels import compiled_available, compiled_kernel
 from tiny_llm.output_processor import RequestState
-from tiny_llm_routing.reports import read_report
 
 from tiny_llm import LLM, RequestEvent, RequestFailedError, TinyLLMError
+from tiny_llm_routing.reports import read_report
 
 from .calls import Accepted, Call, Events, Failure, Refused
 from .messages import stats_message
@@ -79,8 +80,10 @@ class EngineReplica:
         """Make the engine's requests; new grammars are compiled here too."""
         engine = self._llm.engine
         return [
-            engine.request(list(prompt.token_ids), call.params, prompt.request_id, call.visible)
-            for prompt in call.prompts
+            engine.request(
+                list(one.token_ids), replace(call.params, seed=one.seed), one.request_id, call.visible
+            )
+            for one in call.prompts
         ]
 
 

@@ -89,6 +89,10 @@ class Replicated(Protocol):
     """The part of an engine with several replicas that a single engine lacks."""
 
     @property
+    def is_draining(self) -> bool:
+        """True if it refuses requests because it drains, not because no replica runs."""
+
+    @property
     def replica_stats(self) -> Mapping[str, EngineStats]:
         """How full each replica is, by its name in the metrics; never waits."""
 

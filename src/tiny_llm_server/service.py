@@ -35,7 +35,7 @@ from .metrics import Metrics
 from .run import Run
 from .sampling_defaults import checked_overrides, described
 from .schema import ROLES, ChatCompletionRequest, Generation, TokenizeRequest
-from .served_model import ServedModel, ServedRequest
+from .served_model import Replicated, ServedModel, ServedRequest
 from .structured_fields import STRUCTURED_OUTPUTS
 from .tool_use import refused_message
 
@@ -43,12 +43,16 @@ LOG = logging.getLogger("uvicorn.error")  # the logger that uvicorn sets up
 
 
 class Status(Enum):
-    """State of the server. failed: the model could not be loaded. draining: new requests are refused."""
+    """State of the server. failed: the model could not be loaded. draining: new requests are refused.
+
+    unavailable: new requests are refused until a replica runs again.
+    """
 
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
     FAILED = "failed"
+    UNAVAILABLE = "unavailable"
 
 
 class Service:
@@ -101,7 +105,11 @@ class Service:
             return Status.FAILED
         if self._llm is None:
             return Status.LOADING
-        return Status.READY if self._llm.engine.refusal is None else Status.DRAINING
+        engine = self._llm.engine
+        if engine.refusal is None:
+            return Status.READY
+        is_unavailable = isinstance(engine, Replicated) and not engine.is_draining
+        return Status.UNAVAILABLE if is_unavailable else Status.DRAINING
 
     @property
     def llm(self) -> ServedModel:
