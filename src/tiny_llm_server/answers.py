@@ -244,7 +244,7 @@ class Detokenized(BaseModel):
 
 
 class Health(BaseModel):
-    """The answer of `/health`. status: loading, ready, draining or failed."""
+    """The answer of `/health`. status: loading, ready, draining, unavailable (no replica runs) or failed."""
 
     status: str
 
