@@ -69,7 +69,7 @@ class Replicas:
     def of(cls, handle: DeploymentHandle[Any]) -> Self:
         """The replicas behind a handle, when one of them answers. Blocks: not for an event loop."""
         handle.is_ready.remote().result()  # Serve makes the handle's router with the first call
-        return cls(handle.options(stream=True, method_name="run"), Routing.of(REPLICAS))
+        return cls(handle.options(stream=True, method_name="run", _by_reference=False), Routing.of(REPLICAS))
 
     def send(self, call: Call) -> "RayStream":
         """Send a call to a replica that the router chooses."""
