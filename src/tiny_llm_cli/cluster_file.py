@@ -84,7 +84,7 @@ def _yaml(file: Path) -> Any:
     except ImportError as error:
         raise ImportError("reading YAML needs PyYAML: pip install 'tiny-llm[cluster]'") from error
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """PyYAML would keep the last one of two equal keys."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:

@@ -7,23 +7,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ray.serve import RunTarget
-from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.context import _get_global_client
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ProxyStatus, ReplicaState
-
 from .application import (
     APPLICATION,
     MAX_ONGOING,
     ClusterError,
     explaining,
-    ray,
     replicas_of,
-    serve,
     silence_ray,
 )
 from .deployment import Deployment, HttpConfig
 from .ingress import Ingress
+
+# isort: split
+import ray  # after `application`, whose error says what to install
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ProxyStatus, ReplicaState
 
 INGRESS = "ingress"  # Serve's name of the deployment
 POLL = 0.5  # seconds between two looks at the status
@@ -78,7 +78,7 @@ def deploy(deployment: Deployment, tell: Tell) -> DeployedStatus:
     with explaining("Ray Serve cannot start"):
         _start_serve(deployment.http)
     with explaining("the application cannot be deployed"):
-        target = RunTarget(_application(deployment), APPLICATION, "/")
+        target = serve.RunTarget(_application(deployment), APPLICATION, "/")
         serve.run_many([target], wait_for_applications_running=False)
         _wait_until_running(tell)
         return status()
@@ -114,7 +114,7 @@ def status() -> DeployedStatus:
     return DeployedStatus(ApplicationStatus(application.status).value, _states(application), _addresses())
 
 
-def _application(deployment: Deployment) -> "serve.Application":
+def _application(deployment: Deployment) -> serve.Application:
     """The application: the ingress, which has the handle of the replicas."""
     ingress, cluster = deployment.ingress, deployment.cluster
     deployed = serve.deployment(
@@ -165,7 +165,7 @@ def _reason(application: ApplicationStatusOverview) -> str:
     """Why an application cannot run: the last line of a replica's traceback, or else Serve's own words."""
     messages = [one.message for one in application.deployments.values() if "Error" in one.message]
     lines = (messages or [application.message])[0].strip().splitlines()
-    return lines[-1] if lines else ApplicationStatus(application.status).value
+    return lines[-1] if lines else "it has failed"
 
 
 def _proxies_listen() -> bool:

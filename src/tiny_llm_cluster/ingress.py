@@ -9,8 +9,11 @@ from fastapi import FastAPI
 
 from tiny_llm_server import ServerConfig, make_app
 
-from .application import Replicas, serve
+from .application import Replicas
 from .remote_model import RemoteModel
+
+# isort: split
+from ray import serve  # after `application`, whose error says what to install
 
 LOG = logging.getLogger("uvicorn.error")  # the server's log
 MOMENT = 0.01  # seconds between two looks at whether the model is loaded
@@ -23,7 +26,7 @@ class Ingress:
     replicas: Serve's handle of the replicas' deployment. engine_options: as the replicas get them.
     """
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, replicas: Any, engine_options: Mapping[str, Any], config: ServerConfig, log_level: str
     ) -> None:
         _log_to_stderr(log_level)
