@@ -1,6 +1,8 @@
 """Deploys the replicas and their ingress on a Ray cluster that runs already, and stops them."""
 
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ProxyStatus, ReplicaState
 
 INGRESS = "ingress"  # Serve's name of the deployment
+CONNECT_SECONDS = 10.0
 POLL = 0.5  # seconds between two looks at the status
 MORE_GRACE = 5.0  # seconds that an ingress runs on after its replicas: their errors must reach the clients
 ALL_ADDRESSES = ("0.0.0.0", "::")
@@ -53,6 +56,7 @@ def connected() -> Iterator[None]:
     The cluster is that of this machine, or the one that the environment variable RAY_ADDRESS names.
     """
     silence_ray()
+    _check_address(os.environ.get("RAY_ADDRESS", ""))
     try:
         ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
@@ -64,9 +68,33 @@ def connected() -> Iterator[None]:
         with explaining("cannot connect to the Ray cluster"):
             raise error
     try:
+        _check_owner()
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raise `ClusterError` if nothing listens at a `host:port`: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "://" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address}, which RAY_ADDRESS names: {error}"
+        ) from error
+
+
+def _check_owner() -> None:
+    """Raise `ClusterError` if Ray runs only for a `tiny-llm serve --replicas`: it has no proxies."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None and client.get_serve_details().get("proxy_location") == ProxyLocation.Disabled:
+        raise ClusterError(
+            "the Ray cluster that was found has no HTTP proxies, as that of `tiny-llm serve --replicas`: set "
+            "RAY_ADDRESS to another one's address"
+        )
 
 
 def deploy(deployment: Deployment, tell: Tell) -> DeployedStatus:
