@@ -13,9 +13,15 @@ IMPORTS = {
     "tiny_llm_ref": ("tiny_llm_kernels", "tiny_llm_checkpoints"),
     "tiny_llm": ("tiny_llm_ref",),
     "tiny_llm_server": ("tiny_llm", "tiny_llm_checkpoints"),
-    "tiny_llm_cluster": ("tiny_llm",),
+    "tiny_llm_cluster": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server"),
     "tiny_llm_course": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels"),
-    "tiny_llm_cli": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server", "tiny_llm_course"),
+    "tiny_llm_cli": (
+        "tiny_llm",
+        "tiny_llm_checkpoints",
+        "tiny_llm_server",
+        "tiny_llm_cluster",
+        "tiny_llm_course",
+    ),
     "benches": (
         "tiny_llm",
         "tiny_llm_checkpoints",
@@ -35,6 +41,7 @@ DOWN = {
     ("labs", "tiny_llm_cli"): 430,
     ("book", "tiny_llm_course"): 685,
     ("tiny_llm_cli", "tiny_llm_server"): 240,
+    ("tiny_llm_cli", "tiny_llm_cluster"): 430,
     ("tiny_llm_server", "tiny_llm"): 175,
     ("tiny_llm_cluster", "tiny_llm"): 430,
     ("tiny_llm_course", "tiny_llm"): 685,
@@ -43,7 +50,7 @@ DOWN = {
     ("tiny_llm_ref", "tiny_llm_checkpoints"): 622,
 }
 LEFT, RIGHT, OUTSIDE = 60, 800, 32  # edges of the stack, and the distance of the outer arrows from it
-SIDEWAYS = [("tiny_llm_checkpoints", "tiny_llm_kernels")]
+SIDEWAYS = [("tiny_llm_checkpoints", "tiny_llm_kernels"), ("tiny_llm_cluster", "tiny_llm_server")]
 AROUND = {"benches": LEFT, "tiny_llm_cli": LEFT}
 
 

@@ -13,6 +13,7 @@ from .generate import generate
 from .info import info
 from .models import models
 from .serve import serve
+from .serve_cluster import serve_cluster
 
 
 def command() -> TyperGroup:
@@ -25,7 +26,7 @@ def command() -> TyperGroup:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True)(_tiny_llm)
-    for function in (chat, generate, serve, models, info):
+    for function in (chat, generate, serve, serve_cluster, models, info):
         app.command(cls=Command)(function)
     app.add_typer(bench_app, name="bench")
     whole = get_command(app)

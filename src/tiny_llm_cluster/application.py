@@ -7,18 +7,21 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
-import ray
-from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.config import RequestRouterConfig
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
-
 from tiny_llm import TinyLLMError
 
 from .calls import Call
 from .config import ClusterConfig
 from .remote_engine import ReplicaError
 from .routing import Routing
+
+try:
+    import ray
+    from ray import serve
+    from ray.exceptions import RayActorError, RayError, RayTaskError
+    from ray.serve.config import RequestRouterConfig
+    from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+except ImportError as error:
+    raise ImportError("replicas need Ray: pip install 'tiny-llm[cluster]'") from error
 
 APPLICATION, REPLICAS = "tiny-llm", "replicas"  # Serve's names of the application and of the deployment
 ROUTER = "tiny_llm_cluster.request_router.PrefixRouter"  # a class would be copied by value
@@ -106,10 +109,8 @@ def start_ray_here(config: ClusterConfig) -> None:
 
     Call it in the main thread: Ray's processes end with the thread that started them.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use over the network
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with _explaining("Ray cannot start"):
+    silence_ray()
+    with explaining("Ray cannot start"):
         ray.init(
             include_dashboard=False,
             log_to_driver=False,
@@ -120,9 +121,16 @@ def start_ray_here(config: ClusterConfig) -> None:
         serve.start(http_options={"location": "NoServer"})
 
 
+def silence_ray() -> None:
+    """Keep Ray from writing to the terminal, and from reporting its use over the network."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def start_replicas(engine_options: Mapping[str, Any], config: ClusterConfig) -> Replicas:
     """Start the replicas; returns when they are ready. Raises `ClusterError` if one cannot start."""
-    with _explaining("the replicas cannot start"):
+    with explaining("the replicas cannot start"):
         handle = serve.run(replicas_of(engine_options, config), name=APPLICATION, route_prefix=None)
         return Replicas.of(handle)
 
@@ -132,7 +140,7 @@ def restart_replicas(engine_options: Mapping[str, Any], config: ClusterConfig) -
 
     A replica that stops takes no new calls, and has `config.grace` seconds to finish its own.
     """
-    with _explaining("the replicas cannot restart"):
+    with explaining("the replicas cannot restart"):
         serve.run(replicas_of(engine_options, config), name=APPLICATION, route_prefix=None)
 
 
@@ -144,7 +152,7 @@ def stop_here() -> None:
 
 
 @contextmanager
-def _explaining(what: str) -> Iterator[None]:
+def explaining(what: str) -> Iterator[None]:
     """Turn an error of Ray into a `ClusterError` of one line."""
     try:
         yield

@@ -8,11 +8,10 @@ from threading import Lock
 from time import time
 from typing import Any, ClassVar
 
-from tiny_llm_routing.reports import ReplicaReport
-
 from tiny_llm import EngineStats
 from tiny_llm_routing.fleet import MAX_STALENESS, Fleet
 from tiny_llm_routing.policies import make_policy
+from tiny_llm_routing.reports import ReplicaReport
 
 from .calls import Call
 from .messages import stats_of

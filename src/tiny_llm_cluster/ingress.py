@@ -1,0 +1,61 @@
+"""The ingress: the server's own routes in a process that Ray Serve runs, in front of the replicas."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI
+
+from tiny_llm_server import ServerConfig, make_app
+
+from .application import Replicas
+from .remote_model import RemoteModel
+
+# isort: split
+from ray import serve  # after `application`, whose error says what to install
+
+LOG = logging.getLogger("uvicorn.error")  # the server's log
+MOMENT = 0.01  # seconds between two looks at whether the model is loaded
+
+
+@serve.ingress()  # the application is made by `__serve_build_asgi_app__`
+class Ingress:
+    """The class of the ingress's deployment; it is ready when a replica is.
+
+    replicas: Serve's handle of the replicas' deployment. engine_options: as the replicas get them.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, replicas: Any, engine_options: Mapping[str, Any], config: ServerConfig, log_level: str
+    ) -> None:
+        _log_to_stderr(log_level)
+        self._model = await asyncio.to_thread(_load, replicas, engine_options)
+        self._app = make_app(lambda: self._model, config)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The application; called by Serve after the constructor."""
+        return self._app
+
+    async def check_health(self) -> None:
+        """Return when the server has its model. Serve sends no request here before the first check."""
+        service = self._app.state.service
+        while service.engine_stats() is None:
+            if service.failure is not None:
+                raise service.failure
+            await asyncio.sleep(MOMENT)
+
+
+def _load(replicas: Any, engine_options: Mapping[str, Any]) -> RemoteModel:
+    running = Replicas.of(replicas)
+    return RemoteModel(engine_options, running.send, running.routing)
+
+
+def _log_to_stderr(level: str) -> None:
+    """Write the server's log to standard error, which Ray keeps in a file for each process."""
+    LOG.setLevel(level.upper())
+    LOG.propagate = False
+    if not LOG.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
+        LOG.addHandler(handler)

@@ -1,0 +1,232 @@
+"""`tiny-llm serve-cluster` on a Ray cluster of two nodes, which this file starts on this machine.
+
+Oracles: the answers of `tiny_llm.LLM` in this process, and of the replicas before a restart.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx2 as httpx
+import pytest
+
+from served import SECONDS, until
+from tiny_llm import LLM, SamplingParams
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="the group `cluster` is not installed"
+)
+NODES = Path(__file__).parent / "ray_nodes.py"
+COMMAND_SECONDS = 300  # a timeout against hanging, not a requirement on speed
+MISSING = "tiny-llm does not run on this cluster"
+KEY = "key-of-a-client"
+PROMPT = "Once upon a time"
+CONFIG = """\
+engine: {{num_blocks: 256, max_num_seqs: 4, generation_config: vllm}}
+server: {{api_key_file: keys.txt, served_model_name: the-model}}
+cluster: {{num_replicas: 2, threads: 1, ray_actor_options: {{num_cpus: 1}}, report_period: 0.2, grace: 300}}
+ingress: {{num_replicas: 2, ray_actor_options: {{num_cpus: 0}}}}
+http: {{port: {port}}}
+"""
+SHOW = """
+import ray
+from ray import serve
+from ray.serve.context import _get_global_client
+
+ray.init(address="auto", log_to_driver=False)
+print(serve.status(), _get_global_client().get_serve_details())
+"""
+
+
+class Nodes(NamedTuple):
+    """A Ray cluster. environment: of commands that use it. ports: of the proxies of its two nodes."""
+
+    environment: dict[str, str]
+    ports: list[int]
+
+
+class Deployed(NamedTuple):
+    """A deployment. status: what the command printed. log: what it wrote to standard error."""
+
+    nodes: Nodes
+    config: Path
+    status: dict[str, Any]
+    log: str
+
+    def client(self, node: int = 0, key: str = KEY) -> httpx.Client:
+        """A client of one node's proxy; it sends the key."""
+        url, headers = f"http://127.0.0.1:{self.nodes.ports[node]}", {"Authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=url, headers=headers, timeout=SECONDS, trust_env=False)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens at now."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    folder, ports = (
+        tempfile.mkdtemp(prefix="ray", dir="/tmp"),
+        free_ports(2),
+    )  # paths of sockets must be short
+    command = [sys.executable, str(NODES), folder, str(ports[1])]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        address = process.stdout.readline().strip()
+        assert address, "Ray has not started"
+        yield Nodes({**os.environ, "RAY_ADDRESS": address, "RAY_USAGE_STATS_ENABLED": "0"}, ports)
+    finally:
+        process.stdin.close()  # it stops Ray then
+        process.wait(SECONDS)
+        process.stdout.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def started(nodes: Nodes, *arguments: str) -> subprocess.Popen[str]:
+    """Start `tiny-llm serve-cluster`."""
+    line = [sys.executable, "-m", "tiny_llm_cli", "serve-cluster", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(line, env=nodes.environment, text=True, **pipes)
+
+
+def command(nodes: Nodes, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `tiny-llm serve-cluster` to its end."""
+    process = started(nodes, *arguments)
+    out, err = process.communicate(timeout=COMMAND_SECONDS)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def deployed(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    """A deployment; stopping it is tested too, at the end."""
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "keys.txt").write_text(f"{KEY}\n")
+    (folder / "keys.txt").chmod(0o600)
+    config = folder / "cluster.yaml"
+    config.write_text(CONFIG.format(port=nodes.ports[0]))
+    early = command(nodes, str(config), "--restart")
+    assert (early.returncode, early.stderr) == (1, f"tiny-llm: error: {MISSING}\n")
+    done = command(nodes, str(config), "--json")
+    assert done.returncode == 0, done.stderr
+    running = Deployed(nodes, config, json.loads(done.stdout), done.stderr)
+    yield running
+    done = command(nodes, "--stop")
+    assert (done.returncode, done.stdout) == (0, "Stopped\n")
+    with running.client() as client, pytest.raises(httpx.TransportError):
+        client.get("/health")
+    again = command(nodes, "--stop")
+    assert (again.returncode, again.stderr) == (1, f"tiny-llm: error: {MISSING}\n")
+
+
+def replicas_of(deployed: Deployed) -> set[str]:
+    """The names of the replicas in one ingress's metrics."""
+    with deployed.client() as client:
+        text = client.get("/metrics").text
+    return set(re.findall(r'vllm:num_requests_running\{.*replica="(\w+)"\}', text))
+
+
+def test_the_command_says_what_runs_and_where(deployed: Deployed) -> None:
+    assert deployed.status["status"] == "RUNNING"
+    assert deployed.status["deployments"] == {"replicas": {"RUNNING": 2}, "ingress": {"RUNNING": 2}}
+    assert deployed.status["addresses"] == [f"http://127.0.0.1:{deployed.nodes.ports[0]}"]
+    assert "replicas: 2 running; ingress: 2 running" in deployed.log
+
+
+def test_no_key_is_written_anywhere(deployed: Deployed) -> None:
+    """Serve's own command shows what it knows of an application."""
+    assert KEY not in json.dumps(deployed.status) + deployed.log
+    folder = Path(sys.executable).parent
+    shown = subprocess.run(
+        [folder / "python", "-c", SHOW],
+        env=deployed.nodes.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "replicas" in shown.stdout
+    assert KEY not in shown.stdout + shown.stderr
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_each_node_answers_like_the_engine_in_one_process(deployed: Deployed, node: int) -> None:
+    llm = LLM(num_blocks=64, max_num_seqs=1, generation_config="vllm")
+    params = SamplingParams(temperature=0.0, max_tokens=12)
+    expected = llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0].text
+    body = {"model": "the-model", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    with deployed.client(node) as client:
+        health = client.get("/health")
+        assert (health.status_code, health.json()) == (200, {"status": "ready"})
+        answer = client.post("/v1/completions", json=body)
+        assert answer.json()["choices"][0]["text"] == expected
+        with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
+            events = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+    assert events[-1] == "[DONE]"
+    assert "".join(json.loads(one)["choices"][0]["text"] for one in events[:-1]) == expected
+
+
+def test_requests_need_a_key_of_the_file(deployed: Deployed) -> None:
+    with deployed.client(key="another") as client:
+        answer = client.post("/v1/completions", json={"prompt": PROMPT})
+    assert answer.status_code == 401
+
+
+def test_the_metrics_have_the_figures_of_both_replicas(deployed: Deployed) -> None:
+    until(lambda: len(replicas_of(deployed)) == 2)
+
+
+def test_a_restart_replaces_all_replicas_and_no_stream_is_cut(deployed: Deployed) -> None:
+    before = replicas_of(deployed)
+    body = {"prompt": PROMPT, "max_tokens": 2500, "temperature": 0, "ignore_eos": True, "stream": True}
+    ends: list[list[str]] = []
+    begun = threading.Barrier(3)
+
+    def read(node: int) -> None:
+        with deployed.client(node) as client, client.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            first = next(lines)
+            begun.wait(SECONDS)
+            ends.append([line for line in [first, *lines] if line][-2:])
+
+    readers = [threading.Thread(target=read, args=(node,)) for node in (0, 1)]
+    for reader in readers:
+        reader.start()
+    begun.wait(SECONDS)
+    restarting = started(deployed.nodes, str(deployed.config), "--restart")
+    assert restarting.stderr is not None
+    log = [next(restarting.stderr)]
+    while "stopping" not in log[-1]:
+        log.append(next(restarting.stderr))
+    assert ends == []  # both streams run while their replicas are replaced
+    out, rest = restarting.communicate(timeout=COMMAND_SECONDS)
+    for reader in readers:
+        reader.join(SECONDS)
+    assert restarting.returncode == 0, [*log, rest]
+    assert f"http://127.0.0.1:{deployed.nodes.ports[0]}" in out
+    assert [end[1] for end in ends] == ["data: [DONE]"] * 2
+    assert all('"finish_reason":"length"' in end[0] for end in ends)
+    until(lambda: len(replicas_of(deployed)) == 2 and not replicas_of(deployed) & before)
+
+
+def test_http_cannot_change_while_it_runs(deployed: Deployed, tmp_path: Path) -> None:
+    config = tmp_path / "cluster.yaml"
+    config.write_text(f"http: {{port: {free_ports(1)[0]}}}")
+    done = command(deployed.nodes, str(config))
+    assert done.returncode == 1
+    assert f"listens on 127.0.0.1, port {deployed.nodes.ports[0]} already" in done.stderr
