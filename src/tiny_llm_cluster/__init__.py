@@ -3,7 +3,4 @@
 try:
     import ray.serve  # noqa: F401
 except ImportError as error:
-    raise ImportError(
-        "tiny_llm_cluster needs Ray Serve: `pip install 'tiny-llm[cluster]'`, or in a copy of the repository "
-        "`pdm sync -G cluster`"
-    ) from error
+    raise ImportError("replicas need Ray: pip install 'tiny-llm[cluster]'") from error

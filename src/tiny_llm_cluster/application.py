@@ -7,21 +7,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
+import ray
+from ray import serve
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+
 from tiny_llm import TinyLLMError
 
 from .calls import Call
 from .config import ClusterConfig
 from .remote_engine import ReplicaError
 from .routing import Routing
-
-try:
-    import ray
-    from ray import serve
-    from ray.exceptions import RayActorError, RayError, RayTaskError
-    from ray.serve.config import RequestRouterConfig
-    from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
-except ImportError as error:
-    raise ImportError("replicas need Ray: pip install 'tiny-llm[cluster]'") from error
 
 APPLICATION, REPLICAS = "tiny-llm", "replicas"  # Serve's names of the application and of the deployment
 ROUTER = "tiny_llm_cluster.request_router.PrefixRouter"  # a class would be copied by value

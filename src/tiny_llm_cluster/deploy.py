@@ -9,6 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ProxyStatus, ReplicaState
+
 from .application import (
     APPLICATION,
     MAX_ONGOING,
@@ -19,13 +25,6 @@ from .application import (
 )
 from .deployment import Deployment, HttpConfig
 from .ingress import Ingress
-
-# isort: split
-import ray  # after `application`, whose error says what to install
-from ray import serve
-from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.context import _get_global_client
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ProxyStatus, ReplicaState
 
 INGRESS = "ingress"  # Serve's name of the deployment
 CONNECT_SECONDS = 10.0

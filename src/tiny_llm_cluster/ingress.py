@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
+from ray import serve
 
 from tiny_llm_server import ServerConfig, make_app
 
 from .application import Replicas
 from .remote_model import RemoteModel
-
-# isort: split
-from ray import serve  # after `application`, whose error says what to install
 
 LOG = logging.getLogger("uvicorn.error")  # the server's log
 MOMENT = 0.01  # seconds between two looks at whether the model is loaded
