@@ -25,7 +25,7 @@ ALLOWED = {
     "tiny_llm": {"tiny_llm_ref"},  # only its `__init__`: the rest of the folder is a learner's
     "tiny_llm_server": {"tiny_llm", "tiny_llm_checkpoints"},
     "tiny_llm_routing": {"tiny_llm"},
-    "tiny_llm_cluster": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_routing"},
+    "tiny_llm_cluster": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_routing", "tiny_llm_server"},
     "tiny_llm_course": {"tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels"},
     "tiny_llm_cli": {
         "tiny_llm",
