@@ -54,12 +54,19 @@ NOT_RUN = {
     "tiny-llm bench latency": "tests/test_cli_bench_info.py runs it with small sizes",
     "tiny-llm bench throughput": "tests/test_cli_bench_info.py runs it with small sizes",
     "tiny-llm bench serve": "tests/test_bench_serve.py runs it on its own servers",
+    "tiny-llm serve --replicas": "needs the group cluster: tests/test_cluster_serving.py runs it",
+    "tiny-llm serve-cluster": "needs a Ray cluster",
+    "ray ": "starts Ray on this machine, or needs two machines",
+    "scp ": "needs a second machine",
+    "export RAY_AUTH_MODE=": "a setting of the commands for two machines, which are not run",
+    "chmod 600 ~/.ray/": "a file of the commands for two machines, which are not run",
+    "mkdir -p ~/.ray": "a folder of the commands for two machines, which are not run",
     "tiny-llm --install-completion": "changes the shell's settings",
     "tiny-llm COMMAND": "COMMAND stands for a command's name",
     "pdm run NAME": "NAME stands for a script's name",
 }
 SERVERS = ("tiny-llm serve",)
-SHOWN = ("text", "json")  # output and files, not commands
+SHOWN = ("text", "json", "yaml")  # output and files, not commands
 NAMES = {"tiny-llm", "tiny-llm chat", "tiny-llm generate"}  # in a sentence they only name a command
 CONVERSATIONS = (
     "tiny-llm chat",

@@ -13,7 +13,8 @@ IMPORTS = {
     "tiny_llm_ref": ("tiny_llm_kernels", "tiny_llm_checkpoints"),
     "tiny_llm": ("tiny_llm_ref",),
     "tiny_llm_server": ("tiny_llm", "tiny_llm_checkpoints"),
-    "tiny_llm_cluster": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server"),
+    "tiny_llm_routing": ("tiny_llm",),
+    "tiny_llm_cluster": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_server", "tiny_llm_routing"),
     "tiny_llm_course": ("tiny_llm", "tiny_llm_checkpoints", "tiny_llm_kernels"),
     "tiny_llm_cli": (
         "tiny_llm",
@@ -26,6 +27,7 @@ IMPORTS = {
         "tiny_llm",
         "tiny_llm_checkpoints",
         "tiny_llm_kernels",
+        "tiny_llm_routing",
         "tiny_llm_cluster",
         "tiny_llm_course",
         "tiny_llm_cli",
@@ -43,7 +45,8 @@ DOWN = {
     ("tiny_llm_cli", "tiny_llm_server"): 240,
     ("tiny_llm_cli", "tiny_llm_cluster"): 430,
     ("tiny_llm_server", "tiny_llm"): 175,
-    ("tiny_llm_cluster", "tiny_llm"): 430,
+    ("tiny_llm_cluster", "tiny_llm_routing"): 430,
+    ("tiny_llm_routing", "tiny_llm"): 430,
     ("tiny_llm_course", "tiny_llm"): 685,
     ("tiny_llm", "tiny_llm_ref"): 430,
     ("tiny_llm_ref", "tiny_llm_kernels"): 240,
@@ -84,14 +87,15 @@ PACKAGES = {
         Package("book", "chapters, and their builder", 570, 8, 230, height=100),
         Package("tiny_llm_cli", "the tiny-llm command", LEFT, 132, 475),
         Package("tiny_llm_server", "OpenAI's API over HTTP", LEFT, 244, 230),
-        Package("tiny_llm_cluster", "routing between replicas", 315, 244, 230),
+        Package("tiny_llm_cluster", "replicas on Ray Serve", 315, 244, 230),
         Package("tiny_llm_course", "syllabus, starters, tests, hints", 570, 244, 230),
+        Package("tiny_llm_routing", "which replica runs a request", 315, 356, 230, height=58),
         Package(
-            "tiny_llm", "overlay: the learner's modules, else the reference's", LEFT, 356, 740, "green", 58
+            "tiny_llm", "overlay: the learner's modules, else the reference's", LEFT, 450, 740, "green", 58
         ),
-        Package("tiny_llm_ref", "reference: the complete engine, flat", LEFT, 450, 740, "blue", 58),
-        Package("tiny_llm_kernels", "MLX operators in C++ for the CPU", LEFT, 544, 355, "orange", 58),
-        Package("tiny_llm_checkpoints", "readers of model files", 445, 544, 355, "teal", 58),
+        Package("tiny_llm_ref", "reference: the complete engine, flat", LEFT, 544, 740, "blue", 58),
+        Package("tiny_llm_kernels", "MLX operators in C++ for the CPU", LEFT, 638, 355, "orange", 58),
+        Package("tiny_llm_checkpoints", "readers of model files", 445, 638, 355, "teal", 58),
     )
 }
 
@@ -100,7 +104,7 @@ def draw() -> str:
     """Return the figure as SVG."""
     figure = Drawing(
         860,
-        640,
+        734,
         "The packages of tiny-llm and their imports",
         "An arrow points from a package to one that it imports. "
         + " ".join(f"{name} imports {', '.join(uses) or 'none of them'}." for name, uses in IMPORTS.items()),
@@ -109,7 +113,7 @@ def draw() -> str:
         figure.arrow(points)
     for package in PACKAGES.values():
         _draw_package(figure, package)
-    figure.label(LEFT, 628, "Arrows and small labels: imports.", "small")
+    figure.label(LEFT, 722, "Arrows and small labels: imports.", "small")
     return figure.svg()
 
 
