@@ -109,6 +109,7 @@ def start_ray_here(config: ClusterConfig) -> None:
     silence_ray()
     with explaining("Ray cannot start"):
         ray.init(
+            address="local",  # not a cluster that runs on this machine already
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
