@@ -49,10 +49,14 @@ print(serve.status(), _get_global_client().get_serve_details())
 
 
 class Nodes(NamedTuple):
-    """A Ray cluster. environment: of commands that use it. ports: of the proxies of its two nodes."""
+    """A Ray cluster.
+
+    environment: of commands that use it. ports: of the proxies of its two nodes. folder: Ray's files.
+    """
 
     environment: dict[str, str]
     ports: list[int]
+    folder: Path
 
 
 class Deployed(NamedTuple):
@@ -91,7 +95,9 @@ def nodes() -> Iterator[Nodes]:
     try:
         address = process.stdout.readline().strip()
         assert address, "Ray has not started"
-        yield Nodes({**os.environ, "RAY_ADDRESS": address, "RAY_USAGE_STATS_ENABLED": "0"}, ports)
+        yield Nodes(
+            {**os.environ, "RAY_ADDRESS": address, "RAY_USAGE_STATS_ENABLED": "0"}, ports, Path(folder)
+        )
     finally:
         process.stdin.close()  # it stops Ray then
         process.wait(SECONDS)
@@ -149,19 +155,26 @@ def test_the_command_says_what_runs_and_where(deployed: Deployed) -> None:
     assert "replicas: 2 running; ingress: 2 running" in deployed.log
 
 
-def test_no_key_is_written_anywhere(deployed: Deployed) -> None:
-    """Serve's own command shows what it knows of an application."""
+def test_no_key_is_in_a_log_or_in_what_serve_shows(deployed: Deployed) -> None:
+    with deployed.client() as client:
+        assert client.get("/v1/models").status_code == 200
+        assert client.post("/v1/completions", json={"prompt": 1.5}).status_code == 400
     assert KEY not in json.dumps(deployed.status) + deployed.log
-    folder = Path(sys.executable).parent
+    show = [sys.executable, "-c", SHOW]
     shown = subprocess.run(
-        [folder / "python", "-c", SHOW],
+        show,
         env=deployed.nodes.environment,
         capture_output=True,
         text=True,
         check=True,
+        timeout=COMMAND_SECONDS,
     )
     assert "replicas" in shown.stdout
     assert KEY not in shown.stdout + shown.stderr
+    logs = [file for file in deployed.nodes.folder.rglob("*") if file.suffix in (".log", ".err", ".out")]
+    texts = [file.read_bytes() for file in logs if file.is_file()]
+    assert any(b"the-model is ready" in text for text in texts)  # the log of an ingress
+    assert not any(KEY.encode() in text for text in texts)
 
 
 @pytest.mark.parametrize("node", [0, 1])
@@ -230,3 +243,10 @@ def test_http_cannot_change_while_it_runs(deployed: Deployed, tmp_path: Path) ->
     done = command(deployed.nodes, str(config))
     assert done.returncode == 1
     assert f"listens on 127.0.0.1, port {deployed.nodes.ports[0]} already" in done.stderr
+
+
+def test_an_address_where_no_cluster_answers_is_an_error(nodes: Nodes) -> None:
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    done = command(nodes._replace(environment={**nodes.environment, "RAY_ADDRESS": address}), "--stop")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"tiny-llm: error: no Ray cluster answers at {address}")
