@@ -23,9 +23,12 @@ import pytest
 from served import SECONDS, until
 from tiny_llm import LLM, SamplingParams
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="the group `cluster` is not installed"
-)
+pytestmark = [
+    pytest.mark.deep,
+    pytest.mark.skipif(
+        importlib.util.find_spec("ray") is None, reason="the group `cluster` is not installed"
+    ),
+]
 NODES = Path(__file__).parent / "ray_nodes.py"
 COMMAND_SECONDS = 300  # a timeout against hanging, not a requirement on speed
 MISSING = "tiny-llm does not run on this cluster"
