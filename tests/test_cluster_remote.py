@@ -4,15 +4,20 @@ import asyncio
 import pickle
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tiny_llm.delivery import AsyncListener, Gathering
+from tiny_llm.layer_groups import group_layers
 from tiny_llm.outputs import RequestMetrics
+from tiny_llm.page_layout import PageLayout
 from tiny_llm.paged_batch import PagedBatchManager
+from tiny_llm.prefix_cache import TokenBlocks
 from tiny_llm.request_maker import RequestMaker
 
+from promises import policies
 from tiny_llm import (
     EngineCore,
     EngineDeadError,
@@ -27,7 +32,10 @@ from tiny_llm import (
 )
 from tiny_llm_cluster.calls import Accepted, Call, Failure, Refused
 from tiny_llm_cluster.remote_engine import RemoteEngine, ReplicaError
+from tiny_llm_cluster.remote_model import _new_stream
 from tiny_llm_cluster.remote_request import RemoteRequest
+from tiny_llm_routing.prompt_blocks import PromptBlocks
+from tiny_llm_routing.reports import read_report
 from tiny_llm_server import ServerConfig
 from tiny_llm_server.service import Service
 
@@ -90,7 +98,7 @@ class Bench:
         self.sent: list[Script] = []
         self.routing = Routing(*replicas)
         maker = RequestMaker(None, vocab_size=26, max_num_seqs=4, max_model_len=64)
-        self.engine = RemoteEngine(self._send, self.routing, maker, 4)
+        self.engine = RemoteEngine(self._send, self.routing, maker, partial(TokenBlocks, 4))
 
     def _send(self, call: Call) -> Script:
         self.calls.append(call)
@@ -252,6 +260,22 @@ def test_a_request_without_a_seed_gets_the_one_that_a_single_engine_would_give()
     expected = [core.manager.sequence(name).seed for name in "rst"]
     assert [call.prompts[0].seed for call in bench.calls] == expected
     assert len(set(expected)) == 3
+
+
+@pytest.mark.parametrize("windows", [(None,), (None, 5), (5, None), (None, 4, 7)])
+def test_the_ingress_hashes_a_prompt_as_replicas_do(windows: tuple[int | None, ...]) -> None:
+    """Oracle: what a replica's prefix cache keeps of the same prompt, also if layers have windows."""
+    groups = group_layers(windows)
+    manager = PagedBatchManager(80, 3, 4, policies=policies(True, prefix=True, groups=groups), groups=groups)
+    prompt = [*range(14)]
+    manager.add_request(prompt, "r", SamplingParams(max_tokens=1, cache_salt="s"))
+    manager.process_batch()
+    kept = read_report(manager, 0.0).hashes
+    layout = PageLayout(tuple(groups), 3, 64)
+    for salt, known in (("s", 4), ("", 0)):
+        blocks = PromptBlocks.of_stream(prompt, _new_stream(layout, salt))
+        assert len(blocks.hashes) == 4
+        assert len(kept.intersection(blocks.hashes)) == known
 
 
 @pytest.mark.parametrize("replicas", [(), ("a",)])

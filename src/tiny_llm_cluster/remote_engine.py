@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from tiny_llm.delivery import Item, Listener
 from tiny_llm.engine_core import sum_stats
+from tiny_llm.prefix_cache import TokenBlocks
 from tiny_llm.request_maker import RequestMaker
 
 from tiny_llm import (
@@ -69,17 +70,23 @@ class RemoteEngine:
     """Runs requests on replicas. Belongs to one event loop; only `stats` may be read elsewhere.
 
     maker: makes and checks
-    requests. block_size: of the replicas' pools. seed: the seeds of requests that have none follow from it
+    requests. new_stream: makes the empty stream of a prompt's
+    blocks from a salt. seed: the seeds of requests that have none follow from it
     and from their order here, as in a single engine.
     """
 
     def __init__(
-        self, send: Send, routing: Routed, maker: RequestMaker, block_size: int, seed: int = 0
+        self,
+        send: Send,
+        routing: Routed,
+        maker: RequestMaker,
+        new_stream: Callable[[str], TokenBlocks],
+        seed: int = 0,
     ) -> None:
         self._send = send
         self._routing = routing
         self._maker = maker
-        self._block_size = block_size
+        self._new_stream = new_stream
         self._seeds = count(seed, 1 << 20)  # as `EngineCore` gives them
         self._tasks: dict[str, asyncio.Task[None]] = {}  # the calls that have not ended, by request id
         self.is_draining = False
@@ -159,7 +166,7 @@ class RemoteEngine:
     def _call(self, requests: Sequence[RemoteRequest]) -> Call:
         """The call that carries requests; they have the same parameters."""
         first = requests[0]
-        blocks = PromptBlocks.of(first.prompt_token_ids, self._block_size, first.params.cache_salt)
+        blocks = PromptBlocks.of_stream(first.prompt_token_ids, self._new_stream(first.params.cache_salt))
         prompts = tuple(request.prompt_call(next(self._seeds)) for request in requests)
         return Call(prompts, first.params, first.visible, blocks)
 

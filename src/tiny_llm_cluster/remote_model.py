@@ -1,12 +1,16 @@
 """A model whose engine runs on replicas: the tokenizer and the description are here, the weights are not."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from tiny_llm.chat_prompts import ChatPrompts
 from tiny_llm.grammar_compiler import GrammarCompiler
 from tiny_llm.kv_pool import DTYPES
+from tiny_llm.layer_groups import group_layers
 from tiny_llm.loader import describe_model, load_chat_template
+from tiny_llm.page_layout import PageLayout
+from tiny_llm.prefix_cache import TokenBlocks
 from tiny_llm.request_maker import RequestMaker
 
 from tiny_llm import EngineConfig, SamplingParams
@@ -43,4 +47,14 @@ class RemoteModel:
             defaults=SamplingParams.from_options(**self.sampling_defaults),
             grammars=GrammarCompiler(self.tokenizer, model_config.vocab_size, model_config.eos_token_ids),
         )
-        self.engine = RemoteEngine(send, routing, maker, config.block_size, config.seed)
+        layout = PageLayout(
+            tuple(group_layers(model_config.windows)), config.block_size, config.max_num_batched_tokens
+        )
+        self.engine = RemoteEngine(send, routing, maker, partial(_new_stream, layout), config.seed)
+
+
+def _new_stream(layout: PageLayout, salt: str) -> TokenBlocks:
+    """The empty stream of the layers that keep all blocks of a prefix, or of the first ones if none does."""
+    kept = next((place for place, group in enumerate(layout.groups) if group.window is None), 0)
+    streams: list[TokenBlocks] = layout.streams(salt)
+    return streams[kept]

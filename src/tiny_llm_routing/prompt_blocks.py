@@ -36,9 +36,13 @@ class PromptBlocks:
         >>> len(same.hashes), len(same.hashes[0]), set(same.hashes) & set(other.hashes)
         (2, 8, set())
         """
-        stream = TokenBlocks(block_size, salt)
+        return cls.of_stream(token_ids, TokenBlocks(block_size, salt))
+
+    @classmethod
+    def of_stream(cls, token_ids: Sequence[int], stream: TokenBlocks) -> Self:
+        """Hash a prompt in a stream that is still empty and has the right salt."""
         stream.extend(token_ids)
-        return cls(tuple(map(short_hash, stream.hashes)), len(token_ids), block_size)
+        return cls(tuple(map(short_hash, stream.hashes)), len(token_ids), stream.block_size)
 
     def num_uncached(self, num_blocks: int) -> int:
         """Return how many tokens a replica computes that has the first `num_blocks` blocks cached.
