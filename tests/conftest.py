@@ -10,12 +10,16 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 import tiny_llm_kernels
 from tiny_llm import LLM
+
+if find_spec("ray") is None:  # the group `cluster` is not installed
+    collect_ignore = ["test_cluster_file.py", "test_cluster_remote.py"]
 
 MAX_PROCESSES = 8  # each loads the embedded model
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]

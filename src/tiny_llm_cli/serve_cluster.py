@@ -21,7 +21,7 @@ def serve_cluster(
         typer.Argument(help="The YAML file that says what to deploy.", metavar="CONFIG", show_default=False),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Only read and check the file; needs neither a cluster nor Ray.")
+        bool, typer.Option("--check", help="Only read and check the file; needs no cluster.")
     ] = False,
     restart: Annotated[
         bool,
@@ -60,6 +60,7 @@ def serve_cluster(
     serve --help`, with underscores; server has the others of a server; cluster says how many replicas of the
     engine run and what each gets; ingress, how many processes take the HTTP requests; http, where each
     machine listens. Each machine needs the same tiny-llm, Ray and Python, and the model under the same path.
+    Others must not reach Ray's ports, where anyone can run code: docs/cluster.md says how to protect them.
 
     The command returns when the replicas are ready, and they run on. RAY_ADDRESS names the cluster; without
     it, it is the one of this machine.
