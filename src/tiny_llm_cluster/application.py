@@ -143,9 +143,11 @@ def restart_replicas(engine_options: Mapping[str, Any], config: ClusterConfig) -
 
 
 def stop_here() -> None:
-    """Stop the replicas, and end Ray's processes on this machine; does nothing if they do not run."""
+    """End Ray's processes on this machine, replicas among them; does nothing if they do not run.
+
+    They end at once: drain first.
+    """
     if ray.is_initialized():
-        serve.shutdown()
         ray.shutdown()
 
 
