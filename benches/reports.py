@@ -15,10 +15,10 @@ from tiny_llm.block_events import BlockWatch
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.policies import Policies
 from tiny_llm.prefix_sharing import PrefixSharing
-from tiny_llm_routing.reports import MAX_HASHES, read_report
 
 import harness
 from tiny_llm import SamplingParams
+from tiny_llm_routing.reports import MAX_HASHES, read_report
 
 BLOCK, RUNNING = 16, 8
 PROMPT = 50  # blocks in a prompt

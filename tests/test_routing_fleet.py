@@ -16,12 +16,12 @@ from tiny_llm.policies import Policies
 from tiny_llm.prefix_cache import TokenBlocks
 from tiny_llm.prefix_sharing import PrefixSharing
 from tiny_llm.sampling_params import SamplingParams
-from tiny_llm_routing.reports import ReplicaReport, read_report
 
 from tiny_llm_routing.block_index import BlockIndex
 from tiny_llm_routing.fleet import Fleet
 from tiny_llm_routing.gauge import Gauge
 from tiny_llm_routing.prompt_blocks import PromptBlocks, short_hash
+from tiny_llm_routing.reports import ReplicaReport, read_report
 from tiny_model import examples
 
 STALENESS = 10.0

@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_llm_routing.reports import ReplicaReport
 
 from tiny_llm_routing.fleet import Fleet
 from tiny_llm_routing.policies import POLICIES, LeastLoaded, PrefixAware, RoundRobin, make_policy
 from tiny_llm_routing.prompt_blocks import PromptBlocks
+from tiny_llm_routing.reports import ReplicaReport
 from tiny_model import examples
 
 NAMES = [f"replica-{i}" for i in range(5)]

@@ -14,10 +14,10 @@ from tiny_llm.layer_groups import group_layers
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.prefix_cache import TokenBlocks
 from tiny_llm.sequence import SequenceState
-from tiny_llm_routing.reports import ReplicaReport, read_report
 
 from promises import policies
 from tiny_llm import SamplingParams
+from tiny_llm_routing.reports import ReplicaReport, read_report
 from tiny_model import examples, random_prompt, tiny_model
 
 Windows = tuple[int | None, ...]
