@@ -106,7 +106,8 @@ class Bench:
         return self.sent[-1]
 
     def request(self, request_id: str = "r", **params: Any) -> RemoteRequest:
-        return RemoteRequest(FakeState(request_id, SamplingParams(**params)), ())  # type: ignore[arg-type]
+        state: Any = FakeState(request_id, SamplingParams(**params))
+        return RemoteRequest(state, (), PromptBlocks.of(state.prompt_token_ids, 4))
 
     async def run(self, *requests: RemoteRequest) -> list[RequestEvent]:
         """Submit requests and return all their events. Raises what a server would see."""
@@ -216,6 +217,27 @@ def test_cancelling_ends_the_call_on_its_replica() -> None:
     asyncio.run(asyncio.wait_for(leave(), 30))
     assert bench.sent[0].is_cancelled
     assert bench.routing.told[-1] == ("ended", "r")
+
+
+def test_cancelling_before_a_replica_has_accepted_ends_the_call_there_too() -> None:
+    bench = Bench([forever])
+
+    async def leave() -> None:
+        accepted = bench.engine.submit([bench.request()], AsyncListener())
+        await asyncio.sleep(0.01)
+        assert bench.sent
+        bench.engine.cancel("r")
+        with pytest.raises(EngineStoppingError, match="cancelled"):
+            await asyncio.wrap_future(accepted)
+
+    asyncio.run(asyncio.wait_for(leave(), 30))
+    assert bench.sent[0].is_cancelled
+    assert bench.routing.told == [("ended", "r")]
+
+
+def test_a_replica_that_answers_nothing_is_not_waited_for() -> None:
+    bench = Bench([], [Accepted("b"), [event("r", reason="stop", ends=True)]])
+    assert [one.finish_reason for one in run(bench, bench.request())] == ["stop"]
 
 
 @pytest.mark.parametrize(("timeout", "reason"), [(None, "stop"), (0.01, "abort")])

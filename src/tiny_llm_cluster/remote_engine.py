@@ -69,10 +69,9 @@ Send = Callable[[Call], Stream]  # sends a call to a replica that the router cho
 class RemoteEngine:
     """Runs requests on replicas. Belongs to one event loop; only `stats` may be read elsewhere.
 
-    maker: makes and checks
-    requests. new_stream: makes the empty stream of a prompt's
-    blocks from a salt. seed: the seeds of requests that have none follow from it
-    and from their order here, as in a single engine.
+    send: sends a call to a replica that the router chooses. maker: makes and checks requests. new_stream:
+    makes the empty stream of a prompt's blocks from a salt. seed: the seeds of requests that have none follow
+    from it and from their order here, as in a single engine.
     """
 
     def __init__(
@@ -101,7 +100,9 @@ class RemoteEngine:
         visible: Collection[str] = (),
     ) -> RemoteRequest:
         """Make a request; raises as `Engine.request` does."""
-        return RemoteRequest(self._maker.request(prompt, params, request_id, visible), visible)
+        state = self._maker.request(prompt, params, request_id, visible)
+        stream = self._new_stream(state.params.cache_salt)
+        return RemoteRequest(state, visible, PromptBlocks.of_stream(state.prompt_token_ids, stream))
 
     def check_token_ids(self, tokens: Sequence[int]) -> list[int]:
         """As `Engine.check_token_ids`."""
@@ -127,7 +128,8 @@ class RemoteEngine:
         """
         self.check_admission()
         accepted: Future[None] = Future()
-        task = asyncio.get_running_loop().create_task(self._run(requests, deliver, accepted))
+        call = self._call(requests)
+        task = asyncio.get_running_loop().create_task(self._run(call, requests, deliver, accepted))
         for request in requests:
             self._tasks[request.request_id] = task
         return accepted
@@ -138,10 +140,9 @@ class RemoteEngine:
             task.cancel()
 
     async def _run(
-        self, requests: Sequence[RemoteRequest], deliver: Listener, accepted: Future[None]
+        self, call: Call, requests: Sequence[RemoteRequest], deliver: Listener, accepted: Future[None]
     ) -> None:
         """Run a call to its end, and deliver its events."""
-        call = self._call(requests)
         try:
             stream = await self._accepted(call)
             accepted.set_result(None)
@@ -166,9 +167,8 @@ class RemoteEngine:
     def _call(self, requests: Sequence[RemoteRequest]) -> Call:
         """The call that carries requests; they have the same parameters."""
         first = requests[0]
-        blocks = PromptBlocks.of_stream(first.prompt_token_ids, self._new_stream(first.params.cache_salt))
         prompts = tuple(request.prompt_call(next(self._seeds)) for request in requests)
-        return Call(prompts, first.params, first.visible, blocks)
+        return Call(prompts, first.params, first.visible, first.blocks)
 
     async def _accepted(self, call: Call) -> Stream:
         """Send a call until a replica accepts it; returns its further answers.
@@ -180,9 +180,12 @@ class RemoteEngine:
             stream = self._send(call)
             try:
                 first = await anext(stream)
-            except ReplicaError as error:  # its process ended, and the router knows
+            except (ReplicaError, StopAsyncIteration) as error:  # its process ended, and the router knows
                 refusal: TinyLLMError = NoReplicaError(f"no replica has taken the request: {error}")
                 continue
+            except BaseException:  # the client has left
+                stream.cancel()
+                raise
             if isinstance(first, Accepted):
                 return stream
             assert isinstance(first, Refused)

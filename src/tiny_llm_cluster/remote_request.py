@@ -8,6 +8,7 @@ from tiny_llm.output_processor import RequestState
 from tiny_llm.outputs import RequestMetrics, RequestUsage
 
 from tiny_llm import RequestEvent
+from tiny_llm_routing.prompt_blocks import PromptBlocks
 
 from .calls import PromptCall
 
@@ -15,14 +16,16 @@ from .calls import PromptCall
 class RemoteRequest:
     """A checked request; the replica has the completions' state, and this object counts their events.
 
-    state: the request as `RequestMaker` made it, at its start. visible: as in `Engine.request`.
+    state: the request as `RequestMaker` made it, at its start. visible: as in `Engine.request`. blocks: those
+    of its prompt.
     """
 
-    def __init__(self, state: RequestState, visible: Collection[str] = ()) -> None:
+    def __init__(self, state: RequestState, visible: Collection[str], blocks: PromptBlocks) -> None:
         self.request_id = state.request_id
         self.prompt_token_ids = state.prompt_token_ids
         self.params = state.params
         self.visible = tuple(visible)
+        self.blocks = blocks
         self._arrival = monotonic()
         self._num_completions: int = state.params.n
         self._unfinished = dict.fromkeys(range(self._num_completions))
