@@ -37,12 +37,14 @@ class EngineReplica:
         """Run a call: yield whether it is accepted, then the events of its requests as they come.
 
         Ends when all requests have ended. They are cancelled if the call is, or if the ingress has gone.
+        Raises the error of an engine that ends after it has accepted them.
         """
-        engine, listener = self._llm.engine, AsyncListener()
+        engine, listener, has_accepted = self._llm.engine, AsyncListener(), False
         unfinished = {prompt.request_id for prompt in call.prompts}
         try:
             requests = await asyncio.to_thread(self._requests, call)
             await asyncio.wrap_future(engine.submit(requests, listener))
+            has_accepted = True
             yield Accepted(self._name)
             while unfinished:
                 events = [_event(item) for item in await listener.next_items()]
@@ -50,6 +52,8 @@ class EngineReplica:
                 yield events
         except TinyLLMError as error:
             unfinished.clear()
+            if has_accepted:
+                raise
             yield Refused(self._name, error)
         finally:
             for request_id in unfinished:
