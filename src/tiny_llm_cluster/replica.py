@@ -63,11 +63,14 @@ class EngineReplica:
         """True: a replica that answers has loaded its model."""
         return True
 
-    def record_routing_stats(self) -> dict[str, Any]:
-        """What this replica has cached and has to do, for the router and `/metrics`; called by Serve."""
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """What this replica has cached and has to do, for the router and `/metrics`; called by Serve.
+
+        Waits for the end of a step, outside the event loop, which passes events on.
+        """
         engine, core, config = self._llm.engine, self._llm.core, self._llm.engine_config
         read = partial(read_report, core.manager, time(), max_waiting=config.max_num_waiting)
-        report = engine.call(read)
+        report = await asyncio.to_thread(engine.call, read)
         return {"report": report.as_message(), "stats": stats_message(engine.stats)}
 
     def check_health(self) -> None:
