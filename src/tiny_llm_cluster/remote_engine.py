@@ -53,7 +53,7 @@ class Stream(Protocol):
 
 
 class Routed(Protocol):
-    """What the engine tells the routing, and asks it; `request_router.Routing` is one."""
+    """What the engine tells the routing, and asks it; `routing.Routing` is one."""
 
     @property
     def stats(self) -> Mapping[str, EngineStats]: ...
@@ -69,10 +69,9 @@ Send = Callable[[Call], Stream]  # sends a call to a replica that the router cho
 class RemoteEngine:
     """Runs requests on replicas. Belongs to one event loop; only `stats` may be read elsewhere.
 
-    maker: makes and checks
-    requests. new_stream: makes the empty stream of a prompt's
-    blocks from a salt. seed: the seeds of requests that have none follow from it
-    and from their order here, as in a single engine.
+    maker: makes and checks requests. new_stream: makes the empty stream of a prompt's blocks from a salt.
+    seed: the seeds of requests that have none follow from it and from their order here, as in a single
+    engine.
     """
 
     def __init__(
@@ -122,8 +121,8 @@ class RemoteEngine:
     def submit(self, requests: Sequence[RemoteRequest], deliver: Listener) -> Future[None]:
         """Send requests to a replica, all to the same one; returns at once.
 
-        The future is done when a replica has accepted them. If one refuses because its queue is full, or ends
-        before it answers, the next best is tried, each replica once. `deliver` is called in the event loop.
+        The future is done when a replica has accepted them. If one is full, stops, or ends before it
+        answers, the next best is tried, each replica once. `deliver` is called in the event loop.
         """
         self.check_admission()
         accepted: Future[None] = Future()
