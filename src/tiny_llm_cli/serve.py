@@ -274,7 +274,7 @@ def serve(
         int,
         typer.Option(
             help="Engines that serve the requests, each in a process of its own with its own model and KV "
-            "pool; they share --threads. More than 1 needs Ray: pip install 'tiny-llm[cluster]'.",
+            "pool; they share --threads. More than 1 needs Ray: docs/cluster.md says how to install it.",
             min=1,
             rich_help_panel=_REPLICAS,
         ),

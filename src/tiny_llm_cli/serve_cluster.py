@@ -28,12 +28,14 @@ def serve_cluster(
         typer.Option(
             "--restart",
             help="Replace all processes by new ones, one after the other, with what the file says now; fails "
-            "if nothing runs. Requests that have been accepted are finished.",
+            "if nothing runs. Accepted requests have `grace` seconds to finish.",
         ),
     ] = False,
     stop: Annotated[
         bool,
-        typer.Option("--stop", help="Stop what runs on the cluster. Accepted requests may finish first."),
+        typer.Option(
+            "--stop", help="Stop what runs on the cluster. Accepted requests may finish, within `grace`."
+        ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the status at the end as one JSON object.")

@@ -23,7 +23,7 @@ from .routing import Routing
 APPLICATION, REPLICAS = "tiny-llm", "replicas"  # Serve's names of the application and of the deployment
 ROUTER = "tiny_llm_cluster.request_router.PrefixRouter"  # a class would be copied by value
 MAX_ONGOING = 1 << 20  # calls that Serve sends to a replica: the engine limits its queue itself
-OBJECT_STORE_BYTES = 128 << 20  # Ray's shared memory on this machine: only events travel
+OBJECT_STORE_BYTES = 128 << 20  # Ray's shared memory on this machine: calls go by gRPC, not through it
 
 
 class ClusterError(TinyLLMError):
@@ -57,7 +57,7 @@ def replicas_of(engine_options: Mapping[str, Any], config: ClusterConfig) -> ser
 
 @dataclass
 class Replicas:
-    """The running replicas: sends calls to them.
+    """The running replicas: sends calls to them by gRPC.
 
     handle: Serve's handle of their deployment. routing: what its router knows.
     """
@@ -134,7 +134,7 @@ def start_replicas(engine_options: Mapping[str, Any], config: ClusterConfig) -> 
 
 
 def restart_replicas(engine_options: Mapping[str, Any], config: ClusterConfig) -> None:
-    """Replace each replica by a new one, one after the other; returns when all are new.
+    """Replace the replicas by new ones, one or a fifth of them at a time; returns when all are new.
 
     A replica that stops takes no new calls, and has `config.grace` seconds to finish its own.
     """

@@ -22,7 +22,7 @@ class ClusterConfig:
     threads: threads of each replica's kernels; None: all processors that the replica sees.
     routing_policy: prefix, least-loaded or round-robin.
     report_period: seconds between two reports of a replica, about its load and the blocks that it caches.
-    max_staleness: seconds after which a report counts for nothing.
+    max_staleness: seconds after which a report is ignored.
     health_check_period: seconds between two checks of a replica.
     grace: seconds that a replica's requests have to finish when the replica is to stop.
     """

@@ -28,7 +28,7 @@ def load_model(engine_options: Mapping[str, Any], config: ClusterConfig) -> Remo
 
 
 def restart_on_hangup(engine_options: Mapping[str, Any], config: ClusterConfig) -> None:
-    """From now on, SIGHUP replaces all replicas by new ones, and no request is lost."""
+    """From now on, SIGHUP replaces all replicas by new ones, as `restart_replicas` does."""
 
     def restart() -> None:
         LOG.info("Restarting the replicas")

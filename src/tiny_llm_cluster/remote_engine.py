@@ -53,7 +53,7 @@ class Stream(Protocol):
 
 
 class Routed(Protocol):
-    """What the engine tells the routing, and asks it; `request_router.Routing` is one."""
+    """What the engine tells the routing, and asks it; `routing.Routing` is one."""
 
     @property
     def stats(self) -> Mapping[str, EngineStats]: ...
@@ -123,8 +123,8 @@ class RemoteEngine:
     def submit(self, requests: Sequence[RemoteRequest], deliver: Listener) -> Future[None]:
         """Send requests to a replica, all to the same one; returns at once.
 
-        The future is done when a replica has accepted them. If one refuses because its queue is full, or ends
-        before it answers, the next best is tried, each replica once. `deliver` is called in the event loop.
+        The future is done when a replica has accepted them. If one is full, stops, or ends before it
+        answers, the next best is tried, each replica once. `deliver` is called in the event loop.
         """
         self.check_admission()
         accepted: Future[None] = Future()

@@ -54,7 +54,7 @@ class RemoteModel:
 
 
 def _new_stream(layout: PageLayout, salt: str) -> TokenBlocks:
-    """The empty stream of the layers that keep all blocks of a prefix, or of the first ones if none does."""
+    """The empty stream of the layers without a window, or of the first group of layers if all have one."""
     kept = next((place for place, group in enumerate(layout.groups) if group.window is None), 0)
     streams: list[TokenBlocks] = layout.streams(salt)
     return streams[kept]

@@ -12,7 +12,7 @@ class BlockIndex:
     """The blocks that replicas have reported, and those that they are expected to have.
 
     A replica is a number from 0 on; small numbers keep the sets small. A block may be expected several times,
-    and is until each of them is taken back. Changes cost time in proportion to the blocks that change.
+    until each of them is taken back. Changes cost time in proportion to the blocks that change.
 
     Invariant: a hash has the bit of a replica if the replica has reported it or is expected to have it.
     """

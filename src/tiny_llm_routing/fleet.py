@@ -2,7 +2,7 @@
 
 It knows what replicas report and what the router itself has sent. Reports are late, so both are combined: a
 request counts as load from the moment at which it is routed, and its blocks as cached. What is older than
-`max_staleness` counts for nothing.
+`max_staleness` is ignored.
 """
 
 from collections import deque
@@ -15,7 +15,7 @@ from .gauge import Gauge
 from .prompt_blocks import PromptBlocks
 from .reports import ReplicaReport
 
-MAX_STALENESS = 10.0  # seconds: ten reports of one second each may be lost
+MAX_STALENESS = 10.0  # seconds: with a report each second, nine may be lost
 
 
 class _Computed(NamedTuple):
@@ -67,7 +67,7 @@ class Fleet:
     call. Each routed request must end (`ended`), or its load stays. Late calls are ignored: those for a
     replica that has left, or for a request that has ended.
 
-    Not thread-safe, and without locks: all calls must come from one thread, such as that of an event loop.
+    Not thread-safe, and without locks: callers in several threads need one.
     """
 
     def __init__(self, replicas: Iterable[str] = (), *, max_staleness: float = MAX_STALENESS) -> None:
@@ -188,6 +188,6 @@ class Fleet:
             self._index.report(replica.number, frozenset())
 
     def _confirm(self, replica: Replica, moment: float) -> None:
-        """Stop to expect the blocks of prompts that were computed by then."""
+        """Stop expecting the blocks of prompts that were computed by then."""
         while replica.computed and replica.computed[0].moment <= moment:
             self._index.take_back(replica.number, replica.computed.popleft().hashes)

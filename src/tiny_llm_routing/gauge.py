@@ -20,9 +20,9 @@ class Gauge:
     The replica reports the sum. The router adds and removes the items that it knows, and other routers may
     have added more. The value is:
 
-    - what the last report said,
-    - plus the amounts of the items that were added here after the report was made and are still there,
-    - less the amounts of those that were added before and removed after, but not less than 0 for both.
+    - what the last report said, less the amounts of the items that were added here before it was made and
+      removed after; at least 0,
+    - plus the amounts of the items that were added here after it was made and are still there.
 
     Without a report, or after `forget`, it is the sum of the router's own items. All methods are idempotent:
     adding an item again replaces it, and removing an unknown one does nothing. Times must not decrease.

@@ -45,7 +45,7 @@ class PromptBlocks:
         return cls(tuple(map(short_hash, stream.hashes)), len(token_ids), stream.block_size)
 
     def num_uncached(self, num_blocks: int) -> int:
-        """Return how many tokens a replica computes that has the first `num_blocks` blocks cached.
+        """Return how many tokens a replica must compute if it has the first `num_blocks` blocks cached.
 
         It is at least 1, because the engine always computes the last token of a prompt.
 

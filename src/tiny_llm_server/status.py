@@ -20,7 +20,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/health", response_model=Health)
     async def health(response: Response) -> Health:
-        """200 if requests are accepted; 503 while the model is loading or the server is draining."""
+        """200 if requests are accepted; 503 while the model loads, the server drains or no replica runs."""
         response.status_code = 200 if service.status is Status.READY else 503
         return Health(status=service.status.value)
 
