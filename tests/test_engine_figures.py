@@ -85,7 +85,7 @@ def model(stats: EngineStats, replicas: Mapping[str, EngineStats] | None = None)
     """A model that speculates, with these statistics. replicas: None for a single engine."""
     engine = SimpleNamespace(stats=stats)
     if replicas is not None:
-        engine.replica_stats = replicas
+        engine.replica_stats, engine.is_draining = replicas, False
     config = EngineConfig.from_options(speculative_config={"method": "ngram", "num_speculative_tokens": 3})
     return cast(ServedModel, SimpleNamespace(engine=engine, engine_config=config))
 

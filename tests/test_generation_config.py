@@ -171,14 +171,14 @@ def llm(folder: Path) -> LLM:
 def engine_params(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[SamplingParams]:
     """The parameters of every request that reaches the engine."""
     found: list[SamplingParams] = []
-    request = llm.engine.request
+    request = llm.engine._maker.request
 
     def watched(*arguments: Any) -> Any:
         made = request(*arguments)
         found.append(made.params)
         return made
 
-    monkeypatch.setattr(llm.engine, "request", watched)
+    monkeypatch.setattr(llm.engine._maker, "request", watched)
     return found
 
 

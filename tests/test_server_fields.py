@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import httpx2 as httpx
@@ -14,6 +15,7 @@ import openai
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from tiny_llm.loader import load_chat_template
 
 from chat_templates import PARTS, REASONING
 from served import Served, serving
@@ -321,8 +323,7 @@ def test_the_error_names_n_if_the_pool_is_too_small_for_it() -> None:
 
 
 def test_a_model_with_a_bad_template_names_the_file(tmp_path: Path) -> None:
-    from tiny_llm_ref.llm import _template_file
-
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert _template_file(tmp_path).name == "tokenizer_config.json"
-    assert issubclass(ModelFileError, ValueError)
+    tokenizer: Any = SimpleNamespace(chat_template="{% if %}", bos_token=None, eos_token=None)
+    with pytest.raises(ModelFileError, match=r"tokenizer_config\.json"):
+        load_chat_template(tmp_path, tokenizer, "auto")
