@@ -30,10 +30,11 @@ from tiny_llm import (
     SamplingParams,
     TinyLLMError,
 )
-from tiny_llm_cluster.calls import Accepted, Call, Failure, Refused
+from tiny_llm_cluster.calls import Accepted, Call, Failure, PromptCall, Refused
 from tiny_llm_cluster.remote_engine import RemoteEngine, ReplicaError
 from tiny_llm_cluster.remote_model import _new_stream
 from tiny_llm_cluster.remote_request import RemoteRequest
+from tiny_llm_cluster.routing import Routing as ClusterRouting
 from tiny_llm_routing.prompt_blocks import PromptBlocks
 from tiny_llm_routing.reports import read_report
 from tiny_llm_server import ServerConfig
@@ -81,6 +82,9 @@ class Routing:
         self.replicas = list(replicas)
         self.stats: dict[str, EngineStats] = {}
         self.told: list[tuple[str, str]] = []
+
+    def begin(self, call_id: str) -> None:
+        self.told.append(("begin", call_id))
 
     def started(self, call_id: str) -> None:
         self.told.append(("started", call_id))
@@ -139,7 +143,7 @@ async def forever() -> None:
 def test_events_arrive_in_order_and_the_routing_learns_of_the_first_token_and_of_the_end() -> None:
     bench = Bench([Accepted("a"), [event("r")], [event("r", reason="length", ends=True)]])
     assert [one.finish_reason for one in run(bench, bench.request())] == [None, "length"]
-    assert bench.routing.told == [("started", "r"), ("ended", "r")]
+    assert bench.routing.told == [("begin", "r"), ("started", "r"), ("ended", "r")]
     assert bench.sent[0].is_cancelled, "nothing of the call may stay on the replica"
 
 
@@ -166,7 +170,7 @@ def test_the_client_gets_the_error_if_all_replicas_are_full() -> None:
     bench = Bench(*([Refused(name, full)] for name in "aba"))
     with pytest.raises(QueueFullError, match="max_num_waiting is 2"):
         run(bench, bench.request())
-    assert bench.routing.told == [("ended", "r")]
+    assert bench.routing.told == [("begin", "r"), ("ended", "r")]
 
 
 def test_an_error_of_the_request_itself_is_not_tried_elsewhere() -> None:
@@ -232,7 +236,7 @@ def test_cancelling_before_a_replica_has_accepted_ends_the_call_there_too() -> N
 
     asyncio.run(asyncio.wait_for(leave(), 30))
     assert bench.sent[0].is_cancelled
-    assert bench.routing.told == [("ended", "r")]
+    assert bench.routing.told == [("begin", "r"), ("ended", "r")]
 
 
 def test_a_replica_that_answers_nothing_is_not_waited_for() -> None:
@@ -310,6 +314,21 @@ def test_a_server_without_replicas_is_unavailable_and_a_draining_one_is_draining
     assert service.status.value == ("ready" if replicas else "unavailable")
     asyncio.run(bench.engine.drain())
     assert service.status.value == "draining"
+
+
+@pytest.mark.parametrize("late", ["rank", "routed"])
+def test_a_call_that_has_ended_is_no_load_if_the_router_names_it_later(late: str) -> None:
+    """A client that leaves early: Serve's router works in another thread, and may be behind."""
+    routing = ClusterRouting()
+    routing.update({"a": {}})
+    call = Call((PromptCall("r", (1, 2, 3), 0),), SamplingParams(), (), PromptBlocks.of((1, 2, 3), 4))
+    [replica] = routing._fleet.replicas
+    routing.begin("r")
+    assert routing.rank(call) == ["a"]
+    assert (replica.queued_tokens.value, replica.unfinished.value) == (3, 1)
+    routing.ended("r")
+    routing.rank(call) if late == "rank" else routing.routed(call, "a")
+    assert (replica.queued_tokens.value, replica.unfinished.value) == (0, 0)
 
 
 def all_errors(base: type[TinyLLMError] = TinyLLMError) -> list[type[TinyLLMError]]:

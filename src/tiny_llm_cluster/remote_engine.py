@@ -59,6 +59,7 @@ class Routed(Protocol):
     def stats(self) -> Mapping[str, EngineStats]: ...
     @property
     def replicas(self) -> Sequence[str]: ...
+    def begin(self, call_id: str) -> None: ...
     def started(self, call_id: str) -> None: ...
     def ended(self, call_id: str) -> None: ...
 
@@ -71,7 +72,7 @@ class RemoteEngine:
 
     send: sends a call to a replica that the router chooses. maker: makes and checks requests. new_stream:
     makes the empty stream of a prompt's blocks from a salt. seed: the seeds of requests that have none follow
-    from it and from their order here, as in a single engine.
+    from it and from their order of arrival here.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class RemoteEngine:
         self.check_admission()
         accepted: Future[None] = Future()
         call = self._call(requests)
+        self._routing.begin(call.call_id)
         task = asyncio.get_running_loop().create_task(self._run(call, requests, deliver, accepted))
         for request in requests:
             self._tasks[request.request_id] = task

@@ -29,6 +29,7 @@ class Routing:
         self._policy = make_policy(policy)
         self._fleet = Fleet(max_staleness=max_staleness)
         self._stats: dict[str, EngineStats] = {}
+        self._calls: set[str] = set()  # begun and not ended: Serve's router may name a call after its end
         self._lock = Lock()
         self._now = 0.0
 
@@ -69,20 +70,26 @@ class Routing:
             self._fleet.remove(replica)
             self._stats = {name: stats for name, stats in self._stats.items() if name != replica}
 
+    def begin(self, call_id: str) -> None:
+        """Note that a call will be sent; until it has ended, it counts as load of its replica."""
+        with self._lock:
+            self._calls.add(call_id)
+
     def rank(self, call: Call) -> list[str]:
         """The replicas in the order in which the call should try them; it counts as load of the first."""
         with self._lock:
             now = self._time()
             names = self._policy.rank(call.blocks, self._fleet, now)
             names.sort(key=lambda name: name in call.refused_by)
-            if names:
+            if names and call.call_id in self._calls:
                 self._fleet.routed(call.call_id, call.blocks, names[0], now)
             return names
 
     def routed(self, call: Call, replica: str) -> None:
         """Note where a call went, which may be another replica than the first of its rank."""
         with self._lock:
-            self._fleet.routed(call.call_id, call.blocks, replica, self._time())
+            if call.call_id in self._calls:
+                self._fleet.routed(call.call_id, call.blocks, replica, self._time())
 
     def started(self, call_id: str) -> None:
         """Note that a call's first token came."""
@@ -92,6 +99,7 @@ class Routing:
     def ended(self, call_id: str) -> None:
         """Note that a call has ended, for any reason."""
         with self._lock:
+            self._calls.discard(call_id)
             self._fleet.ended(call_id, self._time())
 
     def _time(self) -> float:
