@@ -151,6 +151,32 @@ def test_without_a_prefix_cache_there_are_no_hashes() -> None:
         assert read_report(manager, 5.0) == ReplicaReport(5.0, frozenset(), 9, 0, 1, False)
 
 
+@settings(max_examples=examples(100), deadline=None)
+@given(seed=st.integers(0, 2**32), windows=st.sampled_from([(None,), (None, 5)]))
+def test_a_report_changes_no_step_and_no_page(seed: int, windows: Windows) -> None:
+    """Oracle: the same traffic without reports; and at every step free + held blocks are all blocks."""
+    draw, num_blocks = random.Random(seed), 24 * len(group_layers(windows))
+    asked, quiet = (make_manager(windows, num_blocks, swap_blocks=60) for _ in range(2))
+    for number in range(30):
+        prompt = random_prompt(draw.randint(0, 12), draw.randint(0, 1)) + random_prompt(3, number)
+        params = SamplingParams(max_tokens=draw.randint(1, 9))
+        for manager in (asked, quiet):
+            if number % 2:
+                manager.add_request(prompt, str(number), params)
+        read_report(asked, float(number))
+        for manager in (asked, quiet):
+            step(manager)
+        read_report(asked, float(number))
+        tables = [
+            [(one.seq_id, one.num_computed, *one.blocks) for one in (*manager.running, *manager.waiting)]
+            for manager in (asked, quiet)
+        ]
+        assert tables[0] == tables[1]
+        assert asked.prefix.hashes() == quiet.prefix.hashes()
+        held = {block for one in asked.running for block in one.blocks} | set(asked.prefix.blocks)
+        assert asked.allocator.num_free + len(held) == num_blocks
+
+
 # ---- the tokens that wait ----
 
 

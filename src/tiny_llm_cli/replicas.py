@@ -20,9 +20,9 @@ class Replicated:
 
     def load(self) -> "RemoteModel":
         """Start the replicas, and return the model that runs on them."""
-        from tiny_llm_cluster.local import load_model
+        from tiny_llm_cluster.local import load_remote_model
 
-        return load_model(self._engine_options, self._config)
+        return load_remote_model(self._engine_options, self._config)
 
     def __enter__(self) -> Self:
         """Start Ray. From now on, SIGHUP restarts the replicas."""

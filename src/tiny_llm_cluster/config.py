@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 from tiny_llm import ConfigError
-from tiny_llm_checkpoints.suggestions import check_fields
 from tiny_llm_routing.fleet import MAX_STALENESS
 from tiny_llm_routing.policies import POLICIES
 
@@ -36,12 +35,6 @@ class ClusterConfig:
     max_staleness: float = MAX_STALENESS
     health_check_period: float = 2.0
     grace: float = 30.0
-
-    @classmethod
-    def from_options(cls, **options: Any) -> Self:
-        """Make a config; an unknown option is an error that suggests the right name."""
-        check_fields(cls, options, "option", ConfigError)
-        return cls(**options)
 
     def __post_init__(self) -> None:
         for name in ("num_replicas", "threads"):

@@ -6,7 +6,7 @@ The HTTP server is this process; Ray Serve runs the replicas in processes of the
 import logging
 import signal
 from collections.abc import Mapping
-from threading import Thread
+from threading import Lock, Thread
 from types import FrameType
 from typing import Any
 
@@ -17,7 +17,7 @@ from .remote_model import RemoteModel
 LOG = logging.getLogger("uvicorn.error")  # the server's log
 
 
-def load_model(engine_options: Mapping[str, Any], config: ClusterConfig) -> RemoteModel:
+def load_remote_model(engine_options: Mapping[str, Any], config: ClusterConfig) -> RemoteModel:
     """Start the replicas on Ray, which runs already, and return the model that runs on them.
 
     Raises the errors of `LLM` for a model or options that cannot work, and `ClusterError`.
@@ -28,9 +28,15 @@ def load_model(engine_options: Mapping[str, Any], config: ClusterConfig) -> Remo
 
 
 def restart_on_hangup(engine_options: Mapping[str, Any], config: ClusterConfig) -> None:
-    """From now on, SIGHUP replaces all replicas by new ones, as `restart_replicas` does."""
+    """From now on, SIGHUP replaces all replicas by new ones, as `restart_replicas` does.
+
+    A signal during a restart does nothing.
+    """
+    restarting = Lock()
 
     def restart() -> None:
+        if not restarting.acquire(blocking=False):
+            return
         LOG.info("Restarting the replicas")
         try:
             restart_replicas(engine_options, config)
@@ -38,6 +44,8 @@ def restart_on_hangup(engine_options: Mapping[str, Any], config: ClusterConfig) 
             LOG.error("%s", error)
         else:
             LOG.info("All replicas have been restarted")
+        finally:
+            restarting.release()
 
     def handle(_: int, __: FrameType | None) -> None:
         Thread(target=restart, name="restart", daemon=True).start()

@@ -38,11 +38,6 @@ class RemoteRequest:
         return PromptCall(self.request_id, self.prompt_token_ids, seed if own is None else own)
 
     @property
-    def has_begun(self) -> bool:
-        """True once it has a token or a completion has ended."""
-        return self._num_tokens > 0 or len(self._unfinished) < self._num_completions
-
-    @property
     def is_finished(self) -> bool:
         """True when every completion has ended."""
         return not self._unfinished
