@@ -372,6 +372,7 @@ def test_a_host_that_this_machine_does_not_have_is_refused_in_one_line(host: str
         (["--demo", "--batching", "dense"], "leave --batching out"),
         (["--demo", "--preemption-mode", "recompute"], "leave --preemption-mode out"),
         (["--demo", "--no-live"], "leave --live out"),
+        (["--demo", "--replicas", "2"], "leave --replicas out"),
         (["--api-key", " sesame"], "must not start or end with white space"),
         (["--isolate-keys"], "--isolate-keys needs --api-key"),
         (["--num-blocks", "0"], "--num-blocks must be at least 1, not 0"),

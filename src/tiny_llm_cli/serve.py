@@ -378,7 +378,7 @@ def _keys_of(file: Path) -> Sequence[str]:
 
 def _check_demo(context: typer.Context) -> None:
     """Reject options that --demo would override, or that would leave nothing to see."""
-    for name in ("num_blocks", "kv_cache_memory", "preemption_mode", "batching", "live"):
+    for name in ("num_blocks", "kv_cache_memory", "preemption_mode", "batching", "live", "replicas"):
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
             option = "--" + name.replace("_", "-")
