@@ -31,7 +31,7 @@ from tiny_llm import (
     TinyLLMError,
 )
 from tiny_llm_cluster.calls import Accepted, Call, Failure, PromptCall, Refused
-from tiny_llm_cluster.remote_engine import RemoteEngine, ReplicaError
+from tiny_llm_cluster.remote_engine import MOST_ENDED, RemoteEngine, ReplicaEndedError, ReplicaError
 from tiny_llm_cluster.remote_model import _new_stream
 from tiny_llm_cluster.remote_request import RemoteRequest
 from tiny_llm_cluster.routing import Routing as ClusterRouting
@@ -181,12 +181,14 @@ def test_an_error_of_the_request_itself_is_not_tried_elsewhere() -> None:
 
 
 def test_a_replica_that_ends_before_it_accepts_loses_nothing() -> None:
-    bench = Bench([ReplicaError("ended")], [Accepted("b"), [event("r", reason="stop", ends=True)]])
+    bench = Bench([ReplicaEndedError("ended")], [Accepted("b"), [event("r", reason="stop", ends=True)]])
     assert [one.finish_reason for one in run(bench, bench.request())] == ["stop"]
 
 
 def test_a_replica_that_ends_in_the_middle_fails_the_unfinished_completions_only() -> None:
-    bench = Bench([Accepted("a"), [event("r", 0, reason="length")], [event("r", 1)], ReplicaError("gone")])
+    bench = Bench(
+        [Accepted("a"), [event("r", 0, reason="length")], [event("r", 1)], ReplicaEndedError("gone")]
+    )
     events = run(bench, bench.request(n=2))
     assert [(one.index, one.finish_reason) for one in events] == [(0, "length"), (1, None), (1, "error")]
     assert events[-1].error == "gone"
@@ -237,6 +239,21 @@ def test_cancelling_before_a_replica_has_accepted_ends_the_call_there_too() -> N
     asyncio.run(asyncio.wait_for(leave(), 30))
     assert bench.sent[0].is_cancelled
     assert bench.routing.told == [("begin", "r"), ("ended", "r")]
+
+
+def test_a_call_that_ends_its_replicas_does_not_end_all_of_them() -> None:
+    names = [f"replica-{i}" for i in range(9)]
+    bench = Bench(*([ReplicaEndedError("ended")] for _ in names), replicas=names)
+    with pytest.raises(EngineStoppingError, match="no replica has taken the request: ended"):
+        run(bench, bench.request())
+    assert len(bench.calls) == MOST_ENDED + 1
+
+
+def test_a_call_at_which_a_replica_fails_is_not_tried_elsewhere() -> None:
+    bench = Bench([ReplicaError("the replica failed: broken")])
+    with pytest.raises(ReplicaError, match="broken"):
+        run(bench, bench.request())
+    assert len(bench.calls) == 1
 
 
 def test_a_replica_that_answers_nothing_is_not_waited_for() -> None:

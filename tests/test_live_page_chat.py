@@ -178,6 +178,7 @@ def test_a_rejected_question_returns_to_its_field_and_leaves_the_conversation(
         expect_connected(page)
         send(page, FRANCE)
         expect(page.locator(figures)).to_contain_text("8 tokens")
+        expect_answered(page)  # until then, sending does nothing
         send(page, STORY, 16 * NUM_BLOCKS)
         refusal = page.locator(".message.refusal")
         expect(refusal).to_contain_text("exceed the context of 1536: lower “Max tokens”, or start a new chat")

@@ -17,7 +17,7 @@ from tiny_llm import TinyLLMError
 
 from .calls import Call
 from .config import ClusterConfig
-from .remote_engine import ReplicaError
+from .remote_engine import ReplicaEndedError, ReplicaError
 from .routing import Routing
 
 APPLICATION, REPLICAS = "tiny-llm", "replicas"  # Serve's names of the application and of the deployment
@@ -91,9 +91,9 @@ class RayStream:
         except RayTaskError as error:
             raise ReplicaError(f"the replica failed: {error.cause or error}") from error
         except RayActorError as error:
-            raise ReplicaError("the replica has ended") from error
+            raise ReplicaEndedError("the replica has ended") from error
         except RayError as error:
-            raise ReplicaError(f"the replica cannot be reached: {error}") from error
+            raise ReplicaEndedError(f"the replica cannot be reached: {error}") from error
 
     def cancel(self) -> None:
         """Cancel the call on its replica; does nothing if it has ended."""

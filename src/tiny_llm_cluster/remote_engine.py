@@ -35,8 +35,15 @@ from .remote_request import RemoteRequest
 ELSEWHERE = (QueueFullError, EngineStoppingError, EngineDeadError)  # another replica may take the call
 
 
+MOST_ENDED = 2  # replicas that may end before they answer a call: it may be the call that ends them
+
+
 class ReplicaError(TinyLLMError):
-    """An error of a replica: one that it reported, or the end of its process."""
+    """A replica has failed at a call; the same call would fail elsewhere."""
+
+
+class ReplicaEndedError(ReplicaError):
+    """A replica's process has ended, or cannot be reached."""
 
 
 class NoReplicaError(EngineStoppingError):
@@ -175,15 +182,20 @@ class RemoteEngine:
     async def _accepted(self, call: Call) -> Stream:
         """Send a call until a replica accepts it; returns its further answers.
 
-        A call that a replica refuses for lack of space, or because it stops, goes to the next one. Raises the
-        last such error when all have refused, and any other error of a replica at once.
+        A call that a replica refuses for lack of space, or because it stops, goes to the next one; so does a
+        call whose replica ends, but not more than `MOST_ENDED` times. Raises the last such error at the end,
+        and any other error of a replica at once.
         """
+        num_ended = 0
         for _ in range(len(self._routing.replicas) + 1):
             stream = self._send(call)
             try:
                 first = await anext(stream)
-            except (ReplicaError, StopAsyncIteration) as error:  # its process ended, and the router knows
+            except (ReplicaEndedError, StopAsyncIteration) as error:  # the router knows which one
                 refusal: TinyLLMError = NoReplicaError(f"no replica has taken the request: {error}")
+                num_ended += 1
+                if num_ended > MOST_ENDED:
+                    break
                 continue
             except BaseException:  # the client has left
                 stream.cancel()
@@ -209,7 +221,7 @@ class RemoteEngine:
                 has_started = True
             deliver([_item(event, known[event.request_id]) for event in events])
         if not all(request.is_finished for request in requests):
-            raise ReplicaError("the replica ended its answer too early")
+            raise ReplicaEndedError("the replica ended its answer too early")
 
     # The end, and figures.
 
