@@ -119,6 +119,22 @@ class NotedStream:
         self._stream.cancel()
 
 
+class NotedReplicas:
+    """Replicas of whose calls it is noted which replica has accepted them. replica_of: filled by call id."""
+
+    def __init__(self, replicas: Any, replica_of: dict[str, str]) -> None:
+        self._replicas = replicas
+        self._replica_of = replica_of
+
+    def send(self, call: Any) -> NotedStream:
+        """Send a call to a replica that the router chooses."""
+        return NotedStream(self._replicas.send(call), call.call_id, self._replica_of)
+
+    def open_stream(self, request: Any) -> Any:
+        """Open a shared stream of a replica."""
+        return self._replicas.open_stream(request)
+
+
 def ask_replicas(engine: Any, replica_of: dict[str, str]) -> Ask:
     """Ask replicas under Ray Serve. replica_of: has each request's replica once it is accepted."""
 
@@ -147,11 +163,7 @@ def replay_on_replicas(trace: Trace, num_replicas: int, threads: int, policy: st
     start_ray_here(config)
     try:
         replicas = start_replicas({}, config)
-
-        def send(call: Any) -> NotedStream:
-            return NotedStream(replicas.send(call), call.call_id, replica_of)
-
-        engine = RemoteModel({}, send, replicas.routing).engine
+        engine = RemoteModel({}, NotedReplicas(replicas, replica_of), replicas.routing).engine
         return asyncio.run(replay(trace, ask_replicas(engine, replica_of)))
     finally:
         stop_here()

@@ -30,8 +30,9 @@ from tiny_llm import (
     SamplingParams,
     TinyLLMError,
 )
-from tiny_llm_cluster.calls import Accepted, Call, Failure, PromptCall, Refused
-from tiny_llm_cluster.remote_engine import MOST_ENDED, RemoteEngine, ReplicaEndedError, ReplicaError
+from tiny_llm_cluster.answers import ReplicaEndedError, ReplicaError
+from tiny_llm_cluster.calls import Accepted, Call, Failure, Moved, OpenStream, PromptCall, Refused
+from tiny_llm_cluster.remote_engine import MOST_ENDED, RemoteEngine
 from tiny_llm_cluster.remote_model import _new_stream
 from tiny_llm_cluster.remote_request import RemoteRequest
 from tiny_llm_cluster.routing import Routing as ClusterRouting
@@ -94,20 +95,34 @@ class Routing:
 
 
 class Bench:
-    """An engine whose calls are answered by scripts, one after the other."""
+    """An engine whose calls are answered by scripts, one after the other.
 
-    def __init__(self, *scripts: Iterable[Answer], replicas: Iterable[str] = ("a", "b")) -> None:
+    shared: the scripts of shared streams, in the order in which they are opened; those after them are silent.
+    """
+
+    def __init__(
+        self,
+        *scripts: Iterable[Answer],
+        replicas: Iterable[str] = ("a", "b"),
+        shared: Iterable[Iterable[Answer]] = (),
+    ) -> None:
         self.scripts = deque(Script(script) for script in scripts)
+        self.shared = deque(Script(script) for script in shared)
         self.calls: list[Call] = []
         self.sent: list[Script] = []
+        self.opened: list[OpenStream] = []
         self.routing = Routing(*replicas)
         maker = RequestMaker(None, vocab_size=26, max_num_seqs=4, max_model_len=64)
-        self.engine = RemoteEngine(self._send, self.routing, maker, partial(TokenBlocks, 4))
+        self.engine = RemoteEngine(self, self.routing, maker, partial(TokenBlocks, 4))
 
-    def _send(self, call: Call) -> Script:
+    def send(self, call: Call) -> Script:
         self.calls.append(call)
         self.sent.append(self.scripts.popleft())
         return self.sent[-1]
+
+    def open_stream(self, request: OpenStream) -> Script:
+        self.opened.append(request)
+        return self.shared.popleft() if self.shared else Script([forever])
 
     def request(self, request_id: str = "r", **params: Any) -> RemoteRequest:
         state: Any = FakeState(request_id, SamplingParams(**params))

@@ -64,10 +64,10 @@ class Cluster:
         headers = {"Authorization": f"Bearer {KEY}"}
         return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=SECONDS)
 
-    def stream(self, prompt: str, **body: Any) -> "Streamed":
-        """Complete a prompt as a stream, and read it to its end."""
+    def stream(self, prompt: str, result: "Streamed | None" = None, **body: Any) -> "Streamed":
+        """Complete a prompt as a stream, and read it to its end. result: filled as the stream comes."""
         headers = {"Authorization": f"Bearer {KEY}"}
-        result, body = Streamed(), {"prompt": prompt, "stream": True, **body}
+        result, body = result or Streamed(), {"prompt": prompt, "stream": True, **body}
         with httpx.stream("POST", self.url + COMPLETE, json=body, headers=headers, timeout=SECONDS) as answer:
             for line in answer.iter_lines():
                 result.take(line)
@@ -240,10 +240,12 @@ def test_a_killed_replica_ends_its_own_streams_only_and_comes_back(cluster: Clus
     before = cluster.processes()
     assert len(before) == 2
     with ThreadPoolExecutor(len(prompts)) as pool:
-        streams = [pool.submit(cluster.stream, prompt, **LONG) for prompt in prompts]
-        until(lambda: _unfinished(cluster) == len(prompts), SECONDS)
+        ended = [Streamed() for _ in prompts]
+        streams = [pool.submit(cluster.stream, *each, **LONG) for each in zip(prompts, ended, strict=True)]
+        until(lambda: sum(bool(one.text) for one in ended) > 4, SECONDS)  # a replica runs 4
         os.kill(min(before), signal.SIGKILL)
-        ended = [stream.result() for stream in streams]
+        for stream in streams:
+            stream.result()
     failed = [one for one in ended if one.error is not None]
     assert 0 < len(failed) < len(prompts)
     assert all("replica" in one.error["message"] for one in failed if one.error is not None)

@@ -15,9 +15,9 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from tiny_llm import TinyLLMError
 
-from .calls import Call
+from .answers import ReplicaEndedError, ReplicaError
+from .calls import Call, OpenStream
 from .config import ClusterConfig
-from .remote_engine import ReplicaEndedError, ReplicaError
 from .routing import Routing
 
 APPLICATION, REPLICAS = "tiny-llm", "replicas"  # Serve's names of the application and of the deployment
@@ -69,11 +69,15 @@ class Replicas:
     def of(cls, handle: DeploymentHandle[Any]) -> Self:
         """The replicas behind a handle, when one of them answers. Blocks: not for an event loop."""
         handle.is_ready.remote().result()  # Serve makes the handle's router with the first call
-        return cls(handle.options(stream=True, method_name="run", _by_reference=False), Routing.of(REPLICAS))
+        return cls(handle.options(stream=True, _by_reference=False), Routing.of(REPLICAS))
 
     def send(self, call: Call) -> "RayStream":
         """Send a call to a replica that the router chooses."""
-        return RayStream(self.handle.remote(call))
+        return RayStream(self.handle.run.remote(call))
+
+    def open_stream(self, request: OpenStream) -> "RayStream":
+        """Open a shared stream of the replica that the request names."""
+        return RayStream(self.handle.events.remote(request))
 
 
 class RayStream:

@@ -1,7 +1,8 @@
 """What travels between the ingress and a replica: a call to a replica, and what it answers.
 
 A call carries the engine requests of one HTTP request. The replica answers with a stream: first whether it
-has accepted them, then lists of their events.
+has accepted them, then lists of their events. When the ingress has a shared stream there, the call says that
+it has moved, and its further events come in the shared one.
 """
 
 from collections.abc import Sequence
@@ -25,14 +26,15 @@ class Call:
     """The engine requests of one HTTP request; a replica accepts all of them or none.
 
     params: those of every prompt, but for the seed. visible: as in `Engine.request`. blocks: those of the
-    first prompt, by which the call is routed. refused_by: replicas that have refused it; it goes to them only
-    if there is no other.
+    first prompt, by which the call is routed. ingress: the name under which its sender opens shared streams.
+    refused_by: replicas that have refused it; it goes to them only if there is no other.
     """
 
     prompts: tuple[PromptCall, ...]
     params: SamplingParams
     visible: tuple[str, ...]
     blocks: PromptBlocks
+    ingress: str = ""
     refused_by: frozenset[str] = frozenset()
 
     @property
@@ -54,6 +56,25 @@ class Refused:
 
     replica: str
     error: TinyLLMError
+
+
+@dataclass(frozen=True)
+class OpenStream:
+    """Asks a replica for a stream of lists of events, of all calls of an ingress that move to it.
+
+    number: the ingress's own for the stream.
+    """
+
+    ingress: str
+    replica: str
+    number: int
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The last answer to a call whose further events come in the shared stream of this number."""
+
+    number: int
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Ingress:
 
 def _load(replicas: Any, engine_options: Mapping[str, Any]) -> RemoteModel:
     running = Replicas.of(replicas)
-    return RemoteModel(engine_options, running.send, running.routing)
+    return RemoteModel(engine_options, running, running.routing)
 
 
 def _log_to_stderr(level: str) -> None:

@@ -24,7 +24,7 @@ def load_remote_model(engine_options: Mapping[str, Any], config: ClusterConfig) 
     """
     replicas = start_replicas(engine_options, config)
     LOG.info("%d replicas are ready; SIGHUP restarts them one after the other", config.num_replicas)
-    return RemoteModel(engine_options, replicas.send, replicas.routing)
+    return RemoteModel(engine_options, replicas, replicas.routing)
 
 
 def restart_on_hangup(engine_options: Mapping[str, Any], config: ClusterConfig) -> None:

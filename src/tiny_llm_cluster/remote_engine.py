@@ -5,7 +5,7 @@ difference.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import count
@@ -29,34 +29,13 @@ from tiny_llm import (
 )
 from tiny_llm_routing.prompt_blocks import PromptBlocks
 
-from .calls import Accepted, Call, Failure, Refused
+from .answers import NoReplicaError, ReplicaEndedError, ReplicaError, Replicas, Stream
+from .calls import Accepted, Call, Events, Failure, Moved, Refused
 from .remote_request import RemoteRequest
+from .stream_readers import Inbox, StreamReaders
 
 ELSEWHERE = (QueueFullError, EngineStoppingError, EngineDeadError)  # another replica may take the call
-
-
 MOST_ENDED = 2  # replicas that may end before they answer a call: it may be the call that ends them
-
-
-class ReplicaError(TinyLLMError):
-    """A replica has failed at a call; the same call would fail elsewhere."""
-
-
-class ReplicaEndedError(ReplicaError):
-    """A replica's process has ended, or cannot be reached."""
-
-
-class NoReplicaError(EngineStoppingError):
-    """No replica can take a request now; one may in some seconds."""
-
-
-class Stream(Protocol):
-    """A replica's answers to a call; `DeploymentResponseGenerator` is one."""
-
-    def __aiter__(self) -> AsyncIterator[Any]: ...
-    async def __anext__(self) -> Any: ...
-    def cancel(self) -> None:
-        """Cancel the call on its replica."""
 
 
 class Routed(Protocol):
@@ -71,26 +50,24 @@ class Routed(Protocol):
     def ended(self, call_id: str) -> None: ...
 
 
-Send = Callable[[Call], Stream]  # sends a call to a replica that the router chooses
-
-
 class RemoteEngine:
     """Runs requests on replicas. Belongs to one event loop; only `stats` may be read elsewhere.
 
-    send: sends a call to a replica that the router chooses. maker: makes and checks requests. new_stream:
+    replicas: the way to them. routing: what their router knows. maker: makes and checks requests. new_stream:
     makes the empty stream of a prompt's blocks from a salt. seed: the seeds of requests that have none follow
     from it and from their order of arrival here.
     """
 
     def __init__(
         self,
-        send: Send,
+        replicas: Replicas,
         routing: Routed,
         maker: RequestMaker,
         new_stream: Callable[[str], TokenBlocks],
         seed: int = 0,
     ) -> None:
-        self._send = send
+        self._replicas = replicas
+        self._readers = StreamReaders(replicas.open_stream)
         self._routing = routing
         self._maker = maker
         self._new_stream = new_stream
@@ -152,11 +129,13 @@ class RemoteEngine:
         self, call: Call, requests: Sequence[RemoteRequest], deliver: Listener, accepted: Future[None]
     ) -> None:
         """Run a call to its end, and deliver its events."""
+        ids = [request.request_id for request in requests]
+        inbox = self._readers.add(ids)
         try:
-            stream = await self._accepted(call)
+            replica, stream = await self._accepted(call)
             accepted.set_result(None)
             try:
-                await self._deliver_all(call, stream, requests, deliver)
+                await self._deliver_all(call, self._events(replica, stream, inbox), requests, deliver)
             finally:
                 stream.cancel()
         except asyncio.CancelledError:
@@ -170,17 +149,18 @@ class RemoteEngine:
                 accepted.set_exception(error)
         finally:
             self._routing.ended(call.call_id)
-            for request in requests:
-                self._tasks.pop(request.request_id, None)
+            self._readers.remove(ids)
+            for request_id in ids:
+                self._tasks.pop(request_id, None)
 
     def _call(self, requests: Sequence[RemoteRequest]) -> Call:
         """The call that carries requests; they have the same parameters."""
         first = requests[0]
         prompts = tuple(request.prompt_call(next(self._seeds)) for request in requests)
-        return Call(prompts, first.params, first.visible, first.blocks)
+        return Call(prompts, first.params, first.visible, first.blocks, self._readers.ingress)
 
-    async def _accepted(self, call: Call) -> Stream:
-        """Send a call until a replica accepts it; returns its further answers.
+    async def _accepted(self, call: Call) -> tuple[str, Stream]:
+        """Send a call until a replica accepts it; returns the replica and its further answers.
 
         A call that a replica refuses for lack of space, or because it stops, goes to the next one; so does a
         call whose replica ends, but not more than `MOST_ENDED` times. Raises the last such error at the end,
@@ -188,7 +168,7 @@ class RemoteEngine:
         """
         num_ended = 0
         for _ in range(len(self._routing.replicas) + 1):
-            stream = self._send(call)
+            stream = self._replicas.send(call)
             try:
                 first = await anext(stream)
             except (ReplicaEndedError, StopAsyncIteration) as error:  # the router knows which one
@@ -201,7 +181,7 @@ class RemoteEngine:
                 stream.cancel()
                 raise
             if isinstance(first, Accepted):
-                return stream
+                return first.replica, stream
             assert isinstance(first, Refused)
             refusal = first.error
             if not isinstance(refusal, ELSEWHERE):
@@ -209,19 +189,35 @@ class RemoteEngine:
             call = replace(call, refused_by=call.refused_by | {first.replica})
         raise refusal
 
+    async def _events(self, replica: str, stream: Stream, inbox: Inbox) -> AsyncGenerator[Events, None]:
+        """The events of an accepted call: those of its own stream, then those that come in a shared one."""
+        self._readers.open(replica)
+        async for answer in stream:
+            if isinstance(answer, Moved):
+                self._readers.follow(replica, answer, inbox)
+                async for events in inbox.read():
+                    yield events
+            else:
+                yield answer
+
     async def _deliver_all(
-        self, call: Call, stream: Stream, requests: Sequence[RemoteRequest], deliver: Listener
+        self,
+        call: Call,
+        lists: AsyncGenerator[Events, None],
+        requests: Sequence[RemoteRequest],
+        deliver: Listener,
     ) -> None:
         """Deliver the events of an accepted call until its requests have ended."""
         known = {request.request_id: request for request in requests}
         has_started = False
-        async for events in stream:
+        async for events in lists:
             if not has_started:
                 self._routing.started(call.call_id)
                 has_started = True
             deliver([_item(event, known[event.request_id]) for event in events])
-        if not all(request.is_finished for request in requests):
-            raise ReplicaEndedError("the replica ended its answer too early")
+            if all(request.is_finished for request in requests):
+                return
+        raise ReplicaEndedError("the replica ended its answer too early")
 
     # The end, and figures.
 
@@ -233,6 +229,7 @@ class RemoteEngine:
             await asyncio.wait(tasks, timeout=timeout)
             self.stop()
             await asyncio.wait(tasks)
+        self._readers.close()
 
     def stop(self) -> None:
         """Refuse new requests and cancel all others."""

@@ -15,17 +15,18 @@ from tiny_llm.request_maker import RequestMaker
 
 from tiny_llm import EngineConfig, SamplingParams
 
-from .remote_engine import RemoteEngine, Routed, Send
+from .answers import Replicas
+from .remote_engine import RemoteEngine, Routed
 
 
 class RemoteModel:
     """A loaded model as the server uses it (`ServedModel`).
 
-    engine_options: the arguments of `LLM`, as the replicas get them. send, routing: as in `RemoteEngine`.
+    engine_options: the arguments of `LLM`, as the replicas get them. replicas, routing: as in `RemoteEngine`.
     Raises the errors of `LLM`.
     """
 
-    def __init__(self, engine_options: Mapping[str, Any], send: Send, routing: Routed) -> None:
+    def __init__(self, engine_options: Mapping[str, Any], replicas: Replicas, routing: Routed) -> None:
         options = dict(engine_options)
         model, content_format = (
             options.pop("model", None),
@@ -50,7 +51,7 @@ class RemoteModel:
         layout = PageLayout(
             tuple(group_layers(model_config.windows)), config.block_size, config.max_num_batched_tokens
         )
-        self.engine = RemoteEngine(send, routing, maker, partial(_new_stream, layout), config.seed)
+        self.engine = RemoteEngine(replicas, routing, maker, partial(_new_stream, layout), config.seed)
 
 
 def _new_stream(layout: PageLayout, salt: str) -> TokenBlocks:

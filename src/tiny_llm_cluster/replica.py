@@ -1,7 +1,7 @@
 """A replica: one engine in a process of its own, which Ray Serve starts, watches, drains and replaces."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from time import time
@@ -16,8 +16,9 @@ from tiny_llm.output_processor import RequestState
 from tiny_llm import LLM, RequestEvent, RequestFailedError, TinyLLMError
 from tiny_llm_routing.reports import read_report
 
-from .calls import Accepted, Call, Events, Failure, Refused
+from .calls import Accepted, Call, Events, Failure, Moved, OpenStream, Refused
 from .messages import stats_message
+from .shared_stream import SharedStreams
 
 
 class EngineReplica:
@@ -31,33 +32,46 @@ class EngineReplica:
         if threads is not None and compiled_available():
             compiled_kernel("set_num_threads")(threads)
         self._llm = LLM(**engine_options)
+        self._streams = SharedStreams()
         self._name = serve.get_replica_context().replica_id.unique_id
 
-    async def run(self, call: Call) -> AsyncGenerator[Accepted | Refused | Events, None]:
+    async def run(self, call: Call) -> AsyncGenerator[Accepted | Refused | Moved | Events, None]:
         """Run a call: yield whether it is accepted, then the events of its requests as they come.
 
-        Ends when all requests have ended. They are cancelled if the call is, or if the ingress has gone.
-        Raises the error of an engine that ends after it has accepted them.
+        When the ingress has a shared stream here, `Moved` is the last answer. Ends when all requests have
+        ended. They are cancelled if the call is, or if the ingress has gone.
         """
-        engine, listener, has_accepted = self._llm.engine, AsyncListener(), False
+        engine, listener, shared = self._llm.engine, AsyncListener(), None
         unfinished = {prompt.request_id for prompt in call.prompts}
         try:
             requests = await asyncio.to_thread(self._requests, call)
             await asyncio.wrap_future(engine.submit(requests, listener))
-            has_accepted = True
             yield Accepted(self._name)
             while unfinished:
-                events = [_event(item) for item in await listener.next_items()]
+                events = _events(await listener.next_items(), unfinished)
                 unfinished -= {event.request_id for event in events if _ends_request(event)}
-                yield events
+                if shared is None and (shared := self._streams.join(call.ingress)) is not None:
+                    yield Moved(shared.number)
+                if shared is None:
+                    yield events
+                else:
+                    shared.put(events)
         except TinyLLMError as error:
             unfinished.clear()
-            if has_accepted:
-                raise
             yield Refused(self._name, error)
+        except ConnectionError:
+            return  # the ingress has gone
         finally:
+            if shared is not None:
+                shared.leave()
             for request_id in unfinished:
                 engine.cancel(request_id)
+
+    async def events(self, request: OpenStream) -> AsyncGenerator[Events, None]:
+        """Open a shared stream, and yield its events. Ends at once if it was meant for another replica."""
+        if request.replica == self._name:
+            async for events in self._streams.read(request.ingress, request.number):
+                yield events
 
     def is_ready(self) -> bool:
         """True: a replica that answers has loaded its model."""
@@ -94,13 +108,17 @@ class EngineReplica:
         ]
 
 
-def _event(item: Item) -> RequestEvent | Failure:
-    """An item of the engine in a form that can travel. Raises the error that has ended the engine."""
-    if isinstance(item, RequestEvent):
-        return item
-    if isinstance(item, RequestFailedError):
-        return Failure(item.request_id, described(item.__cause__ or item))
-    raise item
+def _events(items: Sequence[Item], unfinished: Collection[str]) -> list[RequestEvent | Failure]:
+    """The engine's items in a form that can travel. The end of the engine ends all unfinished requests."""
+    events: list[RequestEvent | Failure] = []
+    for item in items:
+        if isinstance(item, RequestEvent):
+            events.append(item)
+        elif isinstance(item, RequestFailedError):
+            events.append(Failure(item.request_id, described(item.__cause__ or item)))
+        else:
+            events += [Failure(request_id, described(item)) for request_id in unfinished]
+    return events
 
 
 def _ends_request(event: RequestEvent | Failure) -> bool:

@@ -10,7 +10,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from tiny_llm_routing.fleet import MAX_STALENESS
 
-from .calls import Call
+from .calls import Call, OpenStream
 from .routing import Routing
 
 
@@ -36,22 +36,24 @@ class PrefixRouter(RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """The candidates in the order in which Serve should try them, one in each rank."""
-        call = None if pending_request is None else _call_of(pending_request)
-        if call is None:
-            return [candidate_replicas]
+        message = None if pending_request is None else _message_of(pending_request)
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        ranked = [name for name in self._routing.rank(call) if name in by_name]
+        if isinstance(message, Call):
+            ranked = [name for name in self._routing.rank(message) if name in by_name]
+        elif isinstance(message, OpenStream) and message.replica in by_name:
+            return [[by_name[message.replica]]]
+        else:
+            return [candidate_replicas]
         known = dict.fromkeys((*ranked, *by_name))  # then those that have not reached the fleet yet
         return [[by_name[name]] for name in known]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Serve when a replica has taken a call."""
-        call = _call_of(pending_request)
-        if call is not None:
-            self._routing.routed(call, replica_id.unique_id)
+        message = _message_of(pending_request)
+        if isinstance(message, Call):
+            self._routing.routed(message, replica_id.unique_id)
 
 
-def _call_of(pending_request: PendingRequest) -> Call | None:
-    """The call of a request to a replica; None for another method's."""
-    args = pending_request.args
-    return args[0] if args and isinstance(args[0], Call) else None
+def _message_of(pending_request: PendingRequest) -> Any:
+    """What a request carries to a replica; None for a method without arguments."""
+    return next(iter(pending_request.args), None)

@@ -1,0 +1,93 @@
+"""A replica's side of shared streams: one carries the events of many calls of an ingress.
+
+A message between processes costs more than the events in it. In one step all calls of an ingress get events,
+and a shared stream sends these as one message.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+
+from tiny_llm import RequestEvent
+
+from .calls import Events, Failure
+
+IDLE = 1.0  # seconds without a call after which a shared stream ends
+
+
+class SharedStream:
+    """The events of the calls that have joined it, for one reader. Belongs to one event loop.
+
+    number: the reader's name for it. It ends when no call has used it for `idle` seconds.
+    """
+
+    def __init__(self, number: int, idle: float = IDLE) -> None:
+        self.number = number
+        self.is_closed = False
+        self._idle = idle
+        self._num_calls = 0
+        self._events: list[RequestEvent | Failure] = []
+        self._changed = asyncio.Event()
+
+    def join(self) -> None:
+        """Add a call; until it leaves, the stream does not end by itself."""
+        self._num_calls += 1
+
+    def leave(self) -> None:
+        """Remove a call that has put its last events."""
+        self._num_calls -= 1
+        self._changed.set()  # the time without a call may begin
+
+    def put(self, events: Sequence[RequestEvent | Failure]) -> None:
+        """Add events of a call. Raises ConnectionError if the reader has gone."""
+        if self.is_closed:
+            raise ConnectionError("nobody reads the events")
+        self._events += events
+        self._changed.set()
+
+    async def read(self) -> AsyncGenerator[Events, None]:
+        """Yield what has been put since the last time, as one list. For one reader."""
+        try:
+            while True:
+                if self._events:
+                    events, self._events = self._events, []
+                    yield events
+                elif not await self._has_changed():
+                    return
+        finally:
+            self.is_closed = True
+
+    async def _has_changed(self) -> bool:
+        """Wait for events, or a call that leaves; False if no call has used the stream for too long."""
+        self._changed.clear()
+        if self._num_calls:
+            return await self._changed.wait()
+        try:
+            return await asyncio.wait_for(self._changed.wait(), self._idle)
+        except TimeoutError:
+            return bool(self._num_calls or self._events)
+
+
+class SharedStreams:
+    """The open stream of each ingress. Belongs to one event loop. idle: as in `SharedStream`."""
+
+    def __init__(self, idle: float = IDLE) -> None:
+        self._idle = idle
+        self._of: dict[str, SharedStream] = {}
+
+    async def read(self, ingress: str, number: int) -> AsyncGenerator[Events, None]:
+        """Open a stream and yield its events until it ends; the calls of the ingress can join it."""
+        self._of[ingress] = stream = SharedStream(number, self._idle)
+        try:
+            async for events in stream.read():
+                yield events
+        finally:
+            stream.is_closed = True  # also if its first event was not reached
+            if self._of.get(ingress) is stream:
+                del self._of[ingress]
+
+    def join(self, ingress: str) -> SharedStream | None:
+        """Add a call to the ingress's open stream; None if there is none."""
+        stream = self._of.get(ingress)
+        if stream is not None:
+            stream.join()
+        return stream
