@@ -31,7 +31,7 @@ from tiny_llm import (
     TinyLLMError,
 )
 from tiny_llm_cluster.answers import ReplicaEndedError, ReplicaError
-from tiny_llm_cluster.calls import Accepted, Call, Failure, Moved, OpenStream, PromptCall, Refused
+from tiny_llm_cluster.calls import Accepted, Call, Failure, OpenStream, PromptCall, Refused
 from tiny_llm_cluster.remote_engine import MOST_ENDED, RemoteEngine
 from tiny_llm_cluster.remote_model import _new_stream
 from tiny_llm_cluster.remote_request import RemoteRequest

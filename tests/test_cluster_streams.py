@@ -241,14 +241,17 @@ def test_calls_whose_stream_fails_get_its_error_after_their_events(error: Except
         streams = {name: one.join(readers) for name, one in of.items()}
         readers.follow("a", Moved(streams["a"].number), inboxes["on a"])
         readers.follow("b", Moved(streams["b"].number), inboxes["on b"])
-        streams["a"].put([event("on a"), event("late on a")])
+        streams["a"].put([event("on a", 1), event("late on a")])
+        await settle()
+        streams["a"].put([event("on a", 2)])
         await settle()
         replica.error.set_result(error)
         await settle()
         readers.open("a")  # a new stream of the same replica carries nothing of the old one's calls
         readers.follow("a", Moved(streams["a"].number), inboxes["late on a"])
         lists = inboxes["on a"].read()
-        assert await anext(lists) == [event("on a")]
+        assert await anext(lists) == [event("on a", 1)]
+        assert await anext(lists) == [event("on a", 2)]
         with pytest.raises(type(error), match=str(error)):
             await anext(lists)
         lists = inboxes["late on a"].read()
@@ -312,6 +315,7 @@ class Way:
         self.replica._llm = SimpleNamespace(engine=self.engine, close=lambda: None)
         self.replica._name, self.replica._streams = "a", SharedStreams(idle)
         self.error = asyncio.get_running_loop().create_future()
+        self.opened: list[Opened] = []
         routing: Any = SimpleNamespace(replicas=["a"], begin=str, started=str, ended=str)
         maker = RequestMaker(None, vocab_size=26, max_num_seqs=4, max_model_len=64)
         self.ingress = RemoteEngine(self, routing, maker, partial(TokenBlocks, 4))
@@ -321,7 +325,8 @@ class Way:
         return Opened(self.replica.run(call), asyncio.get_running_loop().create_future())
 
     def open_stream(self, request: OpenStream) -> Opened:
-        return Opened(self.replica.events(request), self.error)
+        self.opened.append(Opened(self.replica.events(request), self.error))
+        return self.opened[-1]
 
     async def begin(self, request_id: str) -> None:
         self.got[request_id] = []
@@ -371,11 +376,72 @@ def test_every_call_gets_all_its_events_once_and_in_order(seed: int, num_calls: 
             for name in [name for name in sent if sent[name] > 12]:
                 way.engine.deliver(name, event(name, sent.pop(name), USAGE))
         await way.ingress.drain()
+        assert way.opened
+        assert not way.ingress._readers._inboxes, "a server that runs for long must not keep them"
         for name in way.got:
             tokens = way.tokens(name)
             assert tokens == list(range(len(tokens)))
             if name not in cancelled and not way.has_failed(name):
                 assert len(tokens) == 14
             assert may_break or not way.has_failed(name)
+
+    run(check())
+
+
+def test_requests_of_an_ingress_that_has_gone_are_cancelled() -> None:
+    async def check() -> None:
+        way = Way(LATE)
+        await way.begin("r")
+        while not way.opened:
+            await asyncio.sleep(0)
+        await settle()
+        way.engine.deliver("r", event("r"))
+        await settle()
+        assert way.tokens("r") == [0]
+        way.opened[0].cancel()
+        await settle()
+        assert not way.engine.cancelled
+        way.engine.deliver("r", event("r", 1))
+        await settle()
+        assert way.engine.cancelled == {"r"}
+        await way.ingress.drain(0)
+
+    run(check())
+
+
+def test_a_stream_ends_after_its_last_call() -> None:
+    async def check() -> None:
+        way = Way(IDLE)
+        await way.begin("r")
+        while not way.replica._streams._of:
+            await asyncio.sleep(0)
+        way.engine.deliver("r", event("r", 0), event("r", 1, USAGE))
+        while way.replica._streams._of:
+            await asyncio.sleep(IDLE)
+        assert way.tokens("r") == [0, 1]
+        await way.ingress.drain()
+
+    run(check())
+
+
+def test_a_stream_that_was_meant_for_another_replica_ends_at_once() -> None:
+    async def check() -> None:
+        way = Way(LATE)
+        assert await events_of(way.replica.events(OpenStream("ingress", "b", 0))) == []
+        assert way.replica._streams.join("ingress") is None
+
+    run(check())
+
+
+def test_nothing_of_a_drained_ingress_stays() -> None:
+    async def check() -> None:
+        before = asyncio.all_tasks()
+        way = Way(LATE)
+        await way.begin("r")
+        await settle()
+        way.engine.deliver("r", event("r", 0, USAGE))
+        await way.ingress.drain()
+        await settle()
+        assert asyncio.all_tasks() == before
 
     run(check())

@@ -11,13 +11,13 @@ from tiny_llm import RequestEvent
 
 from .calls import Events, Failure
 
-IDLE = 1.0  # seconds without a call after which a shared stream ends
+IDLE = 1.0  # seconds of silence after which a shared stream without calls ends
 
 
 class SharedStream:
     """The events of the calls that have joined it, for one reader. Belongs to one event loop.
 
-    number: the reader's name for it. It ends when no call has used it for `idle` seconds.
+    number: the reader's name for it. idle: it ends when nothing came for so many seconds and no call uses it.
     """
 
     def __init__(self, number: int, idle: float = IDLE) -> None:
@@ -35,7 +35,6 @@ class SharedStream:
     def leave(self) -> None:
         """Remove a call that has put its last events."""
         self._num_calls -= 1
-        self._changed.set()  # the time without a call may begin
 
     def put(self, events: Sequence[RequestEvent | Failure]) -> None:
         """Add events of a call. Raises ConnectionError if the reader has gone."""
@@ -57,10 +56,8 @@ class SharedStream:
             self.is_closed = True
 
     async def _has_changed(self) -> bool:
-        """Wait for events, or a call that leaves; False if no call has used the stream for too long."""
+        """Wait for events, but not longer than `idle`; False if the stream has ended."""
         self._changed.clear()
-        if self._num_calls:
-            return await self._changed.wait()
         try:
             return await asyncio.wait_for(self._changed.wait(), self._idle)
         except TimeoutError:
