@@ -19,7 +19,7 @@ import tiny_llm_kernels
 from tiny_llm import LLM
 
 if find_spec("ray") is None:  # the group `cluster` is not installed
-    collect_ignore = ["test_cluster_file.py", "test_cluster_remote.py"]
+    collect_ignore = ["test_cluster_file.py", "test_cluster_remote.py", "test_cluster_streams.py"]
 
 MAX_PROCESSES = 8  # each loads the embedded model
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
