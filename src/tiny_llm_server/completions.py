@@ -13,21 +13,14 @@ from tiny_llm import Logprob, RequestEvent, RequestUsage
 from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
 
 from .answer_form import AnswerForm, plain_form
-from .answers import (
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    Usage,
-    new_head,
-    null_usage,
-    stop_reason_of,
-)
+from .answers import Completion, CompletionChoice, CompletionLogprobs, Usage, new_head
 from .bodies import JsonRoute
 from .request_log import track
 from .run import PromptEvent, Run
 from .schema import CompletionRequest
 from .service import Service, sampling_params
 from .sse import REQUEST_ID, STREAMED, EventStream, unless_disconnected
+from .stream_events import CompletionEvent, CompletionPart, null_usage, stop_reason_of
 from .token_names import name_of, offsets_in
 
 OBJECT: Literal["text_completion"] = "text_completion"
@@ -104,16 +97,16 @@ class _Work:
     async def whole(self, run: Run) -> Completion:
         """Wait for the whole answer."""
         await asyncio.to_thread(self._read_prompts, run.prompts)
-        choices: dict[int, list[CompletionChoice]] = {choice.index: [] for choice in self._choices}
+        choices: dict[int, list[CompletionPart]] = {choice.index: [] for choice in self._choices}
         async with aclosing(run.events()) as events:
             async for one in events:
-                choice = self._take(one)
-                choices[choice.index].append(choice)
+                part = self._take(one)
+                choices[part["index"]].append(part)
         return Completion(
             **self._head, choices=[_joined(parts) for parts in choices.values()], usage=Usage.of(self._usages)
         )
 
-    async def stream(self, run: Run) -> AsyncGenerator[Completion | None, None]:
+    async def stream(self, run: Run) -> AsyncGenerator[CompletionEvent | None, None]:
         """Yield an event for each new part of a choice; None after a time without events."""
         await asyncio.to_thread(self._read_prompts, run.prompts)
         options = self._body.stream_options
@@ -122,13 +115,13 @@ class _Work:
                 if not step:
                     yield None
                 for one in step:
-                    choice = self._take(one)
-                    if choice.text or choice.logprobs or choice.finish_reason:
-                        yield Completion(**self._head, object=OBJECT, choices=[choice], **self._no_usage)
+                    part = self._take(one)
+                    if part["text"] or part["logprobs"] or part["finish_reason"]:
+                        yield {**self._head, "object": OBJECT, "choices": [part], **self._no_usage}
         if options is not None and options.include_usage:
-            yield Completion(**self._head, object=OBJECT, choices=[], usage=Usage.of(self._usages))
+            yield {**self._head, "object": OBJECT, "choices": [], "usage": Usage.of(self._usages)}
 
-    def _take(self, one: PromptEvent) -> CompletionChoice:
+    def _take(self, one: PromptEvent) -> CompletionPart:
         event = one.event if self._body.max_tokens else _without_output(one.event)
         if event.usage is not None:
             self._usages.append(event.usage)
@@ -182,7 +175,7 @@ class _Choice:
         self._offset = 0
         self._detokenizer: Detokenizer | None = None
 
-    def take(self, event: RequestEvent, prompt: _PromptText, prompt_positions: Positions) -> CompletionChoice:
+    def take(self, event: RequestEvent, prompt: _PromptText, prompt_positions: Positions) -> CompletionPart:
         """Return what an event adds. prompt_positions: the prompt's log-probabilities, if requested."""
         text, tokens = event.text, event.token_ids
         positions: Positions = event.logprobs or ()
@@ -199,13 +192,13 @@ class _Choice:
                 )
         if positions:
             offsets += self._offsets(event.token_ids, self._detokenizer)
-        return CompletionChoice(
-            index=self.index,
-            text=text,
-            logprobs=self._logprobs(tokens, positions, offsets) if positions else None,
-            finish_reason=event.finish_reason,
+        return {
+            "index": self.index,
+            "text": text,
+            "logprobs": self._logprobs(tokens, positions, offsets) if positions else None,
+            "finish_reason": event.finish_reason,
             **stop_reason_of(event),
-        )
+        }
 
     def _offsets(self, tokens: tuple[int, ...], detokenizer: Detokenizer) -> list[int]:
         """Return the offsets of new tokens in the choice's text."""
@@ -259,13 +252,14 @@ def _prompts(body: CompletionRequest) -> list[PlainPrompt]:
     return list(prompt)
 
 
-def _joined(parts: list[CompletionChoice]) -> CompletionChoice:
+def _joined(parts: list[CompletionPart]) -> CompletionChoice:
     """Join the parts of a choice."""
-    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    logprobs = [part["logprobs"] for part in parts if part["logprobs"] is not None]
     whole = None
     if logprobs:
         fields = CompletionLogprobs.model_fields
         whole = CompletionLogprobs(
             **{name: [x for one in logprobs for x in getattr(one, name)] for name in fields}
         )
-    return parts[-1].model_copy(update={"text": "".join(part.text for part in parts), "logprobs": whole})
+    text = "".join(part["text"] for part in parts)
+    return CompletionChoice.model_validate({**parts[-1], "text": text, "logprobs": whole})

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from .errors import UNEXPECTED, api_error
@@ -47,7 +47,7 @@ class ClientDisconnectedError(Exception):
 class EventStream(Response):
     """Server-sent events, then `[DONE]`. An error in between is sent as the last event before `[DONE]`.
 
-    chunks: the events, each a model or JSON text; None sends a keep-alive comment. `chunks` is closed when
+    chunks: the events, each a dict or JSON text; None sends a keep-alive comment. `chunks` is closed when
     the client disconnects. end: called at the very end, even if `chunks` was never started.
     """
 
@@ -55,7 +55,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        chunks: AsyncGenerator[BaseModel | str | None, None],
+        chunks: AsyncGenerator[Mapping[str, object] | str | None, None],
         end: Callable[[], None] = lambda: None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
@@ -100,7 +100,7 @@ class EventStream(Response):
                 track_stream_error(scope, sent.body.error.code)
                 if sent.body.error.code == UNEXPECTED:
                     LOG.error("a stream failed", exc_info=error)
-                await _send_part(send, _event(sent.body))
+                await _send_part(send, _event(sent.body.model_dump()))
             self._is_open = False
             await _send_part(send, DONE, more=False)
 
@@ -131,10 +131,9 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _event(chunk: BaseModel | str) -> bytes:
-    # exclude_unset: events have only the fields that OpenAI sends
-    text = chunk if isinstance(chunk, str) else chunk.model_dump_json(exclude_unset=True)
-    return b"data: " + text.encode() + b"\n\n"
+def _event(chunk: Mapping[str, object] | str) -> bytes:
+    text = chunk.encode() if isinstance(chunk, str) else to_json(chunk, inf_nan_mode="null")
+    return b"data: " + text + b"\n\n"
 
 
 async def _send_part(send: Send, body: bytes, *, more: bool = True) -> None:
