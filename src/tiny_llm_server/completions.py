@@ -12,7 +12,7 @@ from tiny_llm.prompts import PlainPrompt
 from tiny_llm import Logprob, RequestEvent, RequestUsage
 from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
 
-from .answer_form import AnswerForm, plain_form
+from .answer_form import plain_form
 from .answers import Completion, CompletionChoice, CompletionLogprobs, Usage, new_head
 from .bodies import JsonRoute
 from .request_log import track
@@ -39,7 +39,7 @@ def router(service: Service) -> APIRouter:
         """Continue one or more prompts, each with `n` choices."""
         service.check(body, len(_prompts(body)))
         work = _Work(service, body, service.cache_salt(body, request))
-        prompts = await asyncio.to_thread(work.encoded)
+        prompts = await work.encoded()
         run = await service.begin(
             prompts,
             work.params,
@@ -73,7 +73,9 @@ class _Work:
             prompt_logprobs=echoed,
             cache_salt=cache_salt,
         )
-        self.form: AnswerForm | None = None
+        self.form = plain_form(body.form, body.form_field)
+        if self.form is not None:
+            self.params = replace(self.params, structured_outputs=self.form.params)
         self._head = new_head("cmpl", service.model_name)
         self._no_usage = null_usage(body.stream_options)
         self.id: str = self._head["id"]
@@ -82,21 +84,18 @@ class _Work:
         self._prompt_positions: dict[int, Positions] = {}
         self._usages: list[RequestUsage] = []
 
-    def encoded(self) -> list[PlainPrompt]:
-        """Set the form, and return the prompts for the engine, which adds special tokens to texts.
-
-        Called in a thread.
-        """
-        self.form = plain_form(self._body.form, self._body.form_field)
-        if self.form is not None:
-            self.params = replace(self.params, structured_outputs=self.form.params)
+    async def encoded(self) -> list[PlainPrompt]:
+        """Return the prompts for the engine, which adds special tokens to texts."""
         if self._body.add_special_tokens:
             return self.prompts
-        return [self.tokenizer.encode(one) if isinstance(one, str) else one for one in self.prompts]
+        encode = self.tokenizer.encode
+        return await asyncio.to_thread(
+            lambda: [encode(one) if isinstance(one, str) else one for one in self.prompts]
+        )
 
     async def whole(self, run: Run) -> Completion:
         """Wait for the whole answer."""
-        await asyncio.to_thread(self._read_prompts, run.prompts)
+        await self._read_prompts(run.prompts)
         choices: dict[int, list[CompletionPart]] = {choice.index: [] for choice in self._choices}
         async with aclosing(run.events()) as events:
             async for one in events:
@@ -108,7 +107,7 @@ class _Work:
 
     async def stream(self, run: Run) -> AsyncGenerator[CompletionEvent | None, None]:
         """Yield an event for each new part of a choice; None after a time without events."""
-        await asyncio.to_thread(self._read_prompts, run.prompts)
+        await self._read_prompts(run.prompts)
         options = self._body.stream_options
         async with aclosing(run.steps(self._service.config.keep_alive)) as steps:
             async for step in steps:
@@ -129,18 +128,16 @@ class _Work:
         choice = self._choices[one.prompt * self._body.n + event.index]
         return choice.take(event, self._prompt_texts[one.prompt], positions)
 
-    def _read_prompts(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Decode each prompt once, as far as its choices need it.
-
-        Called in a thread, because a long prompt takes a while.
-        """
+    async def _read_prompts(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """Decode each prompt once if its choices need it, in a thread: a long prompt takes a while."""
+        if self._body.logprobs is None and not self._body.echo:
+            self._prompt_texts = [_PromptText(self.tokenizer.stream())] * len(prompts)
+            return
         pairs = zip(self.prompts, prompts, strict=True)
-        self._prompt_texts = [self._prompt_text(prompt, tokens) for prompt, tokens in pairs]
+        self._prompt_texts = await asyncio.to_thread(lambda: [self._prompt_text(*pair) for pair in pairs])
 
     def _prompt_text(self, prompt: PlainPrompt, tokens: tuple[int, ...]) -> "_PromptText":
         skips, tokenizer = self._body.skip_special_tokens, self.tokenizer
-        if self._body.logprobs is None and not self._body.echo:
-            return _PromptText(tokenizer.stream())
         stream = tokenizer.stream(tokens, skip_special_tokens=skips)
         if not self._body.echo:
             return _PromptText(stream)

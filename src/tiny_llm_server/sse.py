@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from pydantic_core import to_json
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .errors import UNEXPECTED, api_error
 from .request_log import track_stream_error
@@ -84,7 +84,7 @@ class EventStream(Response):
         """
         while (await receive())["type"] != "http.disconnect":
             if self._is_open:
-                await _send_part(send, KEEP_ALIVE)
+                await send(_part(KEEP_ALIVE))
 
     async def _write(self, scope: Scope, send: Send) -> None:
         async with aclosing(self._chunks) as chunks:
@@ -92,7 +92,7 @@ class EventStream(Response):
             self._is_open = True
             try:
                 async for chunk in chunks:
-                    await _send_part(send, KEEP_ALIVE if chunk is None else _event(chunk))
+                    await send(_part(KEEP_ALIVE if chunk is None else _event(chunk)))
             except (asyncio.CancelledError, GeneratorExit):
                 raise
             except BaseException as error:  # including a panic in a library; the status has been sent already
@@ -100,9 +100,9 @@ class EventStream(Response):
                 track_stream_error(scope, sent.body.error.code)
                 if sent.body.error.code == UNEXPECTED:
                     LOG.error("a stream failed", exc_info=error)
-                await _send_part(send, _event(sent.body.model_dump()))
+                await send(_part(_event(sent.body.model_dump())))
             self._is_open = False
-            await _send_part(send, DONE, more=False)
+            await send(_part(DONE, more=False))
 
 
 async def unless_disconnected(request: Request, work: Coroutine[None, None, T], end: Callable[[], None]) -> T:
@@ -136,5 +136,5 @@ def _event(chunk: Mapping[str, object] | str) -> bytes:
     return b"data: " + text + b"\n\n"
 
 
-async def _send_part(send: Send, body: bytes, *, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": more})
+def _part(body: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": more}
