@@ -6,6 +6,7 @@ Oracles: the engine without HTTP, and OpenAI's API reference.
 import asyncio
 import itertools
 import json
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,7 +18,8 @@ import pytest
 from served import SECONDS, Served, serving, until
 from smollm2_server import CHAT, COMPLETE, FRANCE, client, generate_text, llm, sdk, served
 from tiny_llm import LLM, RequestEvent, SamplingParams
-from tiny_llm_server import ServerConfig
+from tiny_llm_server import ServerConfig, sse
+from tiny_llm_server.answers import TokenLogprob
 from tiny_llm_server.completions import _without_output
 
 __all__ = ["client", "llm", "sdk", "served"]
@@ -386,6 +388,15 @@ def test_the_events_of_a_completion_have_openais_fields(client: httpx.Client) ->
     assert all(set(choice) == fields for choice in choices[:-1])
     assert set(choices[-1]) == fields | {"stop_reason"}
     assert choices[-1]["stop_reason"] == " 7"
+
+
+def test_a_log_probability_of_minus_infinity_is_null_in_an_event() -> None:
+    logprob = TokenLogprob(token="a", logprob=-math.inf, bytes=[97])
+    event = {"top_logprobs": {"a": -math.inf}, "logprobs": logprob}
+    assert (
+        sse._event(event)
+        == b'data: {"top_logprobs":{"a":null},"logprobs":{"token":"a","logprob":null,"bytes":[97]}}\n\n'
+    )
 
 
 # Sampling parameters that a request leaves out.

@@ -2,13 +2,11 @@
 
 import time
 import uuid
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 
-from tiny_llm import RequestEvent, RequestUsage
-
-from .schema import StreamOptions
+from tiny_llm import RequestUsage
 
 
 class PromptTokensDetails(BaseModel):
@@ -39,19 +37,17 @@ class Usage(BaseModel):
         )
 
 
-def new_head(kind: str, model: str) -> dict[str, Any]:
+class Head(TypedDict):
+    """The fields common to an answer and all events of its stream."""
+
+    id: str
+    created: int
+    model: str
+
+
+def new_head(kind: str, model: str) -> Head:
     """Make the fields common to an answer and all events of its stream: a new id, the time, the model."""
     return {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-
-def null_usage(options: StreamOptions | None) -> dict[str, Any]:
-    """Return `usage` for an event before the last one: null if the request includes usage, else left out."""
-    return {"usage": None} if options is not None and options.include_usage else {}
-
-
-def stop_reason_of(event: RequestEvent) -> dict[str, Any]:
-    """Return vLLM's `stop_reason` for a choice; left out if there is none, as OpenAI has no such field."""
-    return {} if event.stop_reason is None else {"stop_reason": event.stop_reason}
 
 
 class Answer(BaseModel):
@@ -76,7 +72,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """One completion, or the part of it that an event adds."""
+    """One completion."""
 
     index: int
     text: str
@@ -86,7 +82,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(Answer):
-    """The answer of `/v1/completions`, and an event of its stream."""
+    """The answer of `/v1/completions`."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
@@ -165,50 +161,6 @@ class ChatCompletion(Answer):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage
-
-
-class FunctionDelta(BaseModel):
-    """The new part of a call. name: set in the call's first event only."""
-
-    name: str | None = None
-    arguments: str
-
-
-class ToolCallDelta(BaseModel):
-    """The new part of the call with this index. id, type: set in the call's first event only."""
-
-    index: int
-    id: str | None = None
-    type: Literal["function"] | None = None
-    function: FunctionDelta
-
-
-class ChatDelta(BaseModel):
-    """The new part of an answer. role: set in the first event only."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCallDelta] | None = None
-
-
-class ChatChunkChoice(BaseModel):
-    """The part of one answer that an event adds."""
-
-    index: int
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-
-
-class ChatCompletionChunk(Answer):
-    """An event of a chat's stream."""
-
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
 
 
 class ModelCard(BaseModel):

@@ -13,17 +13,12 @@ from tiny_llm import Logprob, RequestEvent, RequestUsage
 from .answer_form import AnswerForm
 from .answers import (
     ChatChoice,
-    ChatChunkChoice,
     ChatCompletion,
-    ChatCompletionChunk,
-    ChatDelta,
     ChatLogprobs,
     ChatTokenLogprob,
     TokenLogprob,
     Usage,
     new_head,
-    null_usage,
-    stop_reason_of,
 )
 from .bodies import JsonRoute
 from .chat_choice import ChatChoiceState
@@ -33,6 +28,7 @@ from .run import Run
 from .schema import ChatCompletionRequest
 from .service import Service, sampling_params
 from .sse import REQUEST_ID, STREAMED, EventStream, unless_disconnected
+from .stream_events import ChatDelta, ChatEvent, ChatPart, null_usage, stop_reason_of
 from .token_names import bytes_of
 from .tool_use import text_of, tool_use
 
@@ -130,7 +126,7 @@ class _Work:
         choices = [self._choice(index, events) for index, events in enumerate(answers)]
         return ChatCompletion(**self._head, choices=choices, usage=Usage.of(usages))
 
-    async def stream(self, run: Run) -> AsyncGenerator[ChatCompletionChunk | None, None]:
+    async def stream(self, run: Run) -> AsyncGenerator[ChatEvent | None, None]:
         """Yield the role of each choice, then events with its text; None after a time without events."""
         usages: list[RequestUsage] = []
         options = self._body.stream_options
@@ -142,35 +138,32 @@ class _Work:
                 elif not has_started:  # not earlier: clients measure the TTFT by this event
                     has_started = True
                     for index in range(self._body.n):
-                        delta = ChatDelta(role="assistant", content="")
-                        first = ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
-                        yield self._chunk(first)
+                        yield self._event(_part(index, {"role": "assistant", "content": ""}))
                 for one in step:
                     event = one.event
                     usages += [event.usage] if event.usage is not None else []
-                    for chunk in self._pieces(event):
-                        yield self._chunk(chunk)
+                    for part in self._parts(event):
+                        yield self._event(part)
         if options is not None and options.include_usage:
-            yield ChatCompletionChunk(**self._head, object=CHUNK, choices=[], usage=Usage.of(usages))
+            yield {**self._head, "object": CHUNK, "choices": [], "usage": Usage.of(usages)}
 
-    def _chunk(self, choice: ChatChunkChoice) -> ChatCompletionChunk:
-        return ChatCompletionChunk(**self._head, object=CHUNK, choices=[choice], **self._no_usage)
+    def _event(self, part: ChatPart) -> ChatEvent:
+        return {**self._head, "object": CHUNK, "choices": [part], **self._no_usage}
 
-    def _pieces(self, event: RequestEvent) -> Iterator[ChatChunkChoice]:
-        """Set only the fields that OpenAI sends: those with a value, and some that may be null."""
+    def _parts(self, event: RequestEvent) -> Iterator[ChatPart]:
         choice = self._choices[event.index]
         deltas = choice.take(event)
         if not deltas and not event.logprobs and not event.finish_reason:
             return
         for delta in deltas[:-1]:
-            yield ChatChunkChoice(index=event.index, delta=delta, logprobs=None, finish_reason=None)
-        yield ChatChunkChoice(
-            index=event.index,
-            delta=deltas[-1] if deltas else ChatDelta(),
-            logprobs=self._logprobs([event]),
-            finish_reason=choice.finish_reason,
+            yield _part(event.index, delta)
+        yield {
+            "index": event.index,
+            "delta": deltas[-1] if deltas else {},
+            "logprobs": self._logprobs([event]),
+            "finish_reason": choice.finish_reason,
             **stop_reason_of(event),
-        )
+        }
 
     def _choice(self, index: int, events: list[RequestEvent]) -> ChatChoice:
         choice, last = self._choices[index], events[-1]
@@ -203,3 +196,8 @@ class _Work:
     def _token(self, token: int, logprob: Logprob) -> TokenLogprob:
         raw = bytes_of(token, logprob.decoded_token, self._service.llm.tokenizer)
         return TokenLogprob(token=logprob.decoded_token, logprob=logprob.logprob, bytes=list(raw))
+
+
+def _part(index: int, delta: ChatDelta) -> ChatPart:
+    """Return a part without the log-probabilities and the end, which are in the last part of an event."""
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -7,7 +7,8 @@ from tiny_llm import RequestEvent
 from tiny_llm_checkpoints.answer_deltas import CallDelta, ContentDelta, Delta, ReasoningDelta
 from tiny_llm_checkpoints.answer_parser import AnswerParser
 
-from .answers import ChatDelta, ChatMessage, FunctionCall, FunctionDelta, ToolCall, ToolCallDelta
+from .answers import ChatMessage, FunctionCall, ToolCall
+from .stream_events import ChatDelta, ToolCallDelta
 
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
@@ -71,27 +72,29 @@ class ChatChoiceState:
         """Add a part to the message; return it as OpenAI streams it. A call starts with empty arguments."""
         if isinstance(delta, ContentDelta):
             self._content.append(delta.text)
-            return [ChatDelta(content=delta.text)]
+            return [{"content": delta.text}]
         if isinstance(delta, ReasoningDelta):
             if not self._shows_reasoning:
                 return []
             self._reasoning.append(delta.text)
-            return [ChatDelta(reasoning=delta.text, reasoning_content=delta.text)]
+            return [{"reasoning": delta.text, "reasoning_content": delta.text}]
         return self._added_call(delta)
 
     def _added_call(self, delta: CallDelta) -> list[ChatDelta]:
-        found = []
+        found: list[ChatDelta] = []
         if delta.name is not None:
             self._calls.append(_GrowingCall(self._new_id(), delta.name))
-            function = FunctionDelta(name=delta.name, arguments="")
-            first = ToolCallDelta(
-                index=delta.number, id=self._calls[-1].id, type="function", function=function
-            )
-            found.append(ChatDelta(tool_calls=[first]))
+            first: ToolCallDelta = {
+                "index": delta.number,
+                "id": self._calls[-1].id,
+                "type": "function",
+                "function": {"name": delta.name, "arguments": ""},
+            }
+            found.append({"tool_calls": [first]})
         if delta.arguments:
             self._calls[-1].arguments.append(delta.arguments)
-            more = ToolCallDelta(index=delta.number, function=FunctionDelta(arguments=delta.arguments))
-            found.append(ChatDelta(tool_calls=[more]))
+            more: ToolCallDelta = {"index": delta.number, "function": {"arguments": delta.arguments}}
+            found.append({"tool_calls": [more]})
         return found
 
     def _new_id(self) -> str:

@@ -12,22 +12,15 @@ from tiny_llm.prompts import PlainPrompt
 from tiny_llm import Logprob, RequestEvent, RequestUsage
 from tiny_llm_checkpoints.tokenizer import Detokenizer, Tokenizer
 
-from .answer_form import AnswerForm, plain_form
-from .answers import (
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    Usage,
-    new_head,
-    null_usage,
-    stop_reason_of,
-)
+from .answer_form import plain_form
+from .answers import Completion, CompletionChoice, CompletionLogprobs, Usage, new_head
 from .bodies import JsonRoute
 from .request_log import track
 from .run import PromptEvent, Run
 from .schema import CompletionRequest
 from .service import Service, sampling_params
 from .sse import REQUEST_ID, STREAMED, EventStream, unless_disconnected
+from .stream_events import CompletionEvent, CompletionPart, null_usage, stop_reason_of
 from .token_names import name_of, offsets_in
 
 OBJECT: Literal["text_completion"] = "text_completion"
@@ -46,7 +39,7 @@ def router(service: Service) -> APIRouter:
         """Continue one or more prompts, each with `n` choices."""
         service.check(body, len(_prompts(body)))
         work = _Work(service, body, service.cache_salt(body, request))
-        prompts = await asyncio.to_thread(work.encoded)
+        prompts = await work.encoded()
         run = await service.begin(
             prompts,
             work.params,
@@ -80,7 +73,9 @@ class _Work:
             prompt_logprobs=echoed,
             cache_salt=cache_salt,
         )
-        self.form: AnswerForm | None = None
+        self.form = plain_form(body.form, body.form_field)
+        if self.form is not None:
+            self.params = replace(self.params, structured_outputs=self.form.params)
         self._head = new_head("cmpl", service.model_name)
         self._no_usage = null_usage(body.stream_options)
         self.id: str = self._head["id"]
@@ -89,46 +84,43 @@ class _Work:
         self._prompt_positions: dict[int, Positions] = {}
         self._usages: list[RequestUsage] = []
 
-    def encoded(self) -> list[PlainPrompt]:
-        """Set the form, and return the prompts for the engine, which adds special tokens to texts.
-
-        Called in a thread.
-        """
-        self.form = plain_form(self._body.form, self._body.form_field)
-        if self.form is not None:
-            self.params = replace(self.params, structured_outputs=self.form.params)
+    async def encoded(self) -> list[PlainPrompt]:
+        """Return the prompts for the engine, which adds special tokens to texts."""
         if self._body.add_special_tokens:
             return self.prompts
-        return [self.tokenizer.encode(one) if isinstance(one, str) else one for one in self.prompts]
+        encode = self.tokenizer.encode
+        return await asyncio.to_thread(
+            lambda: [encode(one) if isinstance(one, str) else one for one in self.prompts]
+        )
 
     async def whole(self, run: Run) -> Completion:
         """Wait for the whole answer."""
-        await asyncio.to_thread(self._read_prompts, run.prompts)
-        choices: dict[int, list[CompletionChoice]] = {choice.index: [] for choice in self._choices}
+        await self._read_prompts(run.prompts)
+        choices: dict[int, list[CompletionPart]] = {choice.index: [] for choice in self._choices}
         async with aclosing(run.events()) as events:
             async for one in events:
-                choice = self._take(one)
-                choices[choice.index].append(choice)
+                part = self._take(one)
+                choices[part["index"]].append(part)
         return Completion(
             **self._head, choices=[_joined(parts) for parts in choices.values()], usage=Usage.of(self._usages)
         )
 
-    async def stream(self, run: Run) -> AsyncGenerator[Completion | None, None]:
+    async def stream(self, run: Run) -> AsyncGenerator[CompletionEvent | None, None]:
         """Yield an event for each new part of a choice; None after a time without events."""
-        await asyncio.to_thread(self._read_prompts, run.prompts)
+        await self._read_prompts(run.prompts)
         options = self._body.stream_options
         async with aclosing(run.steps(self._service.config.keep_alive)) as steps:
             async for step in steps:
                 if not step:
                     yield None
                 for one in step:
-                    choice = self._take(one)
-                    if choice.text or choice.logprobs or choice.finish_reason:
-                        yield Completion(**self._head, object=OBJECT, choices=[choice], **self._no_usage)
+                    part = self._take(one)
+                    if part["text"] or part["logprobs"] or part["finish_reason"]:
+                        yield {**self._head, "object": OBJECT, "choices": [part], **self._no_usage}
         if options is not None and options.include_usage:
-            yield Completion(**self._head, object=OBJECT, choices=[], usage=Usage.of(self._usages))
+            yield {**self._head, "object": OBJECT, "choices": [], "usage": Usage.of(self._usages)}
 
-    def _take(self, one: PromptEvent) -> CompletionChoice:
+    def _take(self, one: PromptEvent) -> CompletionPart:
         event = one.event if self._body.max_tokens else _without_output(one.event)
         if event.usage is not None:
             self._usages.append(event.usage)
@@ -136,18 +128,16 @@ class _Work:
         choice = self._choices[one.prompt * self._body.n + event.index]
         return choice.take(event, self._prompt_texts[one.prompt], positions)
 
-    def _read_prompts(self, prompts: Sequence[tuple[int, ...]]) -> None:
-        """Decode each prompt once, as far as its choices need it.
-
-        Called in a thread, because a long prompt takes a while.
-        """
+    async def _read_prompts(self, prompts: Sequence[tuple[int, ...]]) -> None:
+        """Decode each prompt once if its choices need it, in a thread: a long prompt takes a while."""
+        if self._body.logprobs is None and not self._body.echo:
+            self._prompt_texts = [_PromptText(self.tokenizer.stream())] * len(prompts)
+            return
         pairs = zip(self.prompts, prompts, strict=True)
-        self._prompt_texts = [self._prompt_text(prompt, tokens) for prompt, tokens in pairs]
+        self._prompt_texts = await asyncio.to_thread(lambda: [self._prompt_text(*pair) for pair in pairs])
 
     def _prompt_text(self, prompt: PlainPrompt, tokens: tuple[int, ...]) -> "_PromptText":
         skips, tokenizer = self._body.skip_special_tokens, self.tokenizer
-        if self._body.logprobs is None and not self._body.echo:
-            return _PromptText(tokenizer.stream())
         stream = tokenizer.stream(tokens, skip_special_tokens=skips)
         if not self._body.echo:
             return _PromptText(stream)
@@ -182,7 +172,7 @@ class _Choice:
         self._offset = 0
         self._detokenizer: Detokenizer | None = None
 
-    def take(self, event: RequestEvent, prompt: _PromptText, prompt_positions: Positions) -> CompletionChoice:
+    def take(self, event: RequestEvent, prompt: _PromptText, prompt_positions: Positions) -> CompletionPart:
         """Return what an event adds. prompt_positions: the prompt's log-probabilities, if requested."""
         text, tokens = event.text, event.token_ids
         positions: Positions = event.logprobs or ()
@@ -199,13 +189,13 @@ class _Choice:
                 )
         if positions:
             offsets += self._offsets(event.token_ids, self._detokenizer)
-        return CompletionChoice(
-            index=self.index,
-            text=text,
-            logprobs=self._logprobs(tokens, positions, offsets) if positions else None,
-            finish_reason=event.finish_reason,
+        return {
+            "index": self.index,
+            "text": text,
+            "logprobs": self._logprobs(tokens, positions, offsets) if positions else None,
+            "finish_reason": event.finish_reason,
             **stop_reason_of(event),
-        )
+        }
 
     def _offsets(self, tokens: tuple[int, ...], detokenizer: Detokenizer) -> list[int]:
         """Return the offsets of new tokens in the choice's text."""
@@ -259,13 +249,14 @@ def _prompts(body: CompletionRequest) -> list[PlainPrompt]:
     return list(prompt)
 
 
-def _joined(parts: list[CompletionChoice]) -> CompletionChoice:
+def _joined(parts: list[CompletionPart]) -> CompletionChoice:
     """Join the parts of a choice."""
-    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+    logprobs = [part["logprobs"] for part in parts if part["logprobs"] is not None]
     whole = None
     if logprobs:
         fields = CompletionLogprobs.model_fields
         whole = CompletionLogprobs(
             **{name: [x for one in logprobs for x in getattr(one, name)] for name in fields}
         )
-    return parts[-1].model_copy(update={"text": "".join(part.text for part in parts), "logprobs": whole})
+    text = "".join(part["text"] for part in parts)
+    return CompletionChoice.model_validate({**parts[-1], "text": text, "logprobs": whole})

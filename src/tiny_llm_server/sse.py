@@ -10,8 +10,8 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
+from pydantic_core import to_json
+from starlette.types import Message, Receive, Scope, Send
 
 from .errors import UNEXPECTED, api_error
 from .request_log import track_stream_error
@@ -47,7 +47,7 @@ class ClientDisconnectedError(Exception):
 class EventStream(Response):
     """Server-sent events, then `[DONE]`. An error in between is sent as the last event before `[DONE]`.
 
-    chunks: the events, each a model or JSON text; None sends a keep-alive comment. `chunks` is closed when
+    chunks: the events, each a dict or JSON text; None sends a keep-alive comment. `chunks` is closed when
     the client disconnects. end: called at the very end, even if `chunks` was never started.
     """
 
@@ -55,7 +55,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        chunks: AsyncGenerator[BaseModel | str | None, None],
+        chunks: AsyncGenerator[Mapping[str, object] | str | None, None],
         end: Callable[[], None] = lambda: None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
@@ -84,7 +84,7 @@ class EventStream(Response):
         """
         while (await receive())["type"] != "http.disconnect":
             if self._is_open:
-                await _send_part(send, KEEP_ALIVE)
+                await send(_part(KEEP_ALIVE))
 
     async def _write(self, scope: Scope, send: Send) -> None:
         async with aclosing(self._chunks) as chunks:
@@ -92,7 +92,7 @@ class EventStream(Response):
             self._is_open = True
             try:
                 async for chunk in chunks:
-                    await _send_part(send, KEEP_ALIVE if chunk is None else _event(chunk))
+                    await send(_part(KEEP_ALIVE if chunk is None else _event(chunk)))
             except (asyncio.CancelledError, GeneratorExit):
                 raise
             except BaseException as error:  # including a panic in a library; the status has been sent already
@@ -100,9 +100,9 @@ class EventStream(Response):
                 track_stream_error(scope, sent.body.error.code)
                 if sent.body.error.code == UNEXPECTED:
                     LOG.error("a stream failed", exc_info=error)
-                await _send_part(send, _event(sent.body))
+                await send(_part(_event(sent.body.model_dump())))
             self._is_open = False
-            await _send_part(send, DONE, more=False)
+            await send(_part(DONE, more=False))
 
 
 async def unless_disconnected(request: Request, work: Coroutine[None, None, T], end: Callable[[], None]) -> T:
@@ -131,11 +131,10 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _event(chunk: BaseModel | str) -> bytes:
-    # exclude_unset: events have only the fields that OpenAI sends
-    text = chunk if isinstance(chunk, str) else chunk.model_dump_json(exclude_unset=True)
-    return b"data: " + text.encode() + b"\n\n"
+def _event(chunk: Mapping[str, object] | str) -> bytes:
+    text = chunk.encode() if isinstance(chunk, str) else to_json(chunk, inf_nan_mode="null")
+    return b"data: " + text + b"\n\n"
 
 
-async def _send_part(send: Send, body: bytes, *, more: bool = True) -> None:
-    await send({"type": "http.response.body", "body": body, "more_body": more})
+def _part(body: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": more}
