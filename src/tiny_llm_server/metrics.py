@@ -6,6 +6,7 @@ events arrive.
 
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from time import monotonic
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -16,7 +17,6 @@ from tiny_llm import RequestEvent, RequestUsage
 
 from .engine_figures import EngineFigures
 from .served_model import ServedModel
-from .token_histogram import TokenHistogram
 
 FAST = (
     0.001,
@@ -55,13 +55,10 @@ class Metrics:
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "Seconds from arrival to the first token.", FAST
         )
-        self._itl = TokenHistogram(
-            "vllm:inter_token_latency_seconds",
-            "Seconds between consecutive tokens of a completion.",
-            FAST,
-            model_name,
+        self._itl = self._histogram(
+            "inter_token_latency_seconds", "Seconds between consecutive tokens of a completion.", FAST
         )
-        self._registry.register(self._itl)
+        self._itl_of = cache(self._itl.labels)  # called for each token
         self._queue = self._histogram(
             "request_queue_time_seconds", "Seconds from arrival until the request first runs.", SLOW
         )
@@ -100,7 +97,7 @@ class Metrics:
         """Record new tokens, `seconds` after the previous ones of the completion; None: its first tokens."""
         self.num_generation_tokens += count
         if seconds is not None:
-            self._itl.observe(seconds)
+            self._itl_of(self._model_name()).observe(seconds)
 
     def record_finish(self, reason: str, count: int = 1) -> None:
         """Record finished completions."""
@@ -137,9 +134,10 @@ class RequestStats:
         self._metrics = metrics
         self._start = monotonic()
         self._first_token: float | None = None
+        self._last_token = self._start
         self._unseen_prompts = dict(prompts)  # no token has come for these yet
         self._num_unfinished = len(prompts) * n
-        self._last: dict[tuple[str, int], float] = {}  # when the last token of each completion came
+        self._last: dict[tuple[str, int], float] = {}
 
     @property
     def ttft(self) -> float | None:
@@ -155,7 +153,7 @@ class RequestStats:
         num_decoded = self.num_output_tokens - len(self._last)
         if self._first_token is None or num_decoded < 1:
             return None
-        return num_decoded / max(1e-9, max(self._last.values()) - self._first_token)
+        return num_decoded / max(1e-9, self._last_token - self._first_token)
 
     def add(self, event: RequestEvent) -> None:
         """Count an event."""
@@ -172,20 +170,14 @@ class RequestStats:
         self._finish(reason, self._num_unfinished)
 
     def _add_tokens(self, event: RequestEvent, now: float) -> None:
-        completion, count = (event.request_id, event.index), len(event.token_ids)
-        before = self._last.get(completion)
-        if before is None:
-            self._start_completion(event.request_id, now)
-        self._metrics.record_tokens(count, None if before is None else now - before)
-        self._last[completion] = now
-        self.num_output_tokens += count
-
-    def _start_completion(self, request_id: str, now: float) -> None:
-        """Note that the first token of a completion has come."""
-        if (prompt_tokens := self._unseen_prompts.pop(request_id, None)) is not None:
+        completion = (event.request_id, event.index)
+        if (prompt_tokens := self._unseen_prompts.pop(event.request_id, None)) is not None:
             self._metrics.record_first_token(prompt_tokens, now - self._start)
-        if self._first_token is None:
-            self._first_token = now
+        before = self._last.get(completion)
+        self._metrics.record_tokens(len(event.token_ids), None if before is None else now - before)
+        self._last[completion] = self._last_token = now
+        self._first_token = now if self._first_token is None else self._first_token
+        self.num_output_tokens += len(event.token_ids)
 
     def _finish(self, reason: str, count: int) -> None:
         self._metrics.record_finish(reason, count)
