@@ -5,6 +5,7 @@ import pickle
 from collections import deque
 from collections.abc import Iterable
 from functools import partial
+from itertools import islice
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,7 +33,7 @@ from tiny_llm import (
 )
 from tiny_llm_cluster.answers import ReplicaEndedError, ReplicaError
 from tiny_llm_cluster.calls import Accepted, Call, Failure, OpenStream, PromptCall, Refused
-from tiny_llm_cluster.remote_engine import MOST_ENDED, RemoteEngine
+from tiny_llm_cluster.remote_engine import MOST_ENDED, RemoteEngine, seeds_of
 from tiny_llm_cluster.remote_model import _new_stream
 from tiny_llm_cluster.remote_request import RemoteRequest
 from tiny_llm_cluster.routing import Routing as ClusterRouting
@@ -113,7 +114,7 @@ class Bench:
         self.opened: list[OpenStream] = []
         self.routing = Routing(*replicas)
         maker = RequestMaker(None, vocab_size=26, max_num_seqs=4, max_model_len=64)
-        self.engine = RemoteEngine(self, self.routing, maker, partial(TokenBlocks, 4))
+        self.engine = RemoteEngine(self, self.routing, maker, partial(TokenBlocks, 4), seeds_of(0))
 
     def send(self, call: Call) -> Script:
         self.calls.append(call)
@@ -318,6 +319,11 @@ def test_a_request_without_a_seed_gets_the_one_that_a_single_engine_would_give()
     expected = [core.manager.sequence(name).seed for name in "rst"]
     assert [call.prompts[0].seed for call in bench.calls] == expected
     assert len(set(expected)) == 3
+
+
+def test_ingresses_share_the_seeds_of_one_engine() -> None:
+    seeds = [seed for place in range(3) for seed in islice(seeds_of(7, place, 3), 4)]
+    assert sorted(seeds) == [*islice(seeds_of(7), 12)]
 
 
 @pytest.mark.parametrize("windows", [(None,), (None, 5), (5, None), (None, 4, 7)])

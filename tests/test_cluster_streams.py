@@ -21,7 +21,7 @@ from tiny_llm.request_maker import RequestMaker
 from tiny_llm import RequestEvent, RequestFailedError, RequestUsage, SamplingParams
 from tiny_llm_cluster.answers import ReplicaEndedError
 from tiny_llm_cluster.calls import Call, Events, Moved, OpenStream
-from tiny_llm_cluster.remote_engine import RemoteEngine
+from tiny_llm_cluster.remote_engine import RemoteEngine, seeds_of
 from tiny_llm_cluster.remote_request import RemoteRequest
 from tiny_llm_cluster.replica import EngineReplica
 from tiny_llm_cluster.shared_stream import SharedStream, SharedStreams
@@ -318,7 +318,7 @@ class Way:
         self.opened: list[Opened] = []
         routing: Any = SimpleNamespace(replicas=["a"], begin=str, started=str, ended=str)
         maker = RequestMaker(None, vocab_size=26, max_num_seqs=4, max_model_len=64)
-        self.ingress = RemoteEngine(self, routing, maker, partial(TokenBlocks, 4))
+        self.ingress = RemoteEngine(self, routing, maker, partial(TokenBlocks, 4), seeds_of(0))
         self.got: dict[str, list[Item]] = {}
 
     def send(self, call: Call) -> Opened:

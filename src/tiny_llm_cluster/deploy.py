@@ -155,7 +155,9 @@ def _application(deployment: Deployment) -> serve.Application:
         health_check_period_s=cluster.health_check_period,
     )
     replicas = replicas_of(deployment.engine, cluster)
-    return deployed.bind(replicas, dict(deployment.engine), deployment.server, ingress.log_level)
+    return deployed.bind(
+        replicas, dict(deployment.engine), deployment.server, ingress.log_level, ingress.num_replicas
+    )
 
 
 def _start_serve(http: HttpConfig) -> None:

@@ -22,13 +22,20 @@ class Ingress:
     """The class of the ingress's deployment; it is ready when a replica is.
 
     replicas: Serve's handle of the replicas' deployment. engine_options: as the replicas get them.
+    num_ingresses: how many ingresses there are.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, replicas: Any, engine_options: Mapping[str, Any], config: ServerConfig, log_level: str
+        self,
+        replicas: Any,
+        engine_options: Mapping[str, Any],
+        config: ServerConfig,
+        log_level: str,
+        num_ingresses: int,
     ) -> None:
         _log_to_stderr(log_level)
-        self._model = await asyncio.to_thread(_load, replicas, engine_options)
+        place = serve.get_replica_context().rank.rank
+        self._model = await asyncio.to_thread(_load, replicas, engine_options, place, num_ingresses)
         self._app = make_app(lambda: self._model, config)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -44,9 +51,9 @@ class Ingress:
             await asyncio.sleep(MOMENT)
 
 
-def _load(replicas: Any, engine_options: Mapping[str, Any]) -> RemoteModel:
+def _load(replicas: Any, engine_options: Mapping[str, Any], place: int, num_ingresses: int) -> RemoteModel:
     running = Replicas.of(replicas)
-    return RemoteModel(engine_options, running, running.routing)
+    return RemoteModel(engine_options, running, running.routing, place, num_ingresses)
 
 
 def _log_to_stderr(level: str) -> None:

@@ -5,7 +5,7 @@ difference.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import count
@@ -54,8 +54,8 @@ class RemoteEngine:
     """Runs requests on replicas. Belongs to one event loop; only `stats` may be read elsewhere.
 
     replicas: the way to them. routing: what their router knows. maker: makes and checks requests. new_stream:
-    makes the empty stream of a prompt's blocks from a salt. seed: the seeds of requests that have none follow
-    from it and from their order of arrival here.
+    makes the empty stream of a prompt's blocks from a salt. seeds: for requests that have none, in order of
+    their arrival here.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class RemoteEngine:
         routing: Routed,
         maker: RequestMaker,
         new_stream: Callable[[str], TokenBlocks],
-        seed: int = 0,
+        seeds: Iterator[int],
     ) -> None:
         self._replicas = replicas
         self._readers = StreamReaders(replicas.open_stream)
         self._routing = routing
         self._maker = maker
         self._new_stream = new_stream
-        self._seeds = count(seed, 1 << 20)  # as `EngineCore` gives them
+        self._seeds = seeds
         self._tasks: dict[str, asyncio.Task[None]] = {}  # the calls that have not ended, by request id
         self.is_draining = False
 
@@ -260,6 +260,14 @@ class RemoteEngine:
     def watch_blocks(self, watcher: Callable[[PoolChange], None]) -> Callable[[], object]:
         """Not possible: the pools are elsewhere. Raises ValueError."""
         raise ValueError("the blocks of replicas cannot be watched")
+
+
+def seeds_of(seed: int, place: int = 0, num_ingresses: int = 1) -> Iterator[int]:
+    """The seeds of requests without one, as `EngineCore` makes them from its own.
+
+    Ingresses share them: each takes those of its place, so that no two requests get the same.
+    """
+    return count(seed + (place << 20), num_ingresses << 20)
 
 
 def _item(event: RequestEvent | Failure, request: RemoteRequest) -> Item:

@@ -16,17 +16,24 @@ from tiny_llm.request_maker import RequestMaker
 from tiny_llm import EngineConfig, SamplingParams
 
 from .answers import Replicas
-from .remote_engine import RemoteEngine, Routed
+from .remote_engine import RemoteEngine, Routed, seeds_of
 
 
 class RemoteModel:
     """A loaded model as the server uses it (`ServedModel`).
 
     engine_options: the arguments of `LLM`, as the replicas get them. replicas, routing: as in `RemoteEngine`.
-    Raises the errors of `LLM`.
+    place: that of this ingress among `num_ingresses`, from 0. Raises the errors of `LLM`.
     """
 
-    def __init__(self, engine_options: Mapping[str, Any], replicas: Replicas, routing: Routed) -> None:
+    def __init__(
+        self,
+        engine_options: Mapping[str, Any],
+        replicas: Replicas,
+        routing: Routed,
+        place: int = 0,
+        num_ingresses: int = 1,
+    ) -> None:
         options = dict(engine_options)
         model, content_format = (
             options.pop("model", None),
@@ -51,7 +58,13 @@ class RemoteModel:
         layout = PageLayout(
             tuple(group_layers(model_config.windows)), config.block_size, config.max_num_batched_tokens
         )
-        self.engine = RemoteEngine(replicas, routing, maker, partial(_new_stream, layout), config.seed)
+        self.engine = RemoteEngine(
+            replicas,
+            routing,
+            maker,
+            partial(_new_stream, layout),
+            seeds_of(config.seed, place, num_ingresses),
+        )
 
 
 def _new_stream(layout: PageLayout, salt: str) -> TokenBlocks:
