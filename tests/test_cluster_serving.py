@@ -3,131 +3,30 @@
 All tests share one server, because Ray takes long to start. A replica runs 4 sequences and queues 2 requests.
 """
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
+from replicated_server import COMPLETE, KEY, START_SECONDS, Cluster, Streamed
 from served import SECONDS, until
 from tiny_llm import LLM, SamplingParams
 
 pytest.importorskip("ray", reason="needs the group cluster: pdm sync -G cluster")
 
-KEY = "a-key-for-all-replicas"
 CAPACITY = 2 * (4 + 2)
-START_SECONDS = 300.0  # Ray starts several processes, each of which imports much
 LONG = {"max_tokens": 160, "ignore_eos": True, "temperature": 0}
-COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
-
-
-class Cluster:
-    """The command, its log, and clients of its server."""
-
-    def __init__(self, keys: Path) -> None:
-        command = [sys.executable, "-m", "tiny_llm_cli", "serve", "--port", "0", "--replicas", "2"]
-        command += ["--num-blocks", "512", "--max-num-seqs", "4", "--max-num-waiting", "2"]
-        command += ["--generation-config", "vllm", "--api-key-file", str(keys)]
-        self.popen = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        self.lines: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
-        until(lambda: self.has_line("Listening on"), START_SECONDS)
-        [line] = [line for line in self.lines if "Listening on" in line]
-        self.url = line.split("Listening on ")[1].split(" ")[0]
-        until(self.is_ready, START_SECONDS)
-
-    def _read(self) -> None:
-        assert self.popen.stdout is not None
-        with self.popen.stdout as output:
-            self.lines.extend(output)
-
-    def has_line(self, text: str) -> bool:
-        return any(text in line for line in self.lines)
-
-    def is_ready(self) -> bool:
-        assert self.popen.poll() is None, "".join(self.lines)
-        return httpx.get(f"{self.url}/health", timeout=SECONDS).status_code == 200
-
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        headers = {"Authorization": f"Bearer {KEY}"}
-        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=SECONDS)
-
-    def stream(self, prompt: str, result: "Streamed | None" = None, **body: Any) -> "Streamed":
-        """Complete a prompt as a stream, and read it to its end. result: filled as the stream comes."""
-        headers = {"Authorization": f"Bearer {KEY}"}
-        result, body = result or Streamed(), {"prompt": prompt, "stream": True, **body}
-        with httpx.stream("POST", self.url + COMPLETE, json=body, headers=headers, timeout=SECONDS) as answer:
-            for line in answer.iter_lines():
-                result.take(line)
-        return result
-
-    def replicas(self) -> set[str]:
-        """The replicas' names in the metrics."""
-        answer = httpx.get(f"{self.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=SECONDS)
-        samples = [one for family in text_string_to_metric_families(answer.text) for one in family.samples]
-        return {one.labels["replica"] for one in samples if one.name == "vllm:num_requests_running"}
-
-    def processes(self) -> set[int]:
-        """The ids of the replicas' processes, all of them below the command's."""
-        parents, found = {}, set()
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                name = (folder / "cmdline").read_text()
-            except OSError:  # not a process, or it has ended
-                continue
-            parents[int(folder.name)] = int(fields[1])
-            if name.startswith("ray::ServeReplica") and fields[0] != "Z":
-                found.add(int(folder.name))
-        return {one for one in found if self.popen.pid in _ancestors(one, parents)}
-
-
-def _ancestors(process: int, parents: dict[int, int]) -> list[int]:
-    above = []
-    while process in parents:
-        process = parents[process]
-        above.append(process)
-    return above
-
-
-class Streamed:
-    """What came of a stream: its text, its finish reason, an error, and whether it had its proper end."""
-
-    def __init__(self) -> None:
-        self.text, self.is_done = "", False
-        self.reason: str | None = None
-        self.error: dict[str, Any] | None = None
-
-    def take(self, line: str) -> None:
-        data = line.removeprefix("data: ")
-        if data == "[DONE]":
-            self.is_done = True
-        elif data and not data.startswith(":"):
-            event = json.loads(data)
-            self.error = event.get("error", self.error)
-            for choice in event.get("choices", ()):
-                self.text += choice["text"]
-                self.reason = choice["finish_reason"] or self.reason
+CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    keys = tmp_path_factory.mktemp("keys") / "keys"
-    keys.write_text(f"# for the tests\n{KEY}\n")
-    keys.chmod(0o600)
-    cluster = Cluster(keys)
+    cluster = Cluster(tmp_path_factory.mktemp("keys"))
     try:
         yield cluster
     finally:
@@ -297,13 +196,4 @@ def test_a_client_that_leaves_ends_its_request_on_the_replica(cluster: Cluster) 
     headers = {"Authorization": f"Bearer {KEY}"}
     with httpx.stream("POST", cluster.url + COMPLETE, json=body, headers=headers, timeout=SECONDS) as answer:
         assert next(answer.iter_lines()).startswith("data: ")
-    until(lambda: _unfinished(cluster) == 0, SECONDS)
-
-
-def _unfinished(cluster: Cluster) -> float:
-    """The sequences that run or wait on all replicas; a load need not be spread evenly."""
-    answer = httpx.get(f"{cluster.url}/metrics", headers={"Authorization": f"Bearer {KEY}"}, timeout=SECONDS)
-    samples = [one for family in text_string_to_metric_families(answer.text) for one in family.samples]
-    time.sleep(0.2)
-    names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-    return sum(one.value for one in samples if one.name in names)
+    until(lambda: cluster.num_unfinished() == 0, SECONDS)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -162,6 +163,42 @@ def test_requests_are_aborted_after_the_grace_period() -> None:
             rest = [line for line in lines if line]
         assert '"finish_reason":"abort"' in rest[-2]
         assert server.exit_code(SECONDS) == 0
+
+
+def test_a_failure_drains_like_a_signal_and_is_raised_at_the_end() -> None:
+    app = make_app(lambda: LLM(num_blocks=64, max_num_seqs=2))
+    server = GracefulServer(app, "127.0.0.1", 0, log_level="warning")
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.run)
+        until(lambda: app.state.service.status.value == "ready" and bool(server.servers))
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS) as client:
+            with client.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                server.fail(TinyLLMError("a part of it is gone"), SECONDS)
+                until(lambda: app.state.service.status.value == "draining")
+                assert client.post("/v1/completions", json=BODY).status_code == 503
+                rest = [line for line in lines if line]
+            assert rest[-1] == "data: [DONE]"
+            assert '"finish_reason":"length"' in rest[-2]
+        with pytest.raises(TinyLLMError, match="a part of it is gone"):
+            running.result(SECONDS)
+
+
+def test_a_failure_while_the_server_drains_changes_nothing() -> None:
+    with serving(lambda: LLM(num_blocks=64, max_num_seqs=2)) as here:
+        with (
+            here.client() as client,
+            client.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as answer,
+        ):
+            lines = answer.iter_lines()
+            next(lines)
+            here.server.handle_exit(signal.SIGTERM, None)
+            until(lambda: here.service.status.value == "draining")
+            here.server.fail(TinyLLMError("a part of it is gone"), 0.0)
+            rest = [line for line in lines if line]
+        assert '"finish_reason":"length"' in rest[-2]
 
 
 def test_the_same_seed_gives_the_same_answers_after_a_restart() -> None:

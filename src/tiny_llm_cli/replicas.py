@@ -1,5 +1,6 @@
 """`tiny-llm serve --replicas`: several engines behind one server, each in a process of its own."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -17,12 +18,19 @@ class Replicated:
     def __init__(self, engine: EngineOptions, replicas: int, policy: str, grace: float, seed: int) -> None:
         self._engine_options: dict[str, Any] = {**asdict(engine), "seed": seed}
         self._config = _config(replicas, policy, grace)
+        self._end_watch: Callable[[], None] = lambda: None
 
     def load(self) -> "RemoteModel":
         """Start the replicas, and return the model that runs on them."""
         from tiny_llm_cluster.local import load_remote_model
 
         return load_remote_model(self._engine_options, self._config)
+
+    def watch(self, fail: Callable[[Exception, float], object]) -> None:
+        """Have `fail` called if Ray ends, with the error and the seconds that requests have to finish."""
+        from tiny_llm_cluster.local import watch_ray
+
+        self._end_watch = watch_ray(fail)
 
     def __enter__(self) -> Self:
         """Start Ray. From now on, SIGHUP restarts the replicas."""
@@ -39,6 +47,7 @@ class Replicated:
         """Stop the replicas."""
         from tiny_llm_cluster.application import stop_here
 
+        self._end_watch()
         stop_here()
 
 

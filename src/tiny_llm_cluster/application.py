@@ -7,8 +7,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
+import psutil  # the copy in Ray
 import ray
 from ray import serve
+from ray._private import auto_init_hook
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -23,6 +25,7 @@ from .routing import Routing
 APPLICATION, REPLICAS = "tiny-llm", "replicas"  # Serve's names of the application and of the deployment
 ROUTER = "tiny_llm_cluster.request_router.PrefixRouter"  # a class would be copied by value
 MAX_ONGOING = 1 << 20  # calls that Serve sends to a replica: the engine limits its queue itself
+NEEDED = ("gcs_server", "raylet")  # Ray's processes that it does not start again
 OBJECT_STORE_BYTES = 128 << 20  # Ray's shared memory on this machine: calls go by gRPC, not through it
 
 
@@ -111,6 +114,7 @@ def start_ray_here(config: ClusterConfig) -> None:
     Call it in the main thread: Ray's processes end with the thread that started them.
     """
     silence_ray()
+    auto_init_hook.enable_auto_connect = False  # otherwise a late call would start Ray again
     with explaining("Ray cannot start"):
         ray.init(
             address="local",  # not a cluster that runs on this machine already
@@ -146,13 +150,24 @@ def restart_replicas(engine_options: Mapping[str, Any], config: ClusterConfig) -
         serve.run(replicas_of(engine_options, config), name=APPLICATION, route_prefix=None)
 
 
+def ended_process() -> str | None:
+    """The name of a process of Ray on this machine that has ended and is needed; None if all run."""
+    node = ray._private.worker._global_node
+    ended = () if node is None else {name for name, _ in node.dead_processes()}
+    return next((name for name in NEEDED if name in ended), None)
+
+
 def stop_here() -> None:
     """End Ray's processes on this machine, replicas among them; does nothing if they do not run.
 
     They end at once: drain first.
     """
     if ray.is_initialized():
+        started = psutil.Process().children(recursive=True)
         ray.shutdown()
+        for process in started:  # without its GCS server, Ray leaves some behind for a minute
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 @contextmanager

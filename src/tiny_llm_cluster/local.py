@@ -5,16 +5,18 @@ The HTTP server is this process; Ray Serve runs the replicas in processes of the
 
 import logging
 import signal
-from collections.abc import Mapping
-from threading import Lock, Thread
+from collections.abc import Callable, Mapping
+from threading import Event, Lock, Thread
 from types import FrameType
 from typing import Any
 
-from .application import ClusterError, restart_replicas, start_replicas
+from .application import ClusterError, ended_process, restart_replicas, start_replicas
 from .config import ClusterConfig
 from .remote_model import RemoteModel
 
 LOG = logging.getLogger("uvicorn.error")  # the server's log
+POLL = 0.5  # seconds between two looks at Ray's processes
+WITHOUT_RAY = 50.0  # seconds that requests have to finish: after 60, Ray ends its processes, and this one too
 
 
 def load_remote_model(engine_options: Mapping[str, Any], config: ClusterConfig) -> RemoteModel:
@@ -51,3 +53,23 @@ def restart_on_hangup(engine_options: Mapping[str, Any], config: ClusterConfig) 
         Thread(target=restart, name="restart", daemon=True).start()
 
     signal.signal(signal.SIGHUP, handle)
+
+
+def watch_ray(fail: Callable[[ClusterError, float], object]) -> Callable[[], None]:
+    """Watch Ray's processes; returns a function that ends this, to be called before Ray is stopped.
+
+    When a process that Ray needs has ended, `fail` is called once, in another thread, with the error and the
+    seconds that requests have to finish. Replicas run on for some time then, but none is started again.
+    """
+    is_over = Event()
+
+    def watch() -> None:
+        while not is_over.wait(POLL):
+            name = ended_process()
+            if name is not None and not is_over.is_set():
+                LOG.error("Ray's process %s has ended, so the server will end too", name)
+                fail(ClusterError(f"Ray's process {name} has ended"), WITHOUT_RAY)
+                return
+
+    Thread(target=watch, name="watch-ray", daemon=True).start()
+    return is_over.set

@@ -107,13 +107,23 @@ class GracefulServer(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._failure: Exception | None = None
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve, and at the end raise the error that kept the model from loading, if there was one."""
+        """Serve. At the end, raise the error that kept the model from loading, or that of `fail`."""
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
-        if self._service.failure is not None:
-            raise self._service.failure
+        if (failure := self._service.failure or self._failure) is not None:
+            raise failure
+
+    def fail(self, error: Exception, grace: float) -> None:
+        """Drain as after a signal, and raise the error at the end; does nothing if the server drains already.
+
+        grace: as that of the server, which is used if it is shorter. Any thread may call it, even before the
+        server has started.
+        """
+        if self._draining is None:
+            self._failure, self._grace = error, grace if self._grace is None else min(grace, self._grace)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal in the event loop."""
@@ -135,6 +145,8 @@ class GracefulServer(uvicorn.Server):
         """Return whether to stop; uvicorn calls this ten times a second."""
         if counter % TICKS_PER_CHECK == 0:
             self._connections.check()
+        if self._failure is not None and self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
         stops = self._service.failure is not None or await super().on_tick(counter)
         if stops:
             self._service.end()
