@@ -31,6 +31,7 @@ from tiny_llm import (
     SamplingParams,
     TinyLLMError,
 )
+from tiny_llm_cluster import MESSAGE_LIMIT
 from tiny_llm_cluster.answers import ReplicaEndedError, ReplicaError
 from tiny_llm_cluster.calls import Accepted, Call, Failure, OpenStream, PromptCall, Refused
 from tiny_llm_cluster.remote_engine import MOST_ENDED, RemoteEngine, seeds_of
@@ -384,3 +385,10 @@ def test_errors_survive_the_way_between_processes(kind: type[TinyLLMError]) -> N
         assert type(copy) is kind
         assert str(copy) == str(error)
         assert vars(copy) == vars(error)
+
+
+def test_ray_takes_long_messages() -> None:
+    """The log-probabilities of a prompt of 8,000 tokens have more than Ray's usual 4 MiB."""
+    from ray.serve._private.constants import RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH as LIMIT
+
+    assert str(LIMIT) in MESSAGE_LIMIT.values()

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
+from contextvars import ContextVar
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +19,13 @@ from tiny_llm.outputs import RequestMetrics
 from tiny_llm.prefix_cache import TokenBlocks
 from tiny_llm.request_maker import RequestMaker
 
-from tiny_llm import RequestEvent, RequestFailedError, RequestUsage, SamplingParams
+from tiny_llm import EngineDeadError, RequestEvent, RequestFailedError, RequestUsage, SamplingParams
 from tiny_llm_cluster.answers import ReplicaEndedError
 from tiny_llm_cluster.calls import Call, Events, Moved, OpenStream
 from tiny_llm_cluster.remote_engine import RemoteEngine, seeds_of
 from tiny_llm_cluster.remote_request import RemoteRequest
 from tiny_llm_cluster.replica import EngineReplica
-from tiny_llm_cluster.shared_stream import SharedStream, SharedStreams
+from tiny_llm_cluster.shared_stream import MOST_EVENTS, SharedStream, SharedStreams, StreamClosedError
 from tiny_llm_cluster.stream_readers import StreamReaders
 from tiny_llm_routing.prompt_blocks import PromptBlocks
 
@@ -85,7 +86,7 @@ def test_a_stream_with_a_call_does_not_end_before_its_last_events() -> None:
         stream.put([event("r")])
         stream.leave()
         assert await reading == [event("r")]
-        with pytest.raises(ConnectionError):
+        with pytest.raises(StreamClosedError):
             stream.put([event("r")])
 
     run(check())
@@ -114,7 +115,7 @@ def test_a_call_learns_that_the_reader_has_gone() -> None:
         assert stream is not None
         reading.cancel()
         await asyncio.wait([reading])
-        with pytest.raises(ConnectionError):
+        with pytest.raises(StreamClosedError):
             stream.put([event("r")])
         assert streams.join("ingress") is None
 
@@ -214,7 +215,7 @@ def test_each_call_gets_its_own_events_and_a_call_that_has_ended_none() -> None:
         await settle()
         stream = replica.join(readers)
         for inbox in (one, two):
-            readers.follow("a", Moved(stream.number), inbox)
+            readers.follow(Moved(stream.number), inbox)
         readers.remove(["t"])
         stream.put([event("r", 1), event("s", 1), event("t", 1), event("r", 2), event("unknown")])
         assert await anext(one.read()) == [event("r", 1), event("s", 1)]
@@ -239,8 +240,8 @@ def test_calls_whose_stream_fails_get_its_error_after_their_events(error: Except
             readers.open(name)
         await settle()
         streams = {name: one.join(readers) for name, one in of.items()}
-        readers.follow("a", Moved(streams["a"].number), inboxes["on a"])
-        readers.follow("b", Moved(streams["b"].number), inboxes["on b"])
+        readers.follow(Moved(streams["a"].number), inboxes["on a"])
+        readers.follow(Moved(streams["b"].number), inboxes["on b"])
         streams["a"].put([event("on a", 1), event("late on a")])
         await settle()
         streams["a"].put([event("on a", 2)])
@@ -248,11 +249,11 @@ def test_calls_whose_stream_fails_get_its_error_after_their_events(error: Except
         replica.error.set_result(error)
         await settle()
         readers.open("a")  # a new stream of the same replica carries nothing of the old one's calls
-        readers.follow("a", Moved(streams["a"].number), inboxes["late on a"])
+        readers.follow(Moved(streams["a"].number), inboxes["late on a"])
         lists = inboxes["on a"].read()
         assert await anext(lists) == [event("on a", 1)]
         assert await anext(lists) == [event("on a", 2)]
-        with pytest.raises(type(error), match=str(error)):
+        with pytest.raises(ReplicaEndedError, match=str(error)):
             await anext(lists)
         lists = inboxes["late on a"].read()
         assert await anext(lists) == [event("late on a")]
@@ -279,6 +280,88 @@ def test_a_stream_that_has_ended_is_opened_anew_for_the_next_call() -> None:
         await settle()
 
     run(check())
+
+
+def test_a_long_list_is_read_in_parts() -> None:
+    async def check() -> None:
+        streams = SharedStreams(LATE)
+        reader = streams.read("ingress", 0)
+        first = asyncio.ensure_future(anext(reader))
+        await asyncio.sleep(0)
+        stream = streams.join("ingress")
+        assert stream is not None
+        stream.put([event("r", i) for i in range(MOST_EVENTS + 1)])
+        assert len(await first) == MOST_EVENTS
+        assert await anext(reader) == [event("r", MOST_EVENTS)]
+        await reader.aclose()
+
+    run(check())
+
+
+def test_events_of_a_replica_that_a_call_has_left_are_ignored() -> None:
+    async def check() -> None:
+        replicas = {"a": Replica(), "b": Replica()}
+        readers = StreamReaders(lambda request: replicas[request.replica].open_stream(request))
+        inbox = readers.add(["r"])
+        for name in replicas:
+            readers.open(name)
+        await settle()
+        streams = {name: one.join(readers) for name, one in replicas.items()}
+        streams["a"].put([event("r", 1)])
+        await settle()
+        readers.follow(Moved(streams["b"].number), inbox)
+        streams["a"].put([event("r", 2)])
+        streams["b"].put([event("r", 3)])
+        lists = inbox.read()
+        assert await anext(lists) == [event("r", 3)]
+        replicas["a"].error.set_result(ReplicaEndedError("gone"))
+        await settle()
+        streams["b"].put([event("r", 4)])
+        assert await anext(lists) == [event("r", 4)]
+        readers.close()
+        await settle()
+
+    run(check())
+
+
+def test_a_stream_does_not_belong_to_the_request_that_opened_it() -> None:
+    """Ray Serve cancels what was begun in the context of a request whose client has left."""
+    variable: ContextVar[str] = ContextVar("request", default="none")
+    seen: list[str] = []
+
+    async def check() -> None:
+        replica = Replica()
+
+        def open_stream(request: OpenStream) -> Opened:
+            seen.append(variable.get())
+            return replica.open_stream(request)
+
+        readers = StreamReaders(open_stream)
+        variable.set("of a client")
+        readers.open("a")
+        await settle()
+        readers.close()
+        await settle()
+
+    run(check())
+    assert seen == ["none"]
+
+
+def test_a_stream_that_cannot_be_opened_is_tried_again_for_the_next_call() -> None:
+    tried: list[OpenStream] = []
+
+    def open_stream(request: OpenStream) -> Opened:
+        tried.append(request)
+        raise ValueError("unforeseen")
+
+    async def check() -> None:
+        readers = StreamReaders(open_stream)
+        for _ in range(2):
+            readers.open("a")
+            await settle()
+
+    run(check())
+    assert len(tried) == 2
 
 
 class FakeEngine:
@@ -316,27 +399,43 @@ class Way:
         self.replica._name, self.replica._streams = "a", SharedStreams(idle)
         self.error = asyncio.get_running_loop().create_future()
         self.opened: list[Opened] = []
+        self.calls: list[Opened] = []
         routing: Any = SimpleNamespace(replicas=["a"], begin=str, started=str, ended=str)
         maker = RequestMaker(None, vocab_size=26, max_num_seqs=4, max_model_len=64)
         self.ingress = RemoteEngine(self, routing, maker, partial(TokenBlocks, 4), seeds_of(0))
         self.got: dict[str, list[Item]] = {}
 
     def send(self, call: Call) -> Opened:
-        return Opened(self.replica.run(call), asyncio.get_running_loop().create_future())
+        self.calls.append(Opened(self.replica.run(call), asyncio.get_running_loop().create_future()))
+        return self.calls[-1]
 
     def open_stream(self, request: OpenStream) -> Opened:
         self.opened.append(Opened(self.replica.events(request), self.error))
         return self.opened[-1]
 
-    async def begin(self, request_id: str) -> None:
-        self.got[request_id] = []
-        state: Any = SimpleNamespace(request_id=request_id, params=SamplingParams(), prompt_token_ids=(1, 2))
-        request = RemoteRequest(state, (), PromptBlocks.of((1, 2), 4))
-        await asyncio.wrap_future(self.ingress.submit([request], self.got[request_id].extend))
+    async def begin(self, *request_ids: str, **params: Any) -> None:
+        requests = []
+        for request_id in request_ids:
+            self.got[request_id] = []
+            state: Any = SimpleNamespace(
+                request_id=request_id, params=SamplingParams(**params), prompt_token_ids=(1, 2)
+            )
+            requests.append(RemoteRequest(state, (), PromptBlocks.of((1, 2), 4)))
+        await asyncio.wrap_future(self.ingress.submit(requests, self._take))
+
+    def _take(self, items: list[Item]) -> None:
+        for item in items:
+            assert isinstance(item, RequestEvent | RequestFailedError)
+            self.got[item.request_id].append(item)
 
     def break_streams(self) -> None:
         self.error.set_result(ReplicaEndedError("gone"))
         self.error = asyncio.get_running_loop().create_future()
+
+    def num_ends(self, request_id: str) -> int:
+        return sum(
+            isinstance(item, RequestFailedError) or item.usage is not None for item in self.got[request_id]
+        )
 
     def tokens(self, request_id: str) -> list[int]:
         items = self.got[request_id]
@@ -363,6 +462,10 @@ def test_every_call_gets_all_its_events_once_and_in_order(seed: int, num_calls: 
                 sent[waiting.pop()] = 0
             elif action == 1 and may_break:
                 way.break_streams()
+            elif action == 3 and sent and numbers.random() < 0.1:
+                name = numbers.choice([*sent])
+                way.engine.deliver(name, RequestFailedError("broken", name))
+                way.engine.listeners.pop(name, None)
             elif action == 2 and sent and numbers.random() < 0.1:
                 name = numbers.choice([*sent])
                 cancelled.add(name)
@@ -383,7 +486,7 @@ def test_every_call_gets_all_its_events_once_and_in_order(seed: int, num_calls: 
             assert tokens == list(range(len(tokens)))
             if name not in cancelled and not way.has_failed(name):
                 assert len(tokens) == 14
-            assert may_break or not way.has_failed(name)
+            assert way.num_ends(name) == 1
 
     run(check())
 
@@ -420,6 +523,77 @@ def test_a_stream_ends_after_its_last_call() -> None:
             await asyncio.sleep(IDLE)
         assert way.tokens("r") == [0, 1]
         await way.ingress.drain()
+
+    run(check())
+
+
+def test_a_request_that_fails_after_it_has_moved_leaves_nothing_at_the_ingress() -> None:
+    async def check() -> None:
+        way = Way(LATE)
+        await way.begin("r")
+        await way.begin("neighbour")
+        while not way.replica._streams._of:
+            await asyncio.sleep(0)
+        way.engine.deliver("r", event("r"))
+        await settle()
+        way.engine.deliver("r", RequestFailedError("broken", "r"))
+        await settle()
+        assert [*way.ingress._tasks] == ["neighbour"]
+        assert [*way.ingress._readers._inboxes] == ["neighbour"]
+        assert way.num_ends("r") == 1
+        await way.ingress.drain(0)
+
+    run(check())
+
+
+@pytest.mark.parametrize("has_moved", [False, True])
+def test_an_engine_that_ends_ends_each_request_once(has_moved: bool) -> None:
+    async def check() -> None:
+        way = Way(LATE)
+        await way.begin("r", "s", prompt_logprobs=None if has_moved else 0)
+        while not way.replica._streams._of:
+            await asyncio.sleep(0)
+        way.engine.deliver("r", event("r"))
+        await settle()
+        dead = EngineDeadError("the engine died")
+        way.engine.deliver("r", event("r", 1, USAGE), dead, dead)
+        await settle()
+        assert (way.num_ends("r"), way.has_failed("r"), way.num_ends("s")) == (1, False, 1)
+        assert "the engine died" in str(way.got["s"][-1])
+        assert not way.ingress._tasks
+        await way.ingress.drain(0)
+
+    run(check())
+
+
+def test_a_call_that_ends_on_its_replica_only_is_not_waited_for() -> None:
+    async def check() -> None:
+        way = Way(LATE)
+        await way.begin("r")
+        while not way.replica._streams._of:
+            await asyncio.sleep(0)
+        way.engine.deliver("r", event("r"))
+        await settle()
+        way.calls[0].cancel()
+        await settle()
+        assert (way.num_ends("r"), way.has_failed("r")) == (1, True)
+        assert way.engine.cancelled == {"r"}
+        await way.ingress.drain(0)
+
+    run(check())
+
+
+def test_a_call_with_large_events_does_not_hold_up_others() -> None:
+    async def check() -> None:
+        way = Way(LATE)
+        await way.begin("r", prompt_logprobs=5)
+        while not way.replica._streams._of:
+            await asyncio.sleep(0)
+        way.engine.deliver("r", event("r"), event("r", 1, USAGE))
+        await settle()
+        assert way.tokens("r") == [0, 1]
+        assert way.replica._streams.join(way.ingress._readers.ingress)._num_calls == 1, "only this one"
+        await way.ingress.drain(0)
 
     run(check())
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import psutil  # the copy in Ray
 import ray
+from grpc.aio import AioRpcError
 from ray import serve
 from ray._private import auto_init_hook
 from ray.exceptions import RayActorError, RayError, RayTaskError
@@ -62,25 +63,27 @@ def replicas_of(engine_options: Mapping[str, Any], config: ClusterConfig) -> ser
 class Replicas:
     """The running replicas: sends calls to them by gRPC.
 
-    handle: Serve's handle of their deployment. routing: what its router knows.
+    calls, streams: Serve's handles for calls and for shared streams. routing: what their router knows.
     """
 
-    handle: DeploymentHandle[Any]
+    calls: DeploymentHandle[Any]
+    streams: DeploymentHandle[Any]
     routing: Routing
 
     @classmethod
     def of(cls, handle: DeploymentHandle[Any]) -> Self:
         """The replicas behind a handle, when one of them answers. Blocks: not for an event loop."""
         handle.is_ready.remote().result()  # Serve makes the handle's router with the first call
-        return cls(handle.options(stream=True, _by_reference=False), Routing.of(REPLICAS))
+        by_grpc = handle.options(stream=True, _by_reference=False)
+        return cls(by_grpc.run, by_grpc.events, Routing.of(REPLICAS))
 
     def send(self, call: Call) -> "RayStream":
         """Send a call to a replica that the router chooses."""
-        return RayStream(self.handle.run.remote(call))
+        return RayStream(self.calls.remote(call))
 
     def open_stream(self, request: OpenStream) -> "RayStream":
         """Open a shared stream of the replica that the request names."""
-        return RayStream(self.handle.events.remote(request))
+        return RayStream(self.streams.remote(request))
 
 
 class RayStream:
@@ -101,6 +104,8 @@ class RayStream:
             raise ReplicaEndedError("the replica has ended") from error
         except RayError as error:
             raise ReplicaEndedError(f"the replica cannot be reached: {error}") from error
+        except AioRpcError as error:  # such as a message that is too long
+            raise ReplicaError(f"the replica's answer cannot be read: {error.code().name}") from error
 
     def cancel(self) -> None:
         """Cancel the call on its replica; does nothing if it has ended."""

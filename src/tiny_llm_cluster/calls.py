@@ -42,6 +42,11 @@ class Call:
         """The id by which the router knows the call: that of its first request."""
         return self.prompts[0].request_id
 
+    @property
+    def has_large_events(self) -> bool:
+        """True if events have the log-probabilities of whole prompts: they would hold up those of others."""
+        return self.params.prompt_logprobs is not None
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -60,9 +65,10 @@ class Refused:
 
 @dataclass(frozen=True)
 class OpenStream:
-    """Asks a replica for a stream of lists of events, of all calls of an ingress that move to it.
+    """Asks a replica to open a shared stream for an ingress.
 
-    number: the ingress's own for the stream.
+    Each answer is a list of events of those of its calls that have moved. number: tells this stream from the
+    ingress's earlier ones on the same replica.
     """
 
     ingress: str
@@ -72,7 +78,10 @@ class OpenStream:
 
 @dataclass(frozen=True)
 class Moved:
-    """The last answer to a call whose further events come in the shared stream of this number."""
+    """The last answer to a call whose further events come in the shared stream of this number.
+
+    The call's own stream stays open, without answers, until its requests have ended.
+    """
 
     number: int
 
@@ -86,3 +95,8 @@ class Failure:
 
 
 Events = Sequence[RequestEvent | Failure]
+
+
+def ends_request(event: RequestEvent | Failure) -> bool:
+    """True for the last event of a request."""
+    return isinstance(event, Failure) or event.usage is not None

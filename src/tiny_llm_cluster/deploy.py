@@ -15,6 +15,7 @@ from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ProxyStatus, ReplicaState
 
+from . import MESSAGE_LIMIT
 from .application import (
     APPLICATION,
     MAX_ONGOING,
@@ -148,7 +149,7 @@ def _application(deployment: Deployment) -> serve.Application:
         Ingress,
         name=INGRESS,
         num_replicas=ingress.num_replicas,
-        ray_actor_options=dict(ingress.ray_actor_options),
+        ray_actor_options=_with_message_limit(ingress.ray_actor_options),
         max_ongoing_requests=MAX_ONGOING,
         graceful_shutdown_timeout_s=cluster.grace + MORE_GRACE,
         graceful_shutdown_wait_loop_s=0.2,
@@ -158,6 +159,13 @@ def _application(deployment: Deployment) -> serve.Application:
     return deployed.bind(
         replicas, dict(deployment.engine), deployment.server, ingress.log_level, ingress.num_replicas
     )
+
+
+def _with_message_limit(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Ray's options of an ingress, with its environment: there Ray is imported before our package."""
+    environment = options.get("runtime_env", {})
+    variables = {**MESSAGE_LIMIT, **environment.get("env_vars", {})}
+    return {**options, "runtime_env": {**environment, "env_vars": variables}}
 
 
 def _start_serve(http: HttpConfig) -> None:

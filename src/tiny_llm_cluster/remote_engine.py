@@ -7,6 +7,7 @@ difference.
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import aclosing
 from dataclasses import replace
 from itertools import count
 from typing import Any, Protocol
@@ -30,9 +31,9 @@ from tiny_llm import (
 from tiny_llm_routing.prompt_blocks import PromptBlocks
 
 from .answers import NoReplicaError, ReplicaEndedError, ReplicaError, Replicas, Stream
-from .calls import Accepted, Call, Events, Failure, Moved, Refused
+from .calls import Accepted, Call, Events, Failure, Moved, Refused, ends_request
 from .remote_request import RemoteRequest
-from .stream_readers import Inbox, StreamReaders
+from .stream_readers import ENDED_EARLY, Inbox, StreamReaders
 
 ELSEWHERE = (QueueFullError, EngineStoppingError, EngineDeadError)  # another replica may take the call
 MOST_ENDED = 2  # replicas that may end before they answer a call: it may be the call that ends them
@@ -129,22 +130,24 @@ class RemoteEngine:
         self, call: Call, requests: Sequence[RemoteRequest], deliver: Listener, accepted: Future[None]
     ) -> None:
         """Run a call to its end, and deliver its events."""
-        ids = [request.request_id for request in requests]
+        unfinished = {request.request_id: request for request in requests}
+        ids = [*unfinished]
         inbox = self._readers.add(ids)
         try:
             replica, stream = await self._accepted(call)
             accepted.set_result(None)
             try:
-                await self._deliver_all(call, self._events(replica, stream, inbox), requests, deliver)
+                async with aclosing(self._events(replica, stream, inbox)) as lists:
+                    await self._deliver_all(call, lists, unfinished, deliver)
             finally:
                 stream.cancel()
         except asyncio.CancelledError:
             if not accepted.done():
                 accepted.set_exception(EngineStoppingError("the request was cancelled"))
-            deliver([event for request in requests for event in request.abort()])
+            deliver([event for request in unfinished.values() for event in request.abort()])
         except Exception as error:
             if accepted.done():
-                deliver([_failure(one, error) for one in requests if not one.is_finished])
+                deliver([_failure(request, error) for request in unfinished.values()])
             else:
                 accepted.set_exception(error)
         finally:
@@ -173,6 +176,7 @@ class RemoteEngine:
                 first = await anext(stream)
             except (ReplicaEndedError, StopAsyncIteration) as error:  # the router knows which one
                 refusal: TinyLLMError = NoReplicaError(f"no replica has taken the request: {error}")
+                stream.cancel()  # if only the way has broken, the replica must not go on
                 num_ended += 1
                 if num_ended > MOST_ENDED:
                     break
@@ -194,9 +198,10 @@ class RemoteEngine:
         self._readers.open(replica)
         async for answer in stream:
             if isinstance(answer, Moved):
-                self._readers.follow(replica, answer, inbox)
-                async for events in inbox.read():
-                    yield events
+                self._readers.follow(answer, inbox)
+                async with aclosing(inbox.read()) as lists:
+                    async for events in lists:
+                        yield events
             else:
                 yield answer
 
@@ -204,20 +209,25 @@ class RemoteEngine:
         self,
         call: Call,
         lists: AsyncGenerator[Events, None],
-        requests: Sequence[RemoteRequest],
+        unfinished: dict[str, RemoteRequest],
         deliver: Listener,
     ) -> None:
-        """Deliver the events of an accepted call until its requests have ended."""
-        known = {request.request_id: request for request in requests}
+        """Deliver the events of an accepted call until `unfinished`, its requests by id, is empty."""
         has_started = False
         async for events in lists:
             if not has_started:
                 self._routing.started(call.call_id)
                 has_started = True
-            deliver([_item(event, known[event.request_id]) for event in events])
-            if all(request.is_finished for request in requests):
+            items: list[Item] = []
+            for event in events:
+                if (request := unfinished.get(event.request_id)) is not None:
+                    items.append(_item(event, request))
+                    if ends_request(event):
+                        del unfinished[event.request_id]
+            deliver(items)
+            if not unfinished:
                 return
-        raise ReplicaEndedError("the replica ended its answer too early")
+        raise ReplicaEndedError(ENDED_EARLY)
 
     # The end, and figures.
 

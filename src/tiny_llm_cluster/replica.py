@@ -1,7 +1,7 @@
 """A replica: one engine in a process of its own, which Ray Serve starts, watches, drains and replaces."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from time import time
@@ -16,9 +16,9 @@ from tiny_llm.output_processor import RequestState
 from tiny_llm import LLM, RequestEvent, RequestFailedError, TinyLLMError
 from tiny_llm_routing.reports import read_report
 
-from .calls import Accepted, Call, Events, Failure, Moved, OpenStream, Refused
+from .calls import Accepted, Call, Events, Failure, Moved, OpenStream, Refused, ends_request
 from .messages import stats_message
-from .shared_stream import SharedStreams
+from .shared_stream import SharedStream, SharedStreams, StreamClosedError
 
 
 class EngineReplica:
@@ -38,34 +38,38 @@ class EngineReplica:
     async def run(self, call: Call) -> AsyncGenerator[Accepted | Refused | Moved | Events, None]:
         """Run a call: yield whether it is accepted, then the events of its requests as they come.
 
-        When the ingress has a shared stream here, `Moved` is the last answer. Ends when all requests have
-        ended. They are cancelled if the call is, or if the ingress has gone.
+        Once the ingress has a shared stream here, yields `Moved`, puts the further events there, and yields
+        nothing more; it still runs until all requests have ended. They are cancelled if the call is, or if
+        the ingress has gone.
         """
-        engine, listener, shared = self._llm.engine, AsyncListener(), None
-        unfinished = {prompt.request_id for prompt in call.prompts}
+        listener = AsyncListener()
         try:
             requests = await asyncio.to_thread(self._requests, call)
-            await asyncio.wrap_future(engine.submit(requests, listener))
+            await asyncio.wrap_future(self._llm.engine.submit(requests, listener))
+        except TinyLLMError as error:
+            yield Refused(self._name, error)
+            return
+        unfinished = {prompt.request_id for prompt in call.prompts}
+        shared: SharedStream | None = None
+        try:
             yield Accepted(self._name)
             while unfinished:
                 events = _events(await listener.next_items(), unfinished)
-                unfinished -= {event.request_id for event in events if _ends_request(event)}
-                if shared is None and (shared := self._streams.join(call.ingress)) is not None:
-                    yield Moved(shared.number)
+                if shared is None and not call.has_large_events:
+                    shared = self._streams.join(call.ingress)
+                    if shared is not None:
+                        yield Moved(shared.number)
                 if shared is None:
                     yield events
                 else:
                     shared.put(events)
-        except TinyLLMError as error:
-            unfinished.clear()
-            yield Refused(self._name, error)
-        except ConnectionError:
+        except StreamClosedError:
             return  # the ingress has gone
         finally:
             if shared is not None:
-                shared.leave()
+                shared.leave(Failure(request_id, "its replica has cancelled it") for request_id in unfinished)
             for request_id in unfinished:
-                engine.cancel(request_id)
+                self._llm.engine.cancel(request_id)
 
     async def events(self, request: OpenStream) -> AsyncGenerator[Events, None]:
         """Open a shared stream, and yield its events. Ends at once if it was meant for another replica."""
@@ -108,18 +112,19 @@ class EngineReplica:
         ]
 
 
-def _events(items: Sequence[Item], unfinished: Collection[str]) -> list[RequestEvent | Failure]:
-    """The engine's items in a form that can travel. The end of the engine ends all unfinished requests."""
+def _events(items: Sequence[Item], unfinished: set[str]) -> list[RequestEvent | Failure]:
+    """The engine's items in a form that can travel; removes the requests that end from `unfinished`.
+
+    The end of the engine ends all of them.
+    """
     events: list[RequestEvent | Failure] = []
     for item in items:
         if isinstance(item, RequestEvent):
-            events.append(item)
+            found: list[RequestEvent | Failure] = [item]
         elif isinstance(item, RequestFailedError):
-            events.append(Failure(item.request_id, described(item.__cause__ or item)))
+            found = [Failure(item.request_id, described(item.__cause__ or item))]
         else:
-            events += [Failure(request_id, described(item)) for request_id in unfinished]
+            found = [Failure(request_id, described(item)) for request_id in unfinished]
+        events += found
+        unfinished.difference_update(event.request_id for event in found if ends_request(event))
     return events
-
-
-def _ends_request(event: RequestEvent | Failure) -> bool:
-    return isinstance(event, Failure) or event.usage is not None

@@ -5,13 +5,18 @@ and a shared stream sends these as one message.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 
 from tiny_llm import RequestEvent
 
 from .calls import Events, Failure
 
+MOST_EVENTS = 256  # in one message; gRPC limits its bytes
 IDLE = 1.0  # seconds of silence after which a shared stream without calls ends
+
+
+class StreamClosedError(Exception):
+    """The reader of a shared stream has gone."""
 
 
 class SharedStream:
@@ -32,23 +37,25 @@ class SharedStream:
         """Add a call; until it leaves, the stream does not end by itself."""
         self._num_calls += 1
 
-    def leave(self) -> None:
-        """Remove a call that has put its last events."""
+    def leave(self, last: Iterable[Failure] = ()) -> None:
+        """Remove a call that has put its last events, or whose last events these are."""
         self._num_calls -= 1
+        if not self.is_closed:
+            self.put([*last])
 
     def put(self, events: Sequence[RequestEvent | Failure]) -> None:
-        """Add events of a call. Raises ConnectionError if the reader has gone."""
+        """Add events of a call. Raises `StreamClosedError` if the reader has gone."""
         if self.is_closed:
-            raise ConnectionError("nobody reads the events")
+            raise StreamClosedError
         self._events += events
         self._changed.set()
 
     async def read(self) -> AsyncGenerator[Events, None]:
-        """Yield what has been put since the last time, as one list. For one reader."""
+        """Yield what has been put since the last time, as one list if it is not too long. For one reader."""
         try:
             while True:
                 if self._events:
-                    events, self._events = self._events, []
+                    events, self._events = self._events[:MOST_EVENTS], self._events[MOST_EVENTS:]
                     yield events
                 elif not await self._has_changed():
                     return

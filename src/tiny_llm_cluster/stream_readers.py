@@ -3,41 +3,54 @@
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable
+from contextvars import Context
 from itertools import count, groupby
 from uuid import uuid4
+
+from tiny_llm.errors import described
 
 from tiny_llm import RequestEvent
 
 from .answers import ReplicaEndedError, Stream
 from .calls import Events, Failure, Moved, OpenStream
 
+ENDED_EARLY = "the replica ended its answer too early"
+
 
 class Inbox:
-    """The events of one call that come in a shared stream."""
+    """The events of one call that come in shared streams.
+
+    number: that of the stream to which the call has moved; None before.
+    """
 
     def __init__(self) -> None:
-        self.reader: _Reader | None = None  # that of the stream, when it is known
-        self._lists: deque[Events] = deque()
-        self._error: Exception | None = None
+        self.number: int | None = None
+        self._lists: deque[tuple[int, Events]] = deque()
+        self._end: str | None = None
         self._changed = asyncio.Event()
 
-    def put(self, events: Events) -> None:
-        """Add events."""
-        self._lists.append(events)
+    def put(self, number: int, events: Events) -> None:
+        """Add events that came in the stream of this number."""
+        self._lists.append((number, events))
         self._changed.set()
 
-    def end(self, error: Exception) -> None:
+    def end(self, reason: str) -> None:
         """Note that no more events will come, and why."""
-        self._error = error
+        self._end = reason
         self._changed.set()
 
     async def read(self) -> AsyncGenerator[Events, None]:
-        """Yield the lists of events as they come; raises the error after the last."""
+        """Yield the events as they come. Raises `ReplicaEndedError` after the last.
+
+        Events of another stream are of a replica that the call has left.
+        """
         while True:
             while self._lists:
-                yield self._lists.popleft()
-            if self._error is not None:
-                raise self._error
+                number, events = self._lists.popleft()
+                if number == self.number:
+                    yield events
+            if self._end is not None:
+                raise ReplicaEndedError(self._end)
             self._changed.clear()
             await self._changed.wait()
 
@@ -53,10 +66,15 @@ class StreamReaders:
         self._open_stream = open_stream
         self._numbers = count()
         self._inboxes: dict[str, Inbox] = {}  # by request id
-        self._readers: dict[str, _Reader] = {}  # those that read now, by replica
+        self._open: dict[str, int] = {}  # the number of the stream that is read, by replica
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def add(self, request_ids: Iterable[str]) -> Inbox:
-        """Make the inbox of a call; call it before the call is sent."""
+        """Make the inbox of a call.
+
+        Call it before the call is sent: a shared stream may bring its events before its own stream says that
+        it has moved.
+        """
         inbox = Inbox()
         self._inboxes.update(dict.fromkeys(request_ids, inbox))
         return inbox
@@ -68,57 +86,45 @@ class StreamReaders:
 
     def open(self, replica: str) -> None:
         """Read a replica's shared stream, if this is not done yet. Returns at once."""
-        if replica not in self._readers:
-            self._readers[replica] = reader = _Reader(replica, next(self._numbers))
-            reader.task = asyncio.get_running_loop().create_task(self._read(reader))
+        if replica not in self._open:
+            self._open[replica] = number = next(self._numbers)
+            # Without a context of its own, Serve would end the stream with the HTTP request that opened it.
+            task = asyncio.get_running_loop().create_task(self._read(replica, number), context=Context())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    def follow(self, replica: str, moved: Moved, inbox: Inbox) -> None:
-        """Note that the further events of a call come in a replica's stream; if it ends, its inbox does."""
-        reader = self._readers.get(replica)
-        if reader is not None and reader.number == moved.number:
-            inbox.reader = reader
-        else:
-            inbox.end(_ended_early())
+    def follow(self, moved: Moved, inbox: Inbox) -> None:
+        """Note in which stream the further events of a call come.
+
+        When that stream ends, the inbox ends; if it has ended already, at once.
+        """
+        inbox.number = moved.number
+        if moved.number not in self._open.values():
+            inbox.end(ENDED_EARLY)
 
     def close(self) -> None:
         """End all streams."""
-        for reader in self._readers.values():
-            if reader.task is not None:
-                reader.task.cancel()
+        for task in self._tasks:
+            task.cancel()
 
-    async def _read(self, reader: "_Reader") -> None:
+    async def _read(self, replica: str, number: int) -> None:
         """Read a stream to its end."""
-        stream, error = self._open_stream(reader.request(self.ingress)), _ended_early()
+        stream, reason = None, ENDED_EARLY
         try:
+            stream = self._open_stream(OpenStream(self.ingress, replica, number))
             async for events in stream:
                 for inbox, of_inbox in groupby(events, self._inbox_of):
                     if inbox is not None:
-                        inbox.put(list(of_inbox))
-        except Exception as raised:
-            error = raised  # the clients of the calls get it
+                        inbox.put(number, list(of_inbox))
+        except Exception as error:
+            reason = described(error)  # the clients of the calls get it
         finally:
-            stream.cancel()
-            del self._readers[reader.replica]
+            if stream is not None:
+                stream.cancel()
+            del self._open[replica]
             for inbox in self._inboxes.values():
-                if inbox.reader is reader:
-                    inbox.end(error)
+                if inbox.number == number:
+                    inbox.end(reason)
 
     def _inbox_of(self, event: RequestEvent | Failure) -> Inbox | None:
         return self._inboxes.get(event.request_id)
-
-
-class _Reader:
-    """A shared stream that is read, and the task that reads it."""
-
-    def __init__(self, replica: str, number: int) -> None:
-        self.replica = replica
-        self.number = number
-        self.task: asyncio.Task[None] | None = None
-
-    def request(self, ingress: str) -> OpenStream:
-        """What opens the stream."""
-        return OpenStream(ingress, self.replica, self.number)
-
-
-def _ended_early() -> Exception:
-    return ReplicaEndedError("the replica ended its answer too early")
