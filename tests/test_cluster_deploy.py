@@ -5,13 +5,9 @@ Oracles: the answers of `tiny_llm.LLM` in this process, and of the replicas befo
 
 import importlib.util
 import json
-import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +16,7 @@ from typing import Any, NamedTuple
 import httpx2 as httpx
 import pytest
 
+from ray_cluster import COMMAND_SECONDS, Nodes, command, free_ports, running_nodes, started
 from served import SECONDS, until
 from tiny_llm import LLM, SamplingParams
 
@@ -29,8 +26,6 @@ pytestmark = [
         importlib.util.find_spec("ray") is None, reason="the group `cluster` is not installed"
     ),
 ]
-NODES = Path(__file__).parent / "ray_nodes.py"
-COMMAND_SECONDS = 300  # a timeout against hanging, not a requirement on speed
 MISSING = "tiny-llm does not run on this cluster"
 KEY = "key-of-a-client"
 PROMPT = "Once upon a time"
@@ -51,17 +46,6 @@ print(serve.status(), _get_global_client().get_serve_details())
 """
 
 
-class Nodes(NamedTuple):
-    """A Ray cluster.
-
-    environment: of commands that use it. ports: of the proxies of its two nodes. folder: Ray's files.
-    """
-
-    environment: dict[str, str]
-    ports: list[int]
-    folder: Path
-
-
 class Deployed(NamedTuple):
     """A deployment. status: what the command printed. log: what it wrote to standard error."""
 
@@ -76,50 +60,10 @@ class Deployed(NamedTuple):
         return httpx.Client(base_url=url, headers=headers, timeout=SECONDS, trust_env=False)
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens at now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    folder, ports = (
-        tempfile.mkdtemp(prefix="ray", dir="/tmp"),
-        free_ports(2),
-    )  # paths of sockets must be short
-    command = [sys.executable, str(NODES), folder, str(ports[1])]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        address = process.stdout.readline().strip()
-        assert address, "Ray has not started"
-        yield Nodes(
-            {**os.environ, "RAY_ADDRESS": address, "RAY_USAGE_STATS_ENABLED": "0"}, ports, Path(folder)
-        )
-    finally:
-        process.stdin.close()  # it stops Ray then
-        process.wait(SECONDS)
-        process.stdout.close()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def started(nodes: Nodes, *arguments: str) -> subprocess.Popen[str]:
-    """Start `tiny-llm serve-cluster`."""
-    line = [sys.executable, "-m", "tiny_llm_cli", "serve-cluster", *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(line, env=nodes.environment, text=True, **pipes)
-
-
-def command(nodes: Nodes, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run `tiny-llm serve-cluster` to its end."""
-    process = started(nodes, *arguments)
-    out, err = process.communicate(timeout=COMMAND_SECONDS)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    with running_nodes() as nodes:
+        yield nodes
 
 
 @pytest.fixture(scope="module")

@@ -161,6 +161,22 @@ def test_an_unknown_name_is_named_with_its_section(tmp_path: Path, text: str, ex
         ("cluster: {threads: 1.5}", "cluster: threads must be a whole number or null, not 1.5"),
         ("cluster: {routing_policy: x}", "cluster: routing_policy must be one of prefix"),
         ("cluster: {ray_actor_options: 4}", "cluster: ray_actor_options must be a mapping, not 4"),
+        (
+            "cluster: {autoscaling_config: {min_replicas: 0}}",
+            "cluster: autoscaling_config: min_replicas must be at least 1, not 0: without a replica",
+        ),
+        (
+            "cluster: {autoscaling_config: {max_replica: 2}}",
+            "cluster: autoscaling_config: unknown key 'max_replica'; did you mean max_replicas?",
+        ),
+        (
+            "cluster: {autoscaling_config: {max_replicas: many}}",
+            "cluster: autoscaling_config: max_replicas: Input should be a valid integer",
+        ),
+        (
+            "cluster: {autoscaling_config: {min_replicas: 3, max_replicas: 2}}",
+            "cluster: autoscaling_config: Value error, max_replicas (2) must be greater than or equal to",
+        ),
         ("ingress: {num_replicas: 0}", "ingress: num_replicas must be at least 1, not 0"),
         ("ingress: {log_level: loud}", "ingress: log_level must be one of critical"),
         ("http: {port: 70000}", "http: port must be from 1 to 65535, not 70000"),

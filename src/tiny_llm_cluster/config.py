@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tiny_llm import ConfigError
+from tiny_llm_checkpoints.suggestions import unknown_name
 from tiny_llm_routing.fleet import MAX_STALENESS
 from tiny_llm_routing.policies import POLICIES
 
@@ -15,7 +16,7 @@ class ClusterConfig:
 
     num_replicas: how many replicas run; ignored with `autoscaling_config`.
     autoscaling_config: Ray Serve's options for autoscaling, such as {"min_replicas": 1, "max_replicas": 8,
-        "target_ongoing_requests": 16}; None: a fixed number.
+        "target_ongoing_requests": 16}; None: a fixed number. There must be at least one replica.
     ray_actor_options: what Ray reserves for each replica, such as {"num_cpus": 16}, and other options of its
         process.
     threads: threads of each replica's kernels; None: all processors that the replica sees.
@@ -53,3 +54,27 @@ class ClusterConfig:
         if self.routing_policy not in POLICIES:
             known = ", ".join(POLICIES)
             raise ConfigError(f"routing_policy must be one of {known}, not {self.routing_policy!r}")
+        if self.autoscaling_config is not None:
+            _check_autoscaling(self.autoscaling_config)
+
+
+def _check_autoscaling(values: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for what Serve would reject or ignore, and for a fleet that may become empty."""
+    from pydantic import ValidationError
+    from ray.serve.config import AutoscalingConfig
+
+    for name in values:
+        if name not in AutoscalingConfig.model_fields:
+            known = list(AutoscalingConfig.model_fields)
+            raise ConfigError(f"autoscaling_config: {unknown_name('key', name, known)}")
+    try:
+        made = AutoscalingConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{name}: " for name in first["loc"])
+        raise ConfigError(f"autoscaling_config: {place}{first['msg']}") from error
+    if made.min_replicas < 1:
+        raise ConfigError(
+            "autoscaling_config: min_replicas must be at least 1, not 0: without a replica, requests are "
+            "refused, so none would be started"
+        )
