@@ -11,6 +11,7 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
@@ -57,6 +58,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     thread: the threads of all would wait for each other.
     """
     option = config.option
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        share_bytecode(config)
     if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
         return
     if option.numprocesses is None and not option.usepdb and not any(".py" in given for given in config.args):
@@ -65,6 +68,17 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if option.numprocesses:
         for variable in ("TINY_LLM_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ.setdefault(variable, "1")
+
+
+def share_bytecode(config: pytest.Config) -> None:
+    """Where Python is told to write no bytecode, keep it in a temporary folder until the run ends.
+
+    A run starts hundreds of processes; without bytecode each compiles everything that it imports.
+    """
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+        folder = TemporaryDirectory(prefix="tiny-llm-bytecode-", ignore_cleanup_errors=True)
+        config.add_cleanup(folder.cleanup)
+        os.environ["PYTHONPYCACHEPREFIX"] = folder.name
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks

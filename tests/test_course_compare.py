@@ -75,11 +75,13 @@ def test_runs_of_the_learners_code_and_of_the_reference_alternate(
         repeat(side)
 
     monkeypatch.setattr(comparing._Side, "repeat", noted)
+    monkeypatch.setattr(comparing, "SECONDS", float("inf"))  # on a busy machine one repetition takes longer
+    monkeypatch.setattr(comparing, "MAX_REPETITIONS", 2)
     start(here, day(here, "2.6"))
     skip(here, day(here, "2.6"), day(here, "2.6").exercises)
     found = compare(here, day(here, "2.6"))
     assert (found.differing, found.largest_difference) == (0, None)
-    assert asked[:4] == ["your day 2.6", "the reference"] * 2
+    assert asked == ["your day 2.6", "the reference"] * 2
 
 
 def test_modules_of_other_days_do_not_run(here: Repo) -> None:
