@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ pytestmark = [
 MISSING = "tiny-llm does not run on this cluster"
 KEY = "key-of-a-client"
 PROMPT = "Once upon a time"
+STREAMS, LEAVING = 8, 6  # two replicas run 4 each
 CONFIG = """\
 engine: {{num_blocks: 256, max_num_seqs: 4, generation_config: vllm}}
 server: {{api_key_file: keys.txt, served_model_name: the-model}}
@@ -139,6 +142,29 @@ def test_each_node_answers_like_the_engine_in_one_process(deployed: Deployed, no
             events = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
     assert events[-1] == "[DONE]"
     assert "".join(json.loads(one)["choices"][0]["text"] for one in events[:-1]) == expected
+
+
+def test_a_client_that_leaves_ends_no_other_stream(deployed: Deployed) -> None:
+    """The first clients have opened the streams in which the events of the others come."""
+    body = {"prompt": PROMPT, "max_tokens": 100, "ignore_eos": True, "temperature": 0, "stream": True}
+
+    def finish_reasons(lines: Iterator[str]) -> list[Any]:
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert all("error" not in event for event in events), events
+        return [choice["finish_reason"] for event in events for choice in event["choices"]]
+
+    with ExitStack() as stack, ThreadPoolExecutor(STREAMS) as pool:
+        client = stack.enter_context(deployed.client())
+        opened = []
+        for _ in range(STREAMS):
+            answer = stack.enter_context(client.stream("POST", "/v1/completions", json=body))
+            lines = answer.iter_lines()
+            next(lines)  # its first token
+            opened.append((answer, lines))
+        for answer, _ in opened[:LEAVING]:
+            answer.close()
+        found = list(pool.map(finish_reasons, [lines for _, lines in opened[LEAVING:]]))
+    assert [reasons[-1] for reasons in found] == ["length"] * (STREAMS - LEAVING)
 
 
 def test_requests_need_a_key_of_the_file(deployed: Deployed) -> None:

@@ -2,10 +2,9 @@
 
 import os
 
-# A message from a replica has at most so many bytes. Ray's 4 MiB are too few for the log-probabilities of a long
-# prompt. Ray reads the variable when it is imported.
+# Bytes of a message from a replica: 4 MiB, as usual, are too few for a long prompt's log-probabilities.
 MESSAGE_LIMIT = {"RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(1 << 30)}
-os.environ.update(MESSAGE_LIMIT | dict(os.environ))  # a user's own value stays
+os.environ.update(MESSAGE_LIMIT | dict(os.environ))  # Ray reads it when it is imported
 
 try:
     import ray.serve  # noqa: F401
