@@ -1,9 +1,9 @@
 """Shared by all tests: how much runs and in how many processes, and fixtures.
 
-By default a run takes a few minutes: the suite is spread over the cores, properties draw few examples, and
-tests marked `deep` are left out. CI adds `HYPOTHESIS_PROFILE=ci pytest -m "deep or drawn"`: those tests, and
-every property with four times as many examples. Both draw the same examples in every run;
-`HYPOTHESIS_PROFILE=deep` draws many more, and new ones each time.
+By default the suite is spread over the cores, properties draw few examples, and tests marked `deep` are left
+out. CI sets `HYPOTHESIS_PROFILE=ci`, with which properties draw four times as many examples, and then runs
+the tests marked `deep` too. Both profiles draw the same examples in every run; `HYPOTHESIS_PROFILE=deep`
+draws many more, and new ones each time.
 """
 
 import os

@@ -103,12 +103,18 @@ def test_the_arguments_of_required_calls_are_valid_for_any_tools(
 ) -> None:
     if template is not None:
         monkeypatch.setattr(llm, "chat_template", ChatTemplate(template, bos_token="", eos_token=""))
-    num_finished = 0
-    for seed in range(12):
+
+    def ask_with(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         rng = random.Random(seed)
         schemas = {f"tool_{number}": random_parameters(rng) for number in range(rng.randint(1, 3))}
         tools = [tool(name, schema) for name, schema in schemas.items()]
-        for choice in ask(client, tools=tools, tool_choice="required", n=3, seed=seed):
+        return schemas, ask(client, tools=tools, tool_choice="required", n=3, seed=seed)
+
+    num_finished = 0
+    with ThreadPoolExecutor(12) as pool:  # together: the engine computes them in few batches
+        answers = list(pool.map(ask_with, range(12)))
+    for schemas, choices in answers:
+        for choice in choices:
             assert choice["message"]["content"] is None
             if choice["finish_reason"] == "length":
                 continue
