@@ -200,6 +200,7 @@ def test_an_error_of_the_request_itself_is_not_tried_elsewhere() -> None:
 def test_a_replica_that_ends_before_it_accepts_loses_nothing() -> None:
     bench = Bench([ReplicaEndedError("ended")], [Accepted("b"), [event("r", reason="stop", ends=True)]])
     assert [one.finish_reason for one in run(bench, bench.request())] == ["stop"]
+    assert bench.sent[0].is_cancelled, "perhaps only the way to the replica has broken"
 
 
 def test_a_replica_that_ends_in_the_middle_fails_the_unfinished_completions_only() -> None:
