@@ -30,7 +30,7 @@ CONFIG = """\
 engine: {{num_blocks: 2048, max_num_seqs: 8, generation_config: vllm}}
 cluster:
   autoscaling_config:
-    {{min_replicas: 1, max_replicas: 2, target_ongoing_requests: 2, {delays}}}
+    {{min_replicas: 1, max_replicas: 2, target_ongoing_requests: 4, {delays}}}
   ray_actor_options: {{num_cpus: 1}}
   threads: 1
   report_period: 0.2
@@ -113,7 +113,9 @@ def test_a_replica_comes_with_the_load_and_goes_after_it_without_cutting_a_strea
     until(lambda: sum(server.running().values()) == 0, SECONDS)
 
     last = [threading.Thread(target=server.read, args=(name, 3000)) for name in ("one", "another")]
-    for thread in last:  # one for each replica; for two requests, Serve wants a single replica
+    for (
+        thread
+    ) in last:  # one for each replica; Serve counts two requests and two shared streams: for one replica
         thread.start()
         until(lambda: sum(server.running().values()) == 1 + last.index(thread), SECONDS)  # noqa: B023
     assert sorted(server.running().values()) == [1, 1]
