@@ -113,9 +113,7 @@ def test_a_replica_comes_with_the_load_and_goes_after_it_without_cutting_a_strea
     until(lambda: sum(server.running().values()) == 0, SECONDS)
 
     last = [threading.Thread(target=server.read, args=(name, 3000)) for name in ("one", "another")]
-    for (
-        thread
-    ) in last:  # one for each replica; Serve counts two requests and two shared streams: for one replica
+    for thread in last:  # one for each replica; with two shared streams, Serve wants one replica
         thread.start()
         until(lambda: sum(server.running().values()) == 1 + last.index(thread), SECONDS)  # noqa: B023
     assert sorted(server.running().values()) == [1, 1]
