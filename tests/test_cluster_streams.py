@@ -43,6 +43,16 @@ def run(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(test, 30))
 
 
+async def joined(idle: float) -> tuple[SharedStreams, SharedStream, "asyncio.Task[list[Any]]"]:
+    """A stream with one call, and the task that reads it."""
+    streams = SharedStreams(idle)
+    reading = asyncio.create_task(events_of(streams.read("ingress", 0)))
+    await asyncio.sleep(0)
+    stream = streams.join("ingress")
+    assert stream is not None
+    return streams, stream, reading
+
+
 async def events_of(stream: AsyncIterator[Events]) -> list[Any]:
     return [event async for events in stream for event in events]
 
@@ -77,11 +87,7 @@ def test_a_stream_without_calls_ends_and_no_call_can_join_it() -> None:
 
 def test_a_stream_with_a_call_does_not_end_before_its_last_events() -> None:
     async def check() -> None:
-        streams = SharedStreams(IDLE)
-        reading = asyncio.create_task(events_of(streams.read("ingress", 0)))
-        await asyncio.sleep(0)
-        stream = streams.join("ingress")
-        assert stream is not None
+        _, stream, reading = await joined(IDLE)
         await asyncio.sleep(4 * IDLE)
         stream.put([event("r")])
         stream.leave()
@@ -94,11 +100,7 @@ def test_a_stream_with_a_call_does_not_end_before_its_last_events() -> None:
 
 def test_a_call_that_leaves_without_events_lets_the_stream_end() -> None:
     async def check() -> None:
-        streams = SharedStreams(IDLE)
-        reading = asyncio.create_task(events_of(streams.read("ingress", 0)))
-        await asyncio.sleep(0)
-        stream = streams.join("ingress")
-        assert stream is not None
+        _, stream, reading = await joined(IDLE)
         await asyncio.sleep(2 * IDLE)
         stream.leave()
         assert await reading == []
@@ -108,11 +110,7 @@ def test_a_call_that_leaves_without_events_lets_the_stream_end() -> None:
 
 def test_a_call_learns_that_the_reader_has_gone() -> None:
     async def check() -> None:
-        streams = SharedStreams(LATE)
-        reading = asyncio.create_task(events_of(streams.read("ingress", 0)))
-        await asyncio.sleep(0)
-        stream = streams.join("ingress")
-        assert stream is not None
+        streams, stream, reading = await joined(LATE)
         reading.cancel()
         await asyncio.wait([reading])
         with pytest.raises(StreamClosedError):
