@@ -87,7 +87,11 @@ def server(tmp_path: Path) -> Iterator[Server]:
     config = tmp_path / "cluster.yaml"
     with running_nodes() as nodes:
         [port, _] = nodes.ports
-        config.write_text(CONFIG.format(port=port, delays="upscale_delay_s: 1, downscale_delay_s: 10"))
+        config.write_text(
+            CONFIG.format(
+                port=port, delays="upscale_delay_s: 1, downscale_delay_s: 10, look_back_period_s: 10"
+            )
+        )
         done = command(nodes, str(config), "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["deployments"]["replicas"] == {"RUNNING": 1}
@@ -112,7 +116,7 @@ def test_a_replica_comes_with_the_load_and_goes_after_it_without_cutting_a_strea
         thread.join(SECONDS)
     until(lambda: sum(server.running().values()) == 0, SECONDS)
 
-    last = [threading.Thread(target=server.read, args=(name, 3000)) for name in ("one", "another")]
+    last = [threading.Thread(target=server.read, args=(name, 5000)) for name in ("one", "another")]
     for thread in last:  # one for each replica; with two shared streams, Serve wants one replica
         thread.start()
         until(lambda: sum(server.running().values()) == 1 + last.index(thread), SECONDS)  # noqa: B023
