@@ -358,9 +358,9 @@ def serve(
 
     with Replicated(engine, replicas, routing_policy, grace, seed) as replicated:
         app = make_app(replicated.load, replace(config, live=False))  # the page shows one pool
-        gateway = GracefulServer(app, host, port, grace, log_level)
-        replicated.watch(gateway.fail)
-        gateway.run(listen(host, port))
+        http_server = GracefulServer(app, host, port, grace, log_level)
+        replicated.watch(http_server.fail)
+        http_server.run(listen(host, port))
 
 
 def _keys_of(file: Path) -> Sequence[str]:

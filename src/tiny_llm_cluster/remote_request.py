@@ -38,11 +38,6 @@ class RemoteRequest:
         return PromptCall(self.request_id, self.prompt_token_ids, seed if own is None else own)
 
     @property
-    def is_finished(self) -> bool:
-        """True when every completion has ended."""
-        return not self._unfinished
-
-    @property
     def has_failed(self) -> bool:
         """True when every completion has ended with an error."""
         return self._num_failed == self._num_completions

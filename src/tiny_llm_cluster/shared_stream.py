@@ -1,7 +1,7 @@
 """A replica's side of shared streams: one carries the events of many calls of an ingress.
 
-A message between processes costs more than the events in it. In one step all calls of an ingress get events,
-and a shared stream sends these as one message.
+A message between processes costs more than the events in it. In one step each running sequence gets a token,
+and a shared stream sends the events of all of them as one message.
 """
 
 import asyncio
@@ -22,7 +22,8 @@ class StreamClosedError(Exception):
 class SharedStream:
     """The events of the calls that have joined it, for one reader. Belongs to one event loop.
 
-    number: the reader's name for it. idle: it ends when nothing came for so many seconds and no call uses it.
+    number: tells it from the ingress's other streams. idle: it ends after so many seconds without an event if
+    no call uses it.
     """
 
     def __init__(self, number: int, idle: float = IDLE) -> None:
