@@ -64,6 +64,7 @@ NOT_RUN = {
     "tiny-llm --install-completion": "changes the shell's settings",
     "tiny-llm COMMAND": "COMMAND stands for a command's name",
     "pdm run NAME": "NAME stands for a script's name",
+    "kill -HUP PID": "PID stands for a process: tests/test_cluster_serving.py sends the signal",
 }
 SERVERS = ("tiny-llm serve",)
 SHOWN = ("text", "json", "yaml")  # output and files, not commands
