@@ -8,17 +8,26 @@ the cluster's address.
 import os
 import sys
 
+STARTS = 3  # attempts
 HEAD, SECOND = "127.0.0.2", "127.0.0.3"  # Ray takes 127.0.0.1 for this machine's other address
 
 
 def main(folder: str, second_port: str) -> None:
     os.environ |= {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ["RAY_SERVE_WORKER_PROXY_HTTP_PORT"] = second_port
+    os.environ |= {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": second_port, "RAY_SERVE_SLOW_STARTUP_WARNING_S": "3"}
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 1, "node_ip_address": HEAD, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    cluster.add_node(num_cpus=1, node_ip_address=SECOND)
+    for attempt in range(STARTS):
+        cluster = Cluster()
+        try:
+            cluster.add_node(**head)
+            cluster.add_node(num_cpus=1, node_ip_address=SECOND)
+            break
+        except Exception:  # on a busy machine, a process of Ray may not be ready in time
+            cluster.shutdown()
+            if attempt == STARTS - 1:
+                raise
     print(cluster.address, flush=True)
     sys.stdin.read()
     cluster.shutdown()

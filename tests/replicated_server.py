@@ -41,7 +41,7 @@ class Cluster:
         )
         self.lines: list[str] = []
         threading.Thread(target=self._read, daemon=True).start()
-        until(lambda: self.has_line("Listening on"), START_SECONDS)
+        until(self.is_listening, START_SECONDS)
         [line] = [line for line in self.lines if "Listening on" in line]
         self.url = line.split("Listening on ")[1].split(" ")[0]
         until(self.is_ready, START_SECONDS)
@@ -53,6 +53,10 @@ class Cluster:
 
     def has_line(self, text: str) -> bool:
         return any(text in line for line in self.lines)
+
+    def is_listening(self) -> bool:
+        assert self.popen.poll() is None, "".join(self.lines)
+        return self.has_line("Listening on")
 
     def is_ready(self) -> bool:
         assert self.popen.poll() is None, "".join(self.lines)

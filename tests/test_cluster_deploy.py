@@ -6,9 +6,11 @@ Oracles: the answers of `tiny_llm.LLM` in this process, and of the replicas befo
 import importlib.util
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -36,7 +38,7 @@ CONFIG = """\
 engine: {{num_blocks: 256, max_num_seqs: 4, generation_config: vllm}}
 server: {{api_key_file: keys.txt, served_model_name: the-model}}
 cluster: {{num_replicas: 2, threads: 1, ray_actor_options: {{num_cpus: 1}}, report_period: 0.2, grace: 300}}
-ingress: {{num_replicas: 2, ray_actor_options: {{num_cpus: 0}}}}
+ingress: {{num_replicas: 2, ray_actor_options: {{num_cpus: 0}}, max_replicas_per_node: 1}}
 http: {{port: {port}}}
 """
 SHOW = """
@@ -46,6 +48,14 @@ from ray.serve.context import _get_global_client
 
 ray.init(address="auto", log_to_driver=False)
 print(serve.status(), _get_global_client().get_serve_details())
+"""
+SHOW_NODES = """
+import ray
+from ray.serve.context import _get_global_client
+
+ray.init(address="auto", log_to_driver=False)
+ingress = _get_global_client().get_serve_details()["applications"]["tiny-llm"]["deployments"]["ingress"]
+print(*(replica["node_id"] for replica in ingress["replicas"]))
 """
 
 
@@ -177,6 +187,41 @@ def test_the_metrics_have_the_figures_of_both_replicas(deployed: Deployed) -> No
     until(lambda: len(replicas_of(deployed)) == 2)
 
 
+def test_the_ingresses_are_on_different_nodes(deployed: Deployed) -> None:
+    """`max_replicas_per_node` is 1."""
+    show = [sys.executable, "-c", SHOW_NODES]
+    shown = subprocess.run(
+        show,
+        env=deployed.nodes.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=COMMAND_SECONDS,
+    )
+    assert len(set(shown.stdout.splitlines()[-1].split())) == 2
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_the_metrics_of_each_node_count_the_requests_of_all_ingresses(deployed: Deployed, node: int) -> None:
+    def finished() -> Counter[str]:
+        """Completions that ended by `length`, by their ingress."""
+        with deployed.client(node) as client:
+            found = re.findall(
+                r'^vllm:request_success_total\{finished_reason="length",ingress="(\w+)".*\} (\S+)$',
+                client.get("/metrics").text,
+                re.MULTILINE,
+            )
+        return Counter({ingress: int(float(value)) for ingress, value in found})
+
+    before = finished()
+    for which in (0, 1) * 8:  # each proxy chooses an ingress
+        with deployed.client(which) as client:
+            body = {"prompt": PROMPT, "max_tokens": 2, "ignore_eos": True}
+            assert client.post("/v1/completions", json=body).status_code == 200
+    until(lambda: (finished() - before).total() == 16)
+    assert len(finished() - before) == 2, "both ingresses have served some"
+
+
 def test_a_restart_replaces_all_replicas_and_no_stream_is_cut(deployed: Deployed) -> None:
     before = replicas_of(deployed)
     body = {"prompt": PROMPT, "max_tokens": 2500, "temperature": 0, "ignore_eos": True, "stream": True}
@@ -216,6 +261,21 @@ def test_http_cannot_change_while_it_runs(deployed: Deployed, tmp_path: Path) ->
     done = command(deployed.nodes, str(config))
     assert done.returncode == 1
     assert f"listens on 127.0.0.1, port {deployed.nodes.ports[0]} already" in done.stderr
+
+
+def test_missing_processors_are_named(deployed: Deployed, tmp_path: Path) -> None:
+    (tmp_path / "keys.txt").symlink_to(deployed.config.parent / "keys.txt")
+    config = tmp_path / "cluster.yaml"
+    config.write_text(  # a process that waits for processors takes `grace` seconds to stop
+        deployed.config.read_text().replace("num_cpus: 1", "num_cpus: 50").replace("grace: 300", "grace: 5")
+    )
+    deploying = started(deployed.nodes, str(config))
+    assert deploying.stderr is not None
+    notice = next(line for line in deploying.stderr if "have taken more than" in line)
+    assert "'replicas'" in notice
+    assert re.search(r'each replica: \{"CPU": 50(\.0)?\}', notice), notice
+    deploying.send_signal(signal.SIGINT)
+    deploying.communicate(timeout=COMMAND_SECONDS)
 
 
 def test_an_address_where_no_cluster_answers_is_an_error(nodes: Nodes) -> None:

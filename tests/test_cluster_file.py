@@ -39,11 +39,13 @@ server:
 cluster:
   num_replicas: 3
   ray_actor_options: {num_cpus: 2}
+  max_replicas_per_node: 4
   threads: 2
   grace: 5
 ingress:
   num_replicas: 2
   ray_actor_options: {num_cpus: 0.5}
+  max_replicas_per_node: 1
   log_level: warning
 http: {host: 0.0.0.0, port: 8123}
 """
@@ -91,8 +93,19 @@ def test_every_section_is_read(tmp_path: Path) -> None:
             scheduling_policy="priority",
             live=False,
         ),
-        cluster=ClusterConfig(num_replicas=3, ray_actor_options={"num_cpus": 2}, threads=2, grace=5),
-        ingress=IngressConfig(num_replicas=2, ray_actor_options={"num_cpus": 0.5}, log_level="warning"),
+        cluster=ClusterConfig(
+            num_replicas=3,
+            ray_actor_options={"num_cpus": 2},
+            max_replicas_per_node=4,
+            threads=2,
+            grace=5,
+        ),
+        ingress=IngressConfig(
+            num_replicas=2,
+            ray_actor_options={"num_cpus": 0.5},
+            max_replicas_per_node=1,
+            log_level="warning",
+        ),
         http=HttpConfig(host="0.0.0.0", port=8123),
     )
     assert keys is not None
@@ -158,6 +171,14 @@ def test_an_unknown_name_is_named_with_its_section(tmp_path: Path, text: str, ex
         ("server: {isolate_keys: true}", "server: isolate_keys needs api_keys"),
         ("cluster: {num_replicas: two}", "cluster: num_replicas must be a whole number, not 'two'"),
         ("cluster: {num_replicas: 0}", "cluster: num_replicas must be a whole number of at least 1, not 0"),
+        (
+            "cluster: {max_replicas_per_node: 0}",
+            "cluster: max_replicas_per_node must be a whole number of at least 1, not 0",
+        ),
+        (
+            "ingress: {max_replicas_per_node: -1}",
+            "ingress: max_replicas_per_node must be at least 1, not -1",
+        ),
         ("cluster: {threads: 1.5}", "cluster: threads must be a whole number or null, not 1.5"),
         ("cluster: {routing_policy: x}", "cluster: routing_policy must be one of prefix"),
         ("cluster: {ray_actor_options: 4}", "cluster: ray_actor_options must be a mapping, not 4"),

@@ -324,8 +324,18 @@ def test_a_request_without_a_seed_gets_the_one_that_a_single_engine_would_give()
 
 
 def test_ingresses_share_the_seeds_of_one_engine() -> None:
-    seeds = [seed for place in range(3) for seed in islice(seeds_of(7, place, 3), 4)]
+    seeds = [seed for place in range(3) for seed in islice(seeds_of(7, partial(int, place), 3), 4)]
     assert sorted(seeds) == [*islice(seeds_of(7), 12)]
+
+
+def test_an_ingress_that_gets_another_place_takes_the_seeds_of_that_place() -> None:
+    """Otherwise the ingress that gets its old place next would give the same ones."""
+    place = [1]
+    moving, other = seeds_of(7, lambda: place[0], 2), seeds_of(7, lambda: 1 - place[0], 2)
+    before = [next(one) for _ in range(3) for one in (moving, other)]
+    place[0] = 0
+    after = [next(one) for _ in range(3) for one in (moving, other)]
+    assert len({*before, *after}) == 12
 
 
 @pytest.mark.parametrize("windows", [(None,), (None, 5), (5, None), (None, 4, 7)])

@@ -16,6 +16,7 @@ import pytest
 from replicated_server import COMPLETE, KEY, START_SECONDS, Cluster, Streamed
 from served import SECONDS, until
 from tiny_llm import LLM, SamplingParams
+from tiny_llm_cluster.config import ClusterConfig
 
 pytest.importorskip("ray", reason="needs the group cluster: pdm sync -G cluster")
 
@@ -44,6 +45,30 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def llm() -> Iterator[LLM]:
     with LLM(num_blocks=512, generation_config="vllm") as llm:
         yield llm
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2, 3])
+def test_ray_gets_three_attempts_to_start(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, one of its processes may not be ready in time."""
+    from tiny_llm_cluster import application
+
+    happened: list[str] = []
+
+    def init(**_: Any) -> None:
+        happened.append("init")
+        if happened.count("init") <= failures:
+            raise RuntimeError("the node timed out\nduring startup")
+
+    monkeypatch.setattr(application, "stop_here", lambda: happened.append("stop"))
+    monkeypatch.setattr(application.ray, "init", init)
+    monkeypatch.setattr(application.serve, "start", lambda **_: happened.append("serve"))
+    expected_events = ["init", "stop"] * failures + ["init", "serve"] * (failures < 3)
+    if failures == 3:
+        with pytest.raises(application.ClusterError, match="Ray cannot start: the node timed out during"):
+            application.start_ray_here(ClusterConfig())
+    else:
+        application.start_ray_here(ClusterConfig())
+    assert happened == expected_events
 
 
 def expected(llm: LLM, prompt: str, **params: Any) -> str:

@@ -27,6 +27,8 @@ APPLICATION, REPLICAS = "tiny-llm", "replicas"  # Serve's names of the applicati
 ROUTER = "tiny_llm_cluster.request_router.PrefixRouter"  # a class would be copied by value
 MAX_ONGOING = 1 << 20  # calls that Serve sends to a replica: the engine limits its queue itself
 NEEDED = ("gcs_server", "raylet")  # Ray's processes that it does not start again
+STARTS = 3  # attempts to start Ray on this machine
+LOG = logging.getLogger("uvicorn.error")  # the server's log
 OBJECT_STORE_BYTES = 128 << 20  # Ray's shared memory on this machine: calls go by gRPC, not through it
 
 
@@ -45,6 +47,7 @@ def replicas_of(engine_options: Mapping[str, Any], config: ClusterConfig) -> ser
         EngineReplica,
         name=REPLICAS,
         ray_actor_options=dict(config.ray_actor_options),
+        max_replicas_per_node=config.max_replicas_per_node,
         max_ongoing_requests=MAX_ONGOING,
         graceful_shutdown_timeout_s=config.grace,
         graceful_shutdown_wait_loop_s=0.2,
@@ -116,20 +119,33 @@ class RayStream:
 def start_ray_here(config: ClusterConfig) -> None:
     """Start Ray on this machine, for this process only. Raises `ClusterError` if that fails.
 
-    Call it in the main thread: Ray's processes end with the thread that started them.
+    Call it in the main thread: Ray's processes end with the thread that started them. On a busy machine one
+    of them may not be ready after 15 seconds, and then Ray ends; so there are `STARTS` attempts.
     """
     silence_ray()
     auto_init_hook.enable_auto_connect = False  # otherwise a late call would start Ray again
     with explaining("Ray cannot start"):
-        ray.init(
-            address="local",  # not a cluster that runs on this machine already
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-            num_cpus=max(os.cpu_count() or 1, config.num_replicas),
-        )
+        for attempt in range(1, STARTS + 1):
+            try:
+                _init_ray(max(os.cpu_count() or 1, config.num_replicas))
+                break
+            except Exception as error:
+                stop_here()
+                if attempt == STARTS:
+                    raise
+                LOG.warning("Ray has not started (attempt %d of %d): %s", attempt, STARTS, error)
         serve.start(http_options={"location": "NoServer"})
+
+
+def _init_ray(num_cpus: int) -> None:
+    ray.init(
+        address="local",  # not a cluster that runs on this machine already
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=OBJECT_STORE_BYTES,
+        num_cpus=num_cpus,
+    )
 
 
 def silence_ray() -> None:
@@ -163,16 +179,15 @@ def ended_process() -> str | None:
 
 
 def stop_here() -> None:
-    """End Ray's processes on this machine, replicas among them; does nothing if they do not run.
+    """End Ray's processes that this process has started, replicas among them, and its other children.
 
     They end at once: drain first.
     """
-    if ray.is_initialized():
-        started = psutil.Process().children(recursive=True)
-        ray.shutdown()
-        for process in started:  # without its GCS server, Ray leaves some behind for a minute
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+    started = psutil.Process().children(recursive=True)
+    ray.shutdown()
+    for process in started:  # without its GCS server, Ray leaves some behind for a minute
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @contextmanager

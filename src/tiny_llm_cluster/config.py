@@ -19,6 +19,7 @@ class ClusterConfig:
         "target_ongoing_requests": 16}; None: a fixed number. There must be at least one replica.
     ray_actor_options: what Ray reserves for each replica, such as {"num_cpus": 16}, and other options of its
         process.
+    max_replicas_per_node: how many replicas a machine gets at most; None: as many as it has processors for.
     threads: threads of each replica's kernels; None: all processors that the replica sees.
     routing_policy: prefix, least-loaded or round-robin.
     report_period: seconds between two reports of a replica, about its load and the blocks that it caches.
@@ -30,6 +31,7 @@ class ClusterConfig:
     num_replicas: int = 1
     autoscaling_config: Mapping[str, Any] | None = None
     ray_actor_options: Mapping[str, Any] = field(default_factory=dict)
+    max_replicas_per_node: int | None = None
     threads: int | None = None
     routing_policy: str = "prefix"
     report_period: float = 1.0
@@ -38,7 +40,7 @@ class ClusterConfig:
     grace: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in ("num_replicas", "threads"):
+        for name in ("num_replicas", "max_replicas_per_node", "threads"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")

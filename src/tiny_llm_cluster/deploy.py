@@ -31,6 +31,7 @@ INGRESS = "ingress"  # Serve's name of the deployment
 CONNECT_SECONDS = 10.0
 POLL = 0.5  # seconds between two looks at the status
 MORE_GRACE = 5.0  # seconds that an ingress runs on after its replicas: their errors must reach the clients
+SLOW = "have taken more than"  # Serve's words for processes that take long to start
 ALL_ADDRESSES = ("0.0.0.0", "::")
 
 Tell = Callable[[str], object]  # shows a line of progress
@@ -150,6 +151,7 @@ def _application(deployment: Deployment) -> serve.Application:
         name=INGRESS,
         num_replicas=ingress.num_replicas,
         ray_actor_options=_with_message_limit(ingress.ray_actor_options),
+        max_replicas_per_node=ingress.max_replicas_per_node,
         max_ongoing_requests=MAX_ONGOING,
         graceful_shutdown_timeout_s=cluster.grace + MORE_GRACE,
         graceful_shutdown_wait_loop_s=0.2,
@@ -234,19 +236,30 @@ def _addresses() -> tuple[str, ...]:
 
 
 class _Progress:
-    """Shows the states of the processes when they change."""
+    """Shows the states of the processes when they change, and what Serve says about slow ones."""
 
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
         self._told = ""
+        self._notices: set[str] = set()
 
     def show(self, application: ApplicationStatusOverview) -> None:
-        """Show the states unless they were shown last."""
+        """Show the states unless they were shown last, and a notice unless it was shown before."""
         parts = [f"{name}: {_counts(counts)}" for name, counts in _states(application).items() if counts]
         line = "; ".join(parts)
         if line and line != self._told:
             self._tell(line)
             self._told = line
+        for notice in _notices(application):
+            if notice not in self._notices:
+                self._tell(notice)
+                self._notices.add(notice)
+
+
+def _notices(application: ApplicationStatusOverview) -> list[str]:
+    """What Serve says about processes that take long to start, such as how many processors they need."""
+    messages = [one.message for one in application.deployments.values()]
+    return [" ".join(message.split()) for message in messages if SLOW in message]
 
 
 def _counts(counts: Mapping[str, Any]) -> str:

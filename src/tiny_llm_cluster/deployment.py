@@ -19,16 +19,20 @@ class IngressConfig:
 
     num_replicas: how many there are.
     ray_actor_options: what Ray reserves for each, such as {"num_cpus": 1}, and other options of its process.
+    max_replicas_per_node: how many of them a machine gets at most; None: any number.
     log_level: what each writes to its log, as in `tiny-llm serve --log-level`.
     """
 
     num_replicas: int = 1
     ray_actor_options: Mapping[str, Any] = field(default_factory=dict)
+    max_replicas_per_node: int | None = None
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        if self.num_replicas < 1:
-            raise ConfigError(f"num_replicas must be at least 1, not {self.num_replicas}")
+        for name in ("num_replicas", "max_replicas_per_node"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}")
 

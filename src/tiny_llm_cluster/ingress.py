@@ -3,18 +3,21 @@
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from tiny_llm_server import ServerConfig, make_app
 
 from .application import Replicas
+from .ingress_figures import Families, IngressFigures
 from .remote_model import RemoteModel
 
 LOG = logging.getLogger("uvicorn.error")  # the server's log
 MOMENT = 0.01  # seconds between two looks at whether the model is loaded
+ANSWER_SECONDS = 2.0  # how long other ingresses have to tell their figures
 
 
 @serve.ingress()  # the application is made by `__serve_build_asgi_app__`
@@ -34,9 +37,11 @@ class Ingress:
         num_ingresses: int,
     ) -> None:
         _log_to_stderr(log_level)
-        place = serve.get_replica_context().rank.rank
-        self._model = await asyncio.to_thread(_load, replicas, engine_options, place, num_ingresses)
-        self._app = make_app(lambda: self._model, config)
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._ingresses: DeploymentHandle[Self] | None = None  # made when it is first needed
+        self._model = await asyncio.to_thread(_load, replicas, engine_options, num_ingresses)
+        figures = IngressFigures(self._name, self._own_figures, self._ask_all)
+        self._app = make_app(lambda: self._model, config, figures.collect)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; called by Serve after the constructor."""
@@ -50,10 +55,32 @@ class Ingress:
                 raise service.failure
             await asyncio.sleep(MOMENT)
 
+    def _own_figures(self) -> Families:
+        figures: Families = self._app.state.service.metrics.of_requests()
+        return figures
 
-def _load(replicas: Any, engine_options: Mapping[str, Any], place: int, num_ingresses: int) -> RemoteModel:
+    async def figures(self) -> tuple[str, Families]:
+        """This ingress's name and figures of requests; another ingress asks for them."""
+        return self._name, self._own_figures()
+
+    async def _ask_all(self) -> dict[str, Families]:
+        """The figures of each ingress, by its name. Raises TimeoutError and errors of Ray."""
+        if self._ingresses is None:
+            context = serve.get_replica_context()
+            self._ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
+        broadcast = await asyncio.to_thread(self._ingresses.broadcast, "figures")
+        answers = await broadcast.results_async(timeout_s=ANSWER_SECONDS, return_exceptions=True)
+        return dict(one for one in answers if not isinstance(one, BaseException))
+
+
+def _load(replicas: Any, engine_options: Mapping[str, Any], num_ingresses: int) -> RemoteModel:
     running = Replicas.of(replicas)
-    return RemoteModel(engine_options, running, running.routing, place, num_ingresses)
+    return RemoteModel(engine_options, running, running.routing, _place, num_ingresses)
+
+
+def _place() -> int:
+    """The place of this ingress among all, from 0."""
+    return int(serve.get_replica_context().rank.rank)
 
 
 def _log_to_stderr(level: str) -> None:

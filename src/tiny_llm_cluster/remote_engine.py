@@ -272,12 +272,13 @@ class RemoteEngine:
         raise ValueError("the blocks of replicas cannot be watched")
 
 
-def seeds_of(seed: int, place: int = 0, num_ingresses: int = 1) -> Iterator[int]:
+def seeds_of(seed: int, place: Callable[[], int] = lambda: 0, num_ingresses: int = 1) -> Iterator[int]:
     """The seeds of requests without one, as `EngineCore` makes them from its own.
 
-    Ingresses share them: each takes those of its place, so that no two requests get the same.
+    Ingresses share them: each takes those of its place, so that no two requests get the same. place: it is
+    asked each time, because Serve may move an ingress to another place.
     """
-    return count(seed + (place << 20), num_ingresses << 20)
+    return (seed + ((first + place()) << 20) for first in count(0, num_ingresses))
 
 
 def _item(event: RequestEvent | Failure, request: RemoteRequest) -> Item:

@@ -1,6 +1,6 @@
 """A model whose engine runs on replicas: the tokenizer and the description are here, the weights are not."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ class RemoteModel:
     """A loaded model as the server uses it (`ServedModel`).
 
     engine_options: the arguments of `LLM`, as the replicas get them. replicas, routing: as in `RemoteEngine`.
-    place: that of this ingress among `num_ingresses`, from 0. Raises the errors of `LLM`.
+    place: that of this ingress among `num_ingresses` now, from 0. Raises the errors of `LLM`.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class RemoteModel:
         engine_options: Mapping[str, Any],
         replicas: Replicas,
         routing: Routed,
-        place: int = 0,
+        place: Callable[[], int] = lambda: 0,
         num_ingresses: int = 1,
     ) -> None:
         options = dict(engine_options)

@@ -18,6 +18,7 @@ from .config import ServerConfig
 from .errors import ApiError, ErrorBody, answer
 from .guards import CatchAll, HostGuard, KeyGuard, OriginGuard
 from .live_page import add_page
+from .metrics import CollectRequests
 from .paths import PlainPaths
 from .request_log import RequestLog
 from .served_model import ServedModel
@@ -44,12 +45,16 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(load: Callable[[], ServedModel], config: ServerConfig | None = None) -> FastAPI:
+def make_app(
+    load: Callable[[], ServedModel],
+    config: ServerConfig | None = None,
+    of_requests: CollectRequests | None = None,
+) -> FastAPI:
     """Make the application. `load` makes the model; it is called in a thread when the server starts.
 
-    `app.state.service` is the application's `Service`.
+    of_requests: as in `Service`. `app.state.service` is the application's `Service`.
     """
-    service = Service(load, config or ServerConfig())
+    service = Service(load, config or ServerConfig(), of_requests)
     throughput = ThroughputLog(service.metrics, service.engine_stats)
 
     @asynccontextmanager

@@ -5,7 +5,7 @@ events arrive.
 """
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from time import monotonic
 
@@ -17,6 +17,8 @@ from tiny_llm import RequestEvent, RequestUsage
 
 from .engine_figures import EngineFigures
 from .served_model import ServedModel
+
+CollectRequests = Callable[[], Awaitable[Sequence[Metric]]]  # collects the figures of requests
 
 FAST = (
     0.001,
@@ -51,7 +53,7 @@ class Metrics:
         self.num_generation_tokens = 0
         self._registry = CollectorRegistry()
         self._model_name = model_name
-        self._registry.register(EngineFigures(llm, model_name))
+        self._engine = EngineFigures(llm, model_name)
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "Seconds from arrival to the first token.", FAST
         )
@@ -77,16 +79,25 @@ class Metrics:
             registry=self._registry,
         )
 
-    def text(self) -> bytes:
-        """Return all metrics in Prometheus's text format."""
-        return generate_latest(self._registry)
+    def text(self, of_requests: Sequence[Metric] | None = None) -> bytes:
+        """Return all metrics in Prometheus's text format.
 
-    def request_stats(self, prompts: Mapping[str, int], n: int) -> "RequestStats":
+        of_requests: the figures of requests; None: those of this server.
+        """
+        figures = self.of_requests() if of_requests is None else of_requests
+        return generate_latest(_Families([*self._engine.collect(), *figures]))
+
+    def of_requests(self) -> list[Metric]:
+        """Return the figures of the requests that this server has taken."""
+        return [*self._registry.collect()]
+
+    def request_stats(self, prompts: Mapping[str, int], n: int, arrival: float) -> "RequestStats":
         """Make the figures of one HTTP request.
 
-        prompts: each prompt's number of tokens, by its id in the engine.
+        prompts: each prompt's number of tokens, by its id in the engine. arrival: when the request arrived,
+        by `time.monotonic`; its prompts are tokenized after that.
         """
-        return RequestStats(self, prompts, n)
+        return RequestStats(self, prompts, n, arrival)
 
     def record_first_token(self, prompt_tokens: int, seconds: float) -> None:
         """Record a prompt's first token, `seconds` after the request arrived."""
@@ -119,6 +130,17 @@ class Metrics:
         )
 
 
+class _Families(Collector):
+    """Metrics that have been collected already."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        """Return the metrics."""
+        return self._families
+
+
 class RequestStats:
     """The tokens and times of one HTTP request's completions, which it also adds to the server's metrics.
 
@@ -126,15 +148,15 @@ class RequestStats:
     finish_reasons: how many completions ended with each reason.
     """
 
-    def __init__(self, metrics: Metrics, prompts: Mapping[str, int], n: int) -> None:
+    def __init__(self, metrics: Metrics, prompts: Mapping[str, int], n: int, arrival: float) -> None:
         self.num_prompt_tokens = sum(prompts.values())
         self.num_cached_tokens: int | None = None
         self.num_output_tokens = 0
         self.finish_reasons: Tally[str] = Tally()
         self._metrics = metrics
-        self._start = monotonic()
+        self._arrival = arrival
         self._first_token: float | None = None
-        self._last_token = self._start
+        self._last_token = arrival
         self._unseen_prompts = dict(prompts)  # no token has come for these yet
         self._num_unfinished = len(prompts) * n
         self._last: dict[tuple[str, int], float] = {}
@@ -142,7 +164,7 @@ class RequestStats:
     @property
     def ttft(self) -> float | None:
         """Seconds until the first token of any completion; None if there was none."""
-        return None if self._first_token is None else self._first_token - self._start
+        return None if self._first_token is None else self._first_token - self._arrival
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -172,7 +194,7 @@ class RequestStats:
     def _add_tokens(self, event: RequestEvent, now: float) -> None:
         completion = (event.request_id, event.index)
         if (prompt_tokens := self._unseen_prompts.pop(event.request_id, None)) is not None:
-            self._metrics.record_first_token(prompt_tokens, now - self._start)
+            self._metrics.record_first_token(prompt_tokens, now - self._arrival)
         before = self._last.get(completion)
         self._metrics.record_tokens(len(event.token_ids), None if before is None else now - before)
         self._last[completion] = self._last_token = now

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import Enum
 from threading import Thread
-from time import time
+from time import monotonic, time
 from typing import Any
 
 from fastapi import Request
@@ -31,7 +31,7 @@ from .answer_form import AnswerForm
 from .chat_format import ChatFormat
 from .config import ServerConfig
 from .errors import ApiError, load_error, refused
-from .metrics import Metrics
+from .metrics import CollectRequests, Metrics
 from .run import Run
 from .sampling_defaults import checked_overrides, described
 from .schema import ROLES, ChatCompletionRequest, Generation, TokenizeRequest
@@ -58,10 +58,16 @@ class Status(Enum):
 class Service:
     """An engine that loads while the server already answers.
 
-    load: makes the model; it is called in a thread. failure: the error that it raised.
+    load: makes the model; it is called in a thread. failure: the error that it raised. of_requests: collects
+    the figures of requests for `/metrics`; None: those of this server are all.
     """
 
-    def __init__(self, load: Callable[[], ServedModel], config: ServerConfig) -> None:
+    def __init__(
+        self,
+        load: Callable[[], ServedModel],
+        config: ServerConfig,
+        of_requests: CollectRequests | None = None,
+    ) -> None:
         self.config = config
         self.created = int(time())
         self.failure: Exception | None = None
@@ -73,6 +79,7 @@ class Service:
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
         self._compiling = ThreadPoolExecutor(1, "grammars")
         self.metrics = Metrics(lambda: self._llm, lambda: self.model_name)
+        self._of_requests = of_requests
 
     async def load(self) -> None:
         """Load the model; returns when it is loaded or has failed. Cancelling stops only the waiting."""
@@ -131,6 +138,10 @@ class Service:
     def sampling_defaults(self) -> Mapping[str, Any]:
         """Values of the sampling parameters that a request leaves out, by the names of `SamplingParams`."""
         return {**self.llm.sampling_defaults, **self._overrides}
+
+    async def metrics_text(self) -> bytes:
+        """All metrics in Prometheus's text format."""
+        return self.metrics.text(None if self._of_requests is None else await self._of_requests())
 
     def engine_stats(self) -> EngineStats | None:
         """How full the engine is; None while the model loads."""
@@ -208,6 +219,7 @@ class Service:
         The engine knows a single prompt by `request_id`, and several by `request_id` and their index. Raises
         `ApiError` that names the field at fault, and the engine's errors if it takes no requests.
         """
+        arrival = monotonic()
         engine, ids = self.llm.engine, prompt_ids(request_id, len(prompts))
         try:
             requests = await self._in_thread(
@@ -222,7 +234,7 @@ class Service:
                 for request, prompt in zip(requests, prompts, strict=True):
                     LOG.info("Received request %s: prompt %r, %r", request.request_id, prompt, params)
             lengths = {request.request_id: len(request.prompt_token_ids) for request in requests}
-            stats = self.metrics.request_stats(lengths, params.n)
+            stats = self.metrics.request_stats(lengths, params.n, arrival)
             run = await Run.begin(engine, requests, stats, self.config.request_timeout)
             self._runs.add(run)
             return run

@@ -35,7 +35,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/metrics", response_class=Response)
     async def metrics() -> Response:
         """Metrics in Prometheus's text format."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await service.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @routes.get("/v1/models", response_model=ModelList)
     async def models() -> ModelList:
