@@ -14,9 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_llm.fused_block import fuse
 from tiny_llm.kernels import twins
+from tiny_llm.kv_pool import KVPool
+from tiny_llm.layer_groups import group_layers
 from tiny_llm.linear import Linear, PackedLinear
 from tiny_llm.mlp import MLP
 from tiny_llm.model import Model
+from tiny_llm.page_layout import PageLayout
+from tiny_llm.paged_attention import BlockAllocator
 from tiny_llm.paged_kernel import PagedContext
 from tiny_llm.sliding_window import WindowedContext
 
@@ -124,6 +128,71 @@ def test_a_fused_block_gives_the_same_bits_for_any_chunks_on_any_threads(
     assert np.array_equal(got, want)
 
 
+@settings(max_examples=examples(60))
+@given(
+    name=st.sampled_from(sorted(MODELS)),
+    lengths=st.lists(st.integers(1, 120), min_size=1, max_size=3),
+    chosen=st.lists(st.floats(0, 1, exclude_max=True), max_size=6),
+    threads=st.integers(1, 4),
+)
+def test_rows_that_need_no_logits_change_no_others(
+    name: str, lengths: list[int], chosen: list[float], threads: int
+) -> None:
+    """The last block leaves them out. Oracle: each sequence with the logits of all its rows."""
+    model, after = MODELS[name](), 3
+    rows = [int(part * sum(lengths)) for part in chosen]
+    prompts = [random_prompt(length + after, seed=i) for i, length in enumerate(lengths)]
+    with kernels_on(1, ""):
+        want = [unfused(model, prompt, [len(prompt)]) for prompt in prompts]
+    layout = PageLayout(group_layers(model.config.windows), 16, sum(lengths))
+    pages = sum(layout.max_blocks(len(prompt)) for prompt in prompts)
+    allocator, pool = BlockAllocator(pages), KVPool.for_model(model.config, pages, 16, mx.float16)
+    all_tables = [layout.tables(allocator) for _ in prompts]
+
+    def step(parts: list[tuple[int, int]], logit_rows: mx.array | None) -> np.ndarray:
+        """Compute a part of each prompt together."""
+        spans, tokens = [], []
+        for tables, prompt, (start, stop) in zip(all_tables, prompts, parts, strict=True):
+            for table in tables:
+                table.append_tokens(stop - start)
+            spans.append((tables, start, stop))
+            tokens += prompt[start:stop]
+        context = layout.context(pool, spans, model.config.attention_scale, logit_rows)
+        logits = model(mx.array([tokens], mx.int32), context)[0]
+        pool.evaluate(logits)
+        return np.array(logits)
+
+    with kernels_on(threads, ""):
+        some = step([(0, length) for length in lengths], mx.array(rows, mx.int32))
+        rest = step([(length, length + after) for length in lengths], None)
+    first = np.concatenate([logits[:-after] for logits in want])
+    assert np.array_equal(some, first[rows])
+    assert np.array_equal(rest, np.concatenate([logits[-after:] for logits in want]))
+
+
+@pytest.mark.parametrize("rows", [[0], [63, 64], [-1, 127], [], [500, -500]])
+def test_rows_of_the_output_that_are_needed_are_those_of_the_whole_output(rows: list[int]) -> None:
+    """Rows outside the step are ignored; they must not touch other memory."""
+    whole = tiny_llm_kernels.TransformerBlock(**arguments(tiny_model()))  # type: ignore[arg-type]
+    x = mx.array(np.random.default_rng(2).normal(size=(1, 128, 64)).astype(np.float32))
+    places, row = mx.arange(128, dtype=mx.int32), mx.zeros(128, mx.int32)
+
+    def run(out_rows: mx.array | None) -> list[np.ndarray]:
+        pools = (mx.zeros((128, 2, 1, 32)) for _ in range(2))
+        return [
+            np.array(one)
+            for one in whole(x, *pools, places, places[None], row, places, 1.0, out_rows=out_rows)
+        ]
+
+    with kernels_on(2, ""):
+        (out, *pools), (partial, *written) = run(None), run(mx.array(rows, mx.int32))
+    inside = [one for one in rows if -128 <= one < 128]
+    assert np.array_equal(partial[0, inside], out[0, inside])
+    assert all(np.array_equal(one, other) for one, other in zip(pools, written, strict=True))
+    if not inside:
+        assert not np.array_equal(partial, out), "nothing was left out"
+
+
 # ---- what is not fused ----
 
 
@@ -223,6 +292,8 @@ def test_parts_that_do_not_fit_together_are_rejected(change: dict[str, object], 
         ({"positions": mx.zeros(3)}, "positions must be int32"),
         ({"key_pool": mx.zeros((4, 1, 8, 32))}, "key_pool must have shape"),
         ({"window": 0}, "window must be at least 1"),
+        ({"out_rows": mx.zeros(1)}, "out_rows must be int32"),
+        ({"out_rows": mx.zeros((1, 1), mx.int32)}, "out_rows must have 1 axis"),
     ],
 )
 def test_a_step_that_does_not_fit_the_block_is_rejected(change: dict[str, object], named: str) -> None:

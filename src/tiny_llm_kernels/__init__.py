@@ -344,10 +344,15 @@ class TransformerBlock:
         positions: mx.array,
         scale: float,
         window: int | None = None,
+        out_rows: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """x [1, T, E] -> (x after the block, key_pool, value_pool); the rest as in `write_and_attend`."""
+        """x [1, T, E] -> (x after the block, key_pool, value_pool); the rest as in `write_and_attend`.
+
+        out_rows: [R] int32, the rows along T of the output that are needed; others may have any values. None:
+        all rows. The keys and values of all rows are written.
+        """
         where = (slots, tables, row_of_token, positions)
-        return self._native(x, key_pool, value_pool, *where, scale, window)
+        return self._native(x, key_pool, value_pool, *where, scale, window, out_rows)
 
 
 # ---- threads and instruction sets ----

@@ -42,4 +42,7 @@ class FusingContext(KVContext, Protocol):
         """True if the operator would do what `attend` does."""
 
     def run_block(self, layer: int, block: "FusedBlock", x: mx.array) -> mx.array:
-        """Run x [1, T, E] through one block -> [1, T, E], and store its keys and values."""
+        """Run x [1, T, E] through one block -> [1, T, E], and store its keys and values.
+
+        The last layer's output is only needed in the rows `logit_rows`; the others may have any values.
+        """

@@ -38,6 +38,7 @@ class KVPool:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.num_layers = num_layers
         self.dtype = dtype
         shape = (num_blocks, num_heads, block_size, head_dim)
         arrays = _zeros(2 * num_layers, shape, dtype)

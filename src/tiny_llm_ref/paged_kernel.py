@@ -223,7 +223,9 @@ class PagedContext:
     def run_block(self, layer: int, block: "FusedBlock", x: mx.array) -> mx.array:
         """Run x [1, T, E] through one block -> [1, T, E]; its keys and values are written to the pool."""
         step, lent = self._batch, self._pool.lend(layer)
-        out, *pools = block(x, *lent, step.slots, step.tables, step.row_of_token, step.positions, self._scale)
+        rows = self.logit_rows if layer == self._pool.num_layers - 1 else None
+        where = (step.slots, step.tables, step.row_of_token, step.positions)
+        out, *pools = block(x, *lent, *where, self._scale, out_rows=rows)
         self._pool.put_back(layer, *pools)
         start_computing(layer, out)
         return out

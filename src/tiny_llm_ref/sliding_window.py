@@ -305,9 +305,9 @@ class WindowedContext:
         """Run x [1, T, E] through one compiled block -> [1, T, E]; write its keys and values to the pool."""
         pool_layer, step, window = self._where[layer]
         lent = self._pool.lend(pool_layer)
-        out, *pools = block(
-            x, *lent, step.slots, step.tables, step.row_of_token, step.positions, self._scale, window
-        )
+        rows = self.logit_rows if layer == len(self._where) - 1 else None
+        where = (step.slots, step.tables, step.row_of_token, step.positions)
+        out, *pools = block(x, *lent, *where, self._scale, window, rows)
         self._pool.put_back(pool_layer, *pools)
         start_computing(layer, out)
         return out

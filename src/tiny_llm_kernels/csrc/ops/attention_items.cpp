@@ -24,15 +24,17 @@ std::pair<int64_t, int64_t> partitions_of(const AttentionJob& job, int32_t token
 
 /// Divides the packed tokens into runs of one sequence each. The length of a run only decides how many tokens share
 /// a loaded tile and how evenly the work is spread, not what a token computes.
-std::vector<Run> divide_into_runs(const AttentionJob& job, int threads) {
+std::vector<Run> divide_into_runs(const AttentionJob& job, int threads, const std::vector<bool>& skipped) {
   constexpr int64_t MAX_RUN_ROWS = 48;
   const int64_t share = job.T * job.Hkv / (4 * threads);
   const int64_t limit = std::max<int64_t>(1, std::min(share, MAX_RUN_ROWS / (job.H / job.Hkv)));
   std::vector<Run> runs;
   for (int32_t token = 0; token < job.T; ++token) {
+    if (!skipped.empty() && skipped[token]) continue;
     const auto [begin, end] = partitions_of(job, token);
-    const bool joins =
-        !runs.empty() && runs.back().count < limit && job.row_of_token[token] == job.row_of_token[token - 1];
+    const bool joins = !runs.empty() && runs.back().count < limit &&
+                       runs.back().first + runs.back().count == token &&
+                       job.row_of_token[token] == job.row_of_token[token - 1];
     if (joins) {
       Run& run = runs.back();
       run = {run.first, run.count + 1, std::min(run.begin, begin), std::max(run.end, end)};
@@ -102,9 +104,9 @@ int64_t fair_share(int64_t work, int64_t kv_heads, int64_t threads) {
 
 }  // namespace
 
-void attend_all(AttentionJob job, const Kernels& kernels) {
+void attend_all(AttentionJob job, const Kernels& kernels, const std::vector<bool>& skipped) {
   const int64_t threads = num_threads();
-  const auto runs = divide_into_runs(job, threads);
+  const auto runs = divide_into_runs(job, threads, skipped);
   int64_t work = 0;
   for (const Run& run : runs) work += run.partitions() * run.count * job.Hkv;
   Items items = divide_into_items(job, runs, fair_share(work, job.Hkv, threads));

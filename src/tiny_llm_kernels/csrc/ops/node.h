@@ -53,7 +53,8 @@ inline void check_dtype(const char* name, const mx::array& a, mx::Dtype dtype) {
 }
 
 inline void check_ndim(const char* name, const mx::array& a, size_t ndim) {
-  if (a.ndim() != ndim) refuse(name, " must have ", ndim, " axes, got shape ", shape_text(a));
+  if (a.ndim() != ndim)
+    refuse(name, " must have ", ndim, ndim == 1 ? " axis" : " axes", ", got shape ", shape_text(a));
 }
 
 /// Requires a type that keys, values or weights may be stored in.

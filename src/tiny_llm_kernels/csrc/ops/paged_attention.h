@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <vector>
 
 #include "node.h"
 
@@ -14,8 +15,9 @@ AttentionJob reading_job(const mx::array& keys, const mx::array& values, const m
                          int64_t window);
 
 /// Computes the attention of all tokens, distributed over the threads (attention_items.cpp). Call it in a task of
-/// the CPU stream, after all writes of the step.
-void attend_all(AttentionJob job, const Kernels& kernels);
+/// the CPU stream, after all writes of the step. skipped: one element for each token, true if its output is not
+/// needed and stays as it is; empty: none is skipped.
+void attend_all(AttentionJob job, const Kernels& kernels, const std::vector<bool>& skipped = {});
 
 /// The window as a number; without a window, or with one longer than any sequence, all positions.
 int64_t checked_window(std::optional<int64_t> window);

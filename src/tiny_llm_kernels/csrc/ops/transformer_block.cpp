@@ -8,6 +8,9 @@
 // threads work on the same rows and share every matrix, and a loop ends when the next step needs outputs of other
 // threads. A step with many rows is limited by arithmetic: each thread computes chunks of rows from the norm to the
 // down projection, with buffers that stay in its cache, and waits only before and after attention.
+//
+// Of the last block's output, the model reads only the rows that need logits: one row of a prompt. From attention on,
+// chunks without such a row are left out; their keys and values have been written by then.
 #include "transformer_block.h"
 
 #include <algorithm>
@@ -136,10 +139,30 @@ struct Chunk {
   QuantizeJob for_hidden, for_o, for_down;
 };
 
+/// The rows of a block's output that are needed, and thus which chunks of rows are.
+struct NeededRows {
+  const int32_t* rows = nullptr;  // null: all rows
+  int64_t count = 0;
+
+  /// One element for each row of the step: whether its chunk has no needed row. Empty if all rows are needed.
+  std::vector<bool> skipped(const Division& division) const {
+    if (!rows) return {};
+    std::vector<bool> found(division.T, true);
+    const int64_t size = division.rows_of_chunk();
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = rows[i] < 0 ? rows[i] + division.T : rows[i], first = row / size * size;
+      if (row < 0 || row >= division.T || !found[row]) continue;
+      std::fill(found.begin() + first, found.begin() + std::min(first + size, division.T), false);
+    }
+    return found;
+  }
+};
+
 /// One block's computation for one step, with all its buffers.
 struct BlockJob {
   const BlockWeights* w;
   Division division;
+  NeededRows needed;
   const float* x;
   Buffer hidden;  // the residual stream
   Buffer heads, rotated, attended;
@@ -147,9 +170,9 @@ struct BlockJob {
   AttentionJob attention;
 
   /// `reading` says where the block reads and writes keys and values; `x` and `out` are [T, E].
-  BlockJob(const BlockWeights& weights, const Division& division, const AttentionJob& reading, const float* x,
-           float* out, Workspace& space)
-      : w(&weights), division(division), x(x), attention(reading) {
+  BlockJob(const BlockWeights& weights, const Division& division, const NeededRows& needed,
+           const AttentionJob& reading, const float* x, float* out, Workspace& space)
+      : w(&weights), division(division), needed(needed), x(x), attention(reading) {
     const int64_t T = reading.T, E = w->attention_norm.shape(0);
     const int64_t queries = w->H * w->D, keys = w->Hkv * w->D;
     const auto buffer = [&](int64_t width) { return Buffer{space.take<float>(T * width), T, width}; };
@@ -168,9 +191,10 @@ struct BlockJob {
     division.each_chunk([&](int64_t worker, int64_t first, int64_t rows) {
       before_attention(chunk(worker, first, rows), kernels);
     });
-    attend_all(attention, kernels);
+    const std::vector<bool> skipped = needed.skipped(division);
+    attend_all(attention, kernels, skipped);
     division.each_chunk([&](int64_t worker, int64_t first, int64_t rows) {
-      after_attention(chunk(worker, first, rows), kernels);
+      if (skipped.empty() || !skipped[first]) after_attention(chunk(worker, first, rows), kernels);
     });
   }
 
@@ -289,6 +313,8 @@ class Block : public Node {
     const bool in_place = inputs[0].is_donatable() && inputs[0].flags().row_contiguous;
     const auto x = dense(inputs[0], queue), slots = dense(inputs[3], queue), tables = dense(inputs[4], queue);
     const auto row_of_token = dense(inputs[5], queue), positions = dense(inputs[6], queue);
+    std::optional<mx::array> out_rows;
+    if (inputs.size() > 7) out_rows = dense(inputs[7], queue);
     if (!inputs[1].flags().row_contiguous || !inputs[2].flags().row_contiguous) {
       throw std::runtime_error(
           "transformer_block: the pools must be row-contiguous, because a copy would lose the writes");
@@ -304,8 +330,10 @@ class Block : public Node {
     auto reading = reading_job(outputs[1], outputs[2], tables, row_of_token, positions, scale_, window_);
     reading.slots = slots.data<int32_t>();
     const Division division(reading.T, num_threads());  // once: the number of threads may change meanwhile
+    NeededRows needed;
+    if (out_rows) needed = {out_rows->data<int32_t>(), static_cast<int64_t>(out_rows->size())};
     const auto job_in = [&](Workspace space) {
-      BlockJob job(*w_, division, reading, x.data<float>(), outputs[0].data<float>(), space);
+      BlockJob job(*w_, division, needed, reading, x.data<float>(), outputs[0].data<float>(), space);
       return std::pair(std::move(job), space.taken());
     };
     const auto memory = shared_memory(stream(), job_in(Workspace(nullptr)).second);
@@ -379,7 +407,7 @@ TransformerBlock::TransformerBlock(BlockWeights w) {
 std::tuple<mx::array, mx::array, mx::array> TransformerBlock::operator()(
     const mx::array& x, const mx::array& key_pool, const mx::array& value_pool, const mx::array& slots,
     const mx::array& tables, const mx::array& row_of_token, const mx::array& positions, float scale,
-    std::optional<int64_t> window) const {
+    std::optional<int64_t> window, const std::optional<mx::array>& out_rows) const {
   const auto& w = *weights_;
   check_dtype("x", x, mx::float32);
   check_ndim("x", x, 3);
@@ -388,10 +416,15 @@ std::tuple<mx::array, mx::array, mx::array> TransformerBlock::operator()(
   check_reading(w.H, w.Hkv, T, w.D, key_pool, value_pool, tables, row_of_token, positions);
   check_dtype("slots", slots, mx::int32);
   check_shape("slots", slots, {T}, "[T]");
-  auto out = mx::array::make_arrays({x.shape(), key_pool.shape(), value_pool.shape()},
-                                    {mx::float32, key_pool.dtype(), value_pool.dtype()},
-                                    std::make_shared<Block>(weights_, scale, checked_window(window)),
-                                    {x, key_pool, value_pool, slots, tables, row_of_token, positions});
+  std::vector<mx::array> inputs = {x, key_pool, value_pool, slots, tables, row_of_token, positions};
+  if (out_rows) {
+    check_dtype("out_rows", *out_rows, mx::int32);
+    check_ndim("out_rows", *out_rows, 1);
+    inputs.push_back(*out_rows);
+  }
+  auto out = mx::array::make_arrays(
+      {x.shape(), key_pool.shape(), value_pool.shape()}, {mx::float32, key_pool.dtype(), value_pool.dtype()},
+      std::make_shared<Block>(weights_, scale, checked_window(window)), std::move(inputs));
   return {out[0], out[1], out[2]};
 }
 

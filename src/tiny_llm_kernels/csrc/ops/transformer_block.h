@@ -34,12 +34,10 @@ class TransformerBlock {
  public:
   explicit TransformerBlock(BlockWeights weights);
 
-  std::tuple<mx::array, mx::array, mx::array> operator()(const mx::array& x, const mx::array& key_pool,
-                                                         const mx::array& value_pool, const mx::array& slots,
-                                                         const mx::array& tables,
-                                                         const mx::array& row_of_token,
-                                                         const mx::array& positions, float scale,
-                                                         std::optional<int64_t> window) const;
+  std::tuple<mx::array, mx::array, mx::array> operator()(
+      const mx::array& x, const mx::array& key_pool, const mx::array& value_pool, const mx::array& slots,
+      const mx::array& tables, const mx::array& row_of_token, const mx::array& positions, float scale,
+      std::optional<int64_t> window, const std::optional<mx::array>& out_rows) const;
 
  private:
   std::shared_ptr<const BlockWeights> weights_;
