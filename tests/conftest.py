@@ -1,9 +1,9 @@
 """Shared by all tests: how much runs and in how many processes, and fixtures.
 
 By default the suite is spread over the cores, properties draw few examples, and tests marked `deep` are left
-out. CI sets `HYPOTHESIS_PROFILE=ci`, with which properties draw four times as many examples, and then runs
-the tests marked `deep` too. Both profiles draw the same examples in every run; `HYPOTHESIS_PROFILE=deep`
-draws many more, and new ones each time.
+out. CI sets `HYPOTHESIS_PROFILE=ci`, with which properties draw four times as many examples, and
+`TINY_LLM_DEEP_TESTS=1`, with which no test is left out. Both profiles draw the same examples in every run;
+`HYPOTHESIS_PROFILE=deep` draws many more, and new ones each time.
 """
 
 import os
@@ -20,7 +20,12 @@ import tiny_llm_kernels
 from tiny_llm import LLM
 
 if find_spec("ray") is None:  # the group `cluster` is not installed
-    collect_ignore = ["test_cluster_file.py", "test_cluster_remote.py", "test_cluster_streams.py"]
+    collect_ignore = [
+        "test_cluster_figures.py",
+        "test_cluster_file.py",
+        "test_cluster_remote.py",
+        "test_cluster_streams.py",
+    ]
 
 MAX_PROCESSES = 8  # each loads the embedded model
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
@@ -60,6 +65,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option = config.option
     if "PYTEST_XDIST_WORKER" not in os.environ:
         share_bytecode(config)
+        if os.environ.pop("TINY_LLM_DEEP_TESTS", ""):  # not for the runs of pytest that tests start
+            option.markexpr = ""
     if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
         return
     if option.numprocesses is None and not option.usepdb and not any(".py" in given for given in config.args):

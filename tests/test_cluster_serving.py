@@ -16,7 +16,6 @@ import pytest
 from replicated_server import COMPLETE, KEY, START_SECONDS, Cluster, Streamed
 from served import SECONDS, until
 from tiny_llm import LLM, SamplingParams
-from tiny_llm_cluster.config import ClusterConfig
 
 pytest.importorskip("ray", reason="needs the group cluster: pdm sync -G cluster")
 
@@ -51,6 +50,7 @@ def llm() -> Iterator[LLM]:
 def test_ray_gets_three_attempts_to_start(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine, one of its processes may not be ready in time."""
     from tiny_llm_cluster import application
+    from tiny_llm_cluster.config import ClusterConfig
 
     happened: list[str] = []
 
