@@ -58,6 +58,7 @@ NOT_RUN = {
     "tiny-llm serve-cluster": "needs a Ray cluster",
     "ray ": "starts Ray on this machine, or needs two machines",
     "scp ": "needs a second machine",
+    "curl http://10.": "needs the two machines",
     "export RAY_AUTH_MODE=": "a setting of the commands for two machines, which are not run",
     "chmod 600 ~/.ray/": "a file of the commands for two machines, which are not run",
     "mkdir -p ~/.ray": "a folder of the commands for two machines, which are not run",
