@@ -65,7 +65,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option = config.option
     if "PYTEST_XDIST_WORKER" not in os.environ:
         share_bytecode(config)
-        if os.environ.pop("TINY_LLM_DEEP_TESTS", ""):  # not for the runs of pytest that tests start
+        if os.environ.pop("TINY_LLM_DEEP_TESTS", "") == "1":  # not for the runs of pytest that tests start
             option.markexpr = ""
     if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
         return

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
 
 import httpx2 as httpx
@@ -203,8 +204,14 @@ def test_the_ingresses_are_on_different_nodes(deployed: Deployed) -> None:
 
 @pytest.mark.parametrize("node", [0, 1])
 def test_the_metrics_of_each_node_count_the_requests_of_all_ingresses(deployed: Deployed, node: int) -> None:
+    def ask() -> None:
+        for which in (0, 1) * 8:  # each proxy chooses an ingress
+            with deployed.client(which) as client:
+                body = {"prompt": PROMPT, "max_tokens": 2, "ignore_eos": True}
+                assert client.post("/v1/completions", json=body).status_code == 200
+
     def finished() -> Counter[str]:
-        """Completions that ended by `length`, by their ingress."""
+        """Completions that ended by `length`, by their ingress; not of all if one is slow to answer."""
         with deployed.client(node) as client:
             found = re.findall(
                 r'^vllm:request_success_total\{finished_reason="length",ingress="(\w+)".*\} (\S+)$',
@@ -213,13 +220,20 @@ def test_the_metrics_of_each_node_count_the_requests_of_all_ingresses(deployed: 
             )
         return Counter({ingress: int(float(value)) for ingress, value in found})
 
-    before = finished()
-    for which in (0, 1) * 8:  # each proxy chooses an ingress
-        with deployed.client(which) as client:
-            body = {"prompt": PROMPT, "max_tokens": 2, "ignore_eos": True}
-            assert client.post("/v1/completions", json=body).status_code == 200
-    until(lambda: (finished() - before).total() == 16)
-    assert len(finished() - before) == 2, "both ingresses have served some"
+    def both() -> Counter[str]:
+        """What both ingresses have finished."""
+        counts = finished()
+        while len(counts) < 2:
+            assert monotonic() < end, counts
+            counts = finished()
+        return counts
+
+    end = monotonic() + SECONDS
+    ask()
+    before = both()
+    ask()
+    until(lambda: (both() - before).total() == 16)
+    assert len(both() - before) == 2, "one ingress has taken all requests"
 
 
 def test_a_restart_replaces_all_replicas_and_no_stream_is_cut(deployed: Deployed) -> None:
@@ -264,6 +278,7 @@ def test_http_cannot_change_while_it_runs(deployed: Deployed, tmp_path: Path) ->
 
 
 def test_missing_processors_are_named(deployed: Deployed, tmp_path: Path) -> None:
+    """Comes after the tests of the deployment, whose processes it stops."""
     (tmp_path / "keys.txt").symlink_to(deployed.config.parent / "keys.txt")
     config = tmp_path / "cluster.yaml"
     config.write_text(  # a process that waits for processors takes `grace` seconds to stop
@@ -271,7 +286,10 @@ def test_missing_processors_are_named(deployed: Deployed, tmp_path: Path) -> Non
     )
     deploying = started(deployed.nodes, str(config))
     assert deploying.stderr is not None
-    notice = next(line for line in deploying.stderr if "have taken more than" in line)
+    guard = threading.Timer(COMMAND_SECONDS, deploying.kill)
+    guard.start()
+    notice = next((line for line in deploying.stderr if "have taken more than" in line), "none came")
+    guard.cancel()
     assert "'replicas'" in notice
     assert re.search(r'each replica: \{"CPU": 50(\.0)?\}', notice), notice
     deploying.send_signal(signal.SIGINT)

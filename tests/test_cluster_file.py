@@ -176,6 +176,14 @@ def test_an_unknown_name_is_named_with_its_section(tmp_path: Path, text: str, ex
             "cluster: max_replicas_per_node must be a whole number of at least 1, not 0",
         ),
         (
+            "cluster: {max_replicas_per_node: 101}",
+            "cluster: max_replicas_per_node must be at most 100, not 101",
+        ),
+        (
+            "ingress: {max_replicas_per_node: 101}",
+            "ingress: max_replicas_per_node must be at most 100, not 101",
+        ),
+        (
             "ingress: {max_replicas_per_node: -1}",
             "ingress: max_replicas_per_node must be at least 1, not -1",
         ),

@@ -17,6 +17,7 @@ from tiny_llm.page_layout import PageLayout
 from tiny_llm.paged_batch import PagedBatchManager
 from tiny_llm.prefix_cache import TokenBlocks
 from tiny_llm.request_maker import RequestMaker
+from tiny_llm.sampling_params import MAX_SEED
 
 from promises import policies
 from tiny_llm import (
@@ -323,19 +324,14 @@ def test_a_request_without_a_seed_gets_the_one_that_a_single_engine_would_give()
     assert len(set(expected)) == 3
 
 
-def test_ingresses_share_the_seeds_of_one_engine() -> None:
-    seeds = [seed for place in range(3) for seed in islice(seeds_of(7, partial(int, place), 3), 4)]
-    assert sorted(seeds) == [*islice(seeds_of(7), 12)]
-
-
-def test_an_ingress_that_gets_another_place_takes_the_seeds_of_that_place() -> None:
-    """Otherwise the ingress that gets its old place next would give the same ones."""
-    place = [1]
-    moving, other = seeds_of(7, lambda: place[0], 2), seeds_of(7, lambda: 1 - place[0], 2)
-    before = [next(one) for _ in range(3) for one in (moving, other)]
-    place[0] = 0
-    after = [next(one) for _ in range(3) for one in (moving, other)]
-    assert len({*before, *after}) == 12
+@pytest.mark.parametrize("seed", [0, 7, MAX_SEED])
+def test_no_two_ingresses_give_the_same_seeds(seed: int) -> None:
+    """Also an ingress that replaces one of them has another name."""
+    names = [None, *(f"ingress{i}" for i in range(40))]
+    seeds = [given for name in names for given in islice(seeds_of(seed, name), 100)]
+    assert len({*seeds}) == len(seeds) == 4100
+    assert all(0 <= given <= MAX_SEED for given in seeds)
+    assert [*islice(seeds_of(seed, "ingress1"), 9)] == [*islice(seeds_of(seed, "ingress1"), 9)]
 
 
 @pytest.mark.parametrize("windows", [(None,), (None, 5), (5, None), (None, 4, 7)])

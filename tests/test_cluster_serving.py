@@ -59,6 +59,8 @@ def test_ray_gets_three_attempts_to_start(failures: int, monkeypatch: pytest.Mon
         if happened.count("init") <= failures:
             raise RuntimeError("the node timed out\nduring startup")
 
+    monkeypatch.setattr(application, "silence_ray", lambda: None)
+    monkeypatch.setattr(application.auto_init_hook, "enable_auto_connect", True)  # restored afterwards
     monkeypatch.setattr(application, "stop_here", lambda: happened.append("stop"))
     monkeypatch.setattr(application.ray, "init", init)
     monkeypatch.setattr(application.serve, "start", lambda **_: happened.append("serve"))

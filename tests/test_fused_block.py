@@ -6,6 +6,7 @@ Oracle: the same model with fusion switched off, whose operators have their own 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -168,6 +169,30 @@ def test_rows_that_need_no_logits_change_no_others(
     first = np.concatenate([logits[:-after] for logits in want])
     assert np.array_equal(some, first[rows])
     assert np.array_equal(rest, np.concatenate([logits[-after:] for logits in want]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_only_the_last_block_is_told_which_rows_are_needed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[int] | None] = []
+    call = tiny_llm_kernels.TransformerBlock.__call__
+
+    def noted(self: Any, *args: Any, out_rows: mx.array | None = None) -> Any:
+        told.append(None if out_rows is None else out_rows.tolist())  # type: ignore[arg-type]
+        return call(self, *args, out_rows=out_rows)
+
+    monkeypatch.setattr(tiny_llm_kernels.TransformerBlock, "__call__", noted)
+    model, tokens = MODELS[name](), random_prompt(9, seed=1)
+    layout = PageLayout(group_layers(model.config.windows), 16, 9)
+    tables = layout.tables(BlockAllocator(layout.max_blocks(9)))
+    for table in tables:
+        table.append_tokens(9)
+    pool = KVPool.for_model(model.config, layout.max_blocks(9), 16, mx.float16)
+    rows = mx.array([4, 8], mx.int32)
+    context = layout.context(pool, [(tables, 0, 9)], model.config.attention_scale, rows)
+    mx.eval(model(mx.array([tokens], mx.int32), context))
+    assert told == [None] * (len(model.layers) - 1) + [[4, 8]]
 
 
 @pytest.mark.parametrize("rows", [[0], [63, 64], [-1, 127], [], [500, -500]])

@@ -1,17 +1,21 @@
 """What an operator sets and sees: keys, origins and limits, metrics and the version."""
 
 import math
+import time
+from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
 import httpx2 as httpx
 import pytest
+from tiny_llm.request_maker import RequestMaker
 
 from guessing import guessing_llm
 from served import serving
 from smollm2_server import CHAT, COMPLETE, client, llm, scraped, served
 from tiny_llm import LLM, ConfigError
 from tiny_llm_server import ServerConfig
+from tiny_llm_server.service import Service
 
 __all__ = ["client", "llm", "served"]
 
@@ -107,6 +111,28 @@ def test_metrics_count_requests_tokens_and_times(client: httpx.Client) -> None:
     assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
     assert 0 <= after["vllm:kv_cache_usage_perc"] <= 1
     assert all(math.isfinite(value) for value in after.values())
+
+
+@pytest.mark.parametrize("path", [COMPLETE, CHAT])
+def test_times_count_from_the_arrival_of_a_request(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happens before the engine knows of it counts too: here rendering and tokenizing take long."""
+
+    def slowly(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            time.sleep(0.3)
+            return function(*args, **options)
+
+        return call
+
+    part, name = (Service, "encode_chat") if path == CHAT else (RequestMaker, "request")
+    monkeypatch.setattr(part, name, slowly(getattr(part, name)))
+    prompt = {"messages": [{"role": "user", "content": "Hi"}]} if path == CHAT else {"prompt": "Hi"}
+    config = ServerConfig(served_model_name="smollm2")
+    with serving(lambda: LLM(num_blocks=64), config) as here, here.client() as client:
+        assert client.post(path, json={**prompt, "max_tokens": 1}).status_code == 200
+        found = scraped(client)
+    first_token = found["vllm:time_to_first_token_seconds_sum"]
+    assert 0.3 <= first_token <= found["vllm:e2e_request_latency_seconds_sum"]
 
 
 def test_metrics_count_guessed_tokens_if_the_engine_speculates() -> None:

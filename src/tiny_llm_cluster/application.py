@@ -133,7 +133,8 @@ def start_ray_here(config: ClusterConfig) -> None:
                 stop_here()
                 if attempt == STARTS:
                     raise
-                LOG.warning("Ray has not started (attempt %d of %d): %s", attempt, STARTS, error)
+                reason = " ".join(str(error).split())
+                LOG.warning("Ray has not started (attempt %d of %d): %s", attempt, STARTS, reason)
         serve.start(http_options={"location": "NoServer"})
 
 

@@ -9,6 +9,8 @@ from tiny_llm_checkpoints.suggestions import unknown_name
 from tiny_llm_routing.fleet import MAX_STALENESS
 from tiny_llm_routing.policies import POLICIES
 
+MOST_ON_A_NODE = 100  # Ray's limit of `max_replicas_per_node`
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
@@ -19,7 +21,8 @@ class ClusterConfig:
         "target_ongoing_requests": 16}; None: a fixed number. There must be at least one replica.
     ray_actor_options: what Ray reserves for each replica, such as {"num_cpus": 16}, and other options of its
         process.
-    max_replicas_per_node: how many replicas a machine gets at most; None: as many as it has processors for.
+    max_replicas_per_node: how many replicas a machine gets at most, up to 100; None: as many as it has
+        processors for.
     threads: threads of each replica's kernels; None: all processors that the replica sees.
     routing_policy: prefix, least-loaded or round-robin.
     report_period: seconds between two reports of a replica, about its load and the blocks that it caches.
@@ -44,6 +47,7 @@ class ClusterConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        check_limit(self.max_replicas_per_node)
         for name in ("report_period", "max_staleness", "health_check_period", "grace"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
@@ -58,6 +62,14 @@ class ClusterConfig:
             raise ConfigError(f"routing_policy must be one of {known}, not {self.routing_policy!r}")
         if self.autoscaling_config is not None:
             _check_autoscaling(self.autoscaling_config)
+
+
+def check_limit(max_replicas_per_node: int | None) -> None:
+    """Raise `ConfigError` for more than Ray accepts."""
+    if max_replicas_per_node is not None and max_replicas_per_node > MOST_ON_A_NODE:
+        raise ConfigError(
+            f"max_replicas_per_node must be at most {MOST_ON_A_NODE}, not {max_replicas_per_node}"
+        )
 
 
 def _check_autoscaling(values: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from tiny_llm import ConfigError
 from tiny_llm_server import ServerConfig
 
-from .config import ClusterConfig
+from .config import ClusterConfig, check_limit
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
@@ -19,7 +19,7 @@ class IngressConfig:
 
     num_replicas: how many there are.
     ray_actor_options: what Ray reserves for each, such as {"num_cpus": 1}, and other options of its process.
-    max_replicas_per_node: how many of them a machine gets at most; None: any number.
+    max_replicas_per_node: how many of them a machine gets at most, up to 100; None: any number.
     log_level: what each writes to its log, as in `tiny-llm serve --log-level`.
     """
 
@@ -33,6 +33,7 @@ class IngressConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        check_limit(self.max_replicas_per_node)
         if self.log_level not in LOG_LEVELS:
             raise ConfigError(f"log_level must be one of {', '.join(LOG_LEVELS)}, not {self.log_level!r}")
 

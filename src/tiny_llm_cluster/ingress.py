@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 from fastapi import FastAPI
@@ -39,7 +40,9 @@ class Ingress:
         _log_to_stderr(log_level)
         self._name = serve.get_replica_context().replica_id.unique_id
         self._ingresses: DeploymentHandle[Self] | None = None  # made when it is first needed
-        self._model = await asyncio.to_thread(_load, replicas, engine_options, num_ingresses)
+        self._asking = ThreadPoolExecutor(1, "figures")
+        name = self._name if num_ingresses > 1 else None
+        self._model = await asyncio.to_thread(_load, replicas, engine_options, name)
         figures = IngressFigures(self._name, self._own_figures, self._ask_all)
         self._app = make_app(lambda: self._model, config, figures.collect)
 
@@ -65,22 +68,23 @@ class Ingress:
 
     async def _ask_all(self) -> dict[str, Families]:
         """The figures of each ingress, by its name. Raises TimeoutError and errors of Ray."""
+        async with asyncio.timeout(ANSWER_SECONDS):
+            loop = asyncio.get_running_loop()
+            broadcast = await loop.run_in_executor(self._asking, self._broadcast)
+            answers = await broadcast.results_async(return_exceptions=True)
+        return dict(one for one in answers if not isinstance(one, BaseException))
+
+    def _broadcast(self) -> Any:
+        """Ask all ingresses. The first time, Serve's controller is asked for them, which may take long."""
         if self._ingresses is None:
             context = serve.get_replica_context()
             self._ingresses = serve.get_deployment_handle(context.deployment, context.app_name)
-        broadcast = await asyncio.to_thread(self._ingresses.broadcast, "figures")
-        answers = await broadcast.results_async(timeout_s=ANSWER_SECONDS, return_exceptions=True)
-        return dict(one for one in answers if not isinstance(one, BaseException))
+        return self._ingresses.broadcast("figures")
 
 
-def _load(replicas: Any, engine_options: Mapping[str, Any], num_ingresses: int) -> RemoteModel:
+def _load(replicas: Any, engine_options: Mapping[str, Any], name: str | None) -> RemoteModel:
     running = Replicas.of(replicas)
-    return RemoteModel(engine_options, running, running.routing, _place, num_ingresses)
-
-
-def _place() -> int:
-    """The place of this ingress among all, from 0."""
-    return int(serve.get_replica_context().rank.rank)
+    return RemoteModel(engine_options, running, running.routing, name)
 
 
 def _log_to_stderr(level: str) -> None:

@@ -4,10 +4,12 @@ Each ingress counts the requests that it has taken itself, and Serve's proxy let
 So the one that is asked asks the others.
 """
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from prometheus_client import Metric
 
+LOG = logging.getLogger("uvicorn.error")  # the server's log
 LABEL = "ingress"
 
 Families = Sequence[Metric]
@@ -30,7 +32,8 @@ class IngressFigures:
         """The figures with the label `ingress`; of this ingress only, if the others do not answer."""
         try:
             others = await self._ask_all()
-        except Exception:  # a scrape gets what there is
+        except Exception as error:  # a scrape gets what there is
+            LOG.warning("other ingresses have not told their figures: %s", str(error) or type(error).__name__)
             others = {}
         return merged({**others, self._name: self._own()})
 

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapp
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import replace
+from hashlib import sha256
 from itertools import count
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from tiny_llm.delivery import Item, Listener
 from tiny_llm.engine_core import sum_stats
 from tiny_llm.prefix_cache import TokenBlocks
 from tiny_llm.request_maker import RequestMaker
+from tiny_llm.sampling_params import MAX_SEED
 
 from tiny_llm import (
     EngineDeadError,
@@ -272,13 +274,14 @@ class RemoteEngine:
         raise ValueError("the blocks of replicas cannot be watched")
 
 
-def seeds_of(seed: int, place: Callable[[], int] = lambda: 0, num_ingresses: int = 1) -> Iterator[int]:
+def seeds_of(seed: int, ingress: str | None = None) -> Iterator[int]:
     """The seeds of requests without one, as `EngineCore` makes them from its own.
 
-    Ingresses share them: each takes those of its place, so that no two requests get the same. place: it is
-    asked each time, because Serve may move an ingress to another place.
+    ingress: the name of one of several ingresses. Each starts at another of 2**40 places, which depends on
+    its name, so that they give different seeds.
     """
-    return (seed + ((first + place()) << 20) for first in count(0, num_ingresses))
+    first = 0 if ingress is None else int.from_bytes(sha256(ingress.encode()).digest()[:5])
+    return ((seed + (number << 20)) % (MAX_SEED + 1) for number in count(first))
 
 
 def _item(event: RequestEvent | Failure, request: RemoteRequest) -> Item:

@@ -1,6 +1,6 @@
 """A model whose engine runs on replicas: the tokenizer and the description are here, the weights are not."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ class RemoteModel:
     """A loaded model as the server uses it (`ServedModel`).
 
     engine_options: the arguments of `LLM`, as the replicas get them. replicas, routing: as in `RemoteEngine`.
-    place: that of this ingress among `num_ingresses` now, from 0. Raises the errors of `LLM`.
+    ingress: its name if it is one of several. Raises the errors of `LLM`.
     """
 
     def __init__(
@@ -31,8 +31,7 @@ class RemoteModel:
         engine_options: Mapping[str, Any],
         replicas: Replicas,
         routing: Routed,
-        place: Callable[[], int] = lambda: 0,
-        num_ingresses: int = 1,
+        ingress: str | None = None,
     ) -> None:
         options = dict(engine_options)
         model, content_format = (
@@ -63,7 +62,7 @@ class RemoteModel:
             routing,
             maker,
             partial(_new_stream, layout),
-            seeds_of(config.seed, place, num_ingresses),
+            seeds_of(config.seed, ingress),
         )
 
 

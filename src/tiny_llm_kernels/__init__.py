@@ -349,7 +349,8 @@ class TransformerBlock:
         """x [1, T, E] -> (x after the block, key_pool, value_pool); the rest as in `write_and_attend`.
 
         out_rows: [R] int32, the rows along T of the output that are needed; others may have any values. None:
-        all rows. The keys and values of all rows are written.
+        all rows. Negative rows count from the end, and rows outside are ignored. The keys and values of all
+        rows are written.
         """
         where = (slots, tables, row_of_token, positions)
         return self._native(x, key_pool, value_pool, *where, scale, window, out_rows)

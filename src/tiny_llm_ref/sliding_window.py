@@ -307,7 +307,7 @@ class WindowedContext:
         lent = self._pool.lend(pool_layer)
         rows = self.logit_rows if layer == len(self._where) - 1 else None
         where = (step.slots, step.tables, step.row_of_token, step.positions)
-        out, *pools = block(x, *lent, *where, self._scale, window, rows)
+        out, *pools = block(x, *lent, *where, self._scale, window, out_rows=rows)
         self._pool.put_back(pool_layer, *pools)
         start_computing(layer, out)
         return out

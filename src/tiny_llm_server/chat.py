@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import replace
+from time import monotonic
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
@@ -55,6 +56,7 @@ def router(service: Service) -> APIRouter:
             form=work.form,
             may_shorten=service.may_shorten(body),
             visible=work.visible,
+            arrival=work.arrival,
         )
         track(request, run.stats)
         if body.stream:
@@ -69,6 +71,7 @@ class _Work:
     """One request."""
 
     def __init__(self, service: Service, body: ChatCompletionRequest, cache_salt: str) -> None:
+        self.arrival = monotonic()
         self._service = service
         self._body = body
         self._top = body.top_logprobs or 0

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from time import monotonic
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
@@ -47,6 +48,7 @@ def router(service: Service) -> APIRouter:
             "prompt",
             form=work.form,
             may_shorten=service.may_shorten(body),
+            arrival=work.arrival,
         )
         track(request, run.stats)
         if body.stream:
@@ -61,6 +63,7 @@ class _Work:
     """One request. Completion c of prompt p is choice p * n + c."""
 
     def __init__(self, service: Service, body: CompletionRequest, cache_salt: str) -> None:
+        self.arrival = monotonic()
         self._service = service
         self._body = body
         self.prompts = _prompts(body)

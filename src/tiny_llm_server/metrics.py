@@ -95,7 +95,7 @@ class Metrics:
         """Make the figures of one HTTP request.
 
         prompts: each prompt's number of tokens, by its id in the engine. arrival: when the request arrived,
-        by `time.monotonic`; its prompts are tokenized after that.
+        by `time.monotonic`; messages are rendered and prompts tokenized after that.
         """
         return RequestStats(self, prompts, n, arrival)
 
@@ -114,15 +114,15 @@ class Metrics:
         """Record finished completions."""
         self._finished_total.labels(self._model_name(), reason).inc(count)
 
-    def record_usage(self, usage: RequestUsage) -> None:
-        """Record the usage of a finished prompt."""
+    def record_usage(self, usage: RequestUsage, seconds: float) -> None:
+        """Record the usage of a prompt that has finished `seconds` after its request arrived."""
         name, times = self._model_name(), usage.metrics
         self._prompt.labels(name).observe(usage.prompt_tokens)
         self._output.labels(name).observe(usage.completion_tokens)
         if times.queue_time is not None:
             self._queue.labels(name).observe(times.queue_time)
         if times.finished is not None:
-            self._e2e.labels(name).observe(times.finished - times.arrival)
+            self._e2e.labels(name).observe(seconds)
 
     def _histogram(self, name: str, description: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(
@@ -185,7 +185,7 @@ class RequestStats:
             self._finish(event.finish_reason, 1)
         if event.usage is not None:
             self.num_cached_tokens = (self.num_cached_tokens or 0) + event.usage.num_cached_tokens
-            self._metrics.record_usage(event.usage)
+            self._metrics.record_usage(event.usage, monotonic() - self._arrival)
 
     def finish_rest(self, reason: str) -> None:
         """Count the unfinished completions as ended by `reason`: "abort", "timeout" or "error"."""

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import Enum
 from threading import Thread
-from time import monotonic, time
+from time import time
 from typing import Any
 
 from fastapi import Request
@@ -209,17 +209,18 @@ class Service:
         form: AnswerForm | None = None,
         may_shorten: bool = False,
         visible: Collection[str] = (),
+        arrival: float,
     ) -> Run:
         """Queue prompts in the engine. field: the request's field with the prompts, for error messages.
 
         form: that of the answers; a new grammar is compiled in a thread of its own, so that other requests do
         not wait for it. may_shorten: `max_tokens` is a default, so lower it if the context has fewer tokens
-        left. visible: control tokens that the completions' texts have although they skip others.
+        left. visible: control tokens that the completions' texts have although they skip others. arrival:
+        when the request arrived, by `time.monotonic`.
 
         The engine knows a single prompt by `request_id`, and several by `request_id` and their index. Raises
         `ApiError` that names the field at fault, and the engine's errors if it takes no requests.
         """
-        arrival = monotonic()
         engine, ids = self.llm.engine, prompt_ids(request_id, len(prompts))
         try:
             requests = await self._in_thread(

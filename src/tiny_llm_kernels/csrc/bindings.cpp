@@ -71,7 +71,8 @@ NB_MODULE(_kernels, m) {
           "qkv_bias"_a = nb::none(), "q_norm"_a = nb::none(), "k_norm"_a = nb::none(),
           "attention_out_norm"_a = nb::none(), "mlp_out_norm"_a = nb::none(), "gelu"_a = false)
       .def("__call__", &TransformerBlock::operator(), "x"_a, "key_pool"_a, "value_pool"_a, "slots"_a,
-           "tables"_a, "row_of_token"_a, "positions"_a, "scale"_a, "window"_a = nb::none(), "out_rows"_a = nb::none());
+           "tables"_a, "row_of_token"_a, "positions"_a, "scale"_a, "window"_a = nb::none(),
+           "out_rows"_a = nb::none());
   m.def("integer_peak", &tiny_llm::integer_peak, "bits"_a, "rounds"_a);
   m.def("set_num_threads", &tiny_llm::set_num_threads, "n"_a);
   m.def("num_threads", &tiny_llm::num_threads);

@@ -150,8 +150,9 @@ struct NeededRows {
     std::vector<bool> found(division.T, true);
     const int64_t size = division.rows_of_chunk();
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = rows[i] < 0 ? rows[i] + division.T : rows[i], first = row / size * size;
+      const int64_t row = rows[i] < 0 ? rows[i] + division.T : rows[i];
       if (row < 0 || row >= division.T || !found[row]) continue;
+      const int64_t first = row / size * size;
       std::fill(found.begin() + first, found.begin() + std::min(first + size, division.T), false);
     }
     return found;
