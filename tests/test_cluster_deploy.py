@@ -109,6 +109,18 @@ def replicas_of(deployed: Deployed) -> set[str]:
     return set(re.findall(r'vllm:num_requests_running\{.*replica="(\w+)"\}', text))
 
 
+def printed_by(program: str, deployed: Deployed) -> subprocess.CompletedProcess[str]:
+    """Run a program in the cluster's environment."""
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env=deployed.nodes.environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=COMMAND_SECONDS,
+    )
+
+
 def test_the_command_says_what_runs_and_where(deployed: Deployed) -> None:
     assert deployed.status["status"] == "RUNNING"
     assert deployed.status["deployments"] == {"replicas": {"RUNNING": 2}, "ingress": {"RUNNING": 2}}
@@ -121,15 +133,7 @@ def test_no_key_is_in_a_log_or_in_what_serve_shows(deployed: Deployed) -> None:
         assert client.get("/v1/models").status_code == 200
         assert client.post("/v1/completions", json={"prompt": 1.5}).status_code == 400
     assert KEY not in json.dumps(deployed.status) + deployed.log
-    show = [sys.executable, "-c", SHOW]
-    shown = subprocess.run(
-        show,
-        env=deployed.nodes.environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=COMMAND_SECONDS,
-    )
+    shown = printed_by(SHOW, deployed)
     assert "replicas" in shown.stdout
     assert KEY not in shown.stdout + shown.stderr
     logs = [file for file in deployed.nodes.folder.rglob("*") if file.suffix in (".log", ".err", ".out")]
@@ -190,15 +194,7 @@ def test_the_metrics_have_the_figures_of_both_replicas(deployed: Deployed) -> No
 
 def test_the_ingresses_are_on_different_nodes(deployed: Deployed) -> None:
     """`max_replicas_per_node` is 1."""
-    show = [sys.executable, "-c", SHOW_NODES]
-    shown = subprocess.run(
-        show,
-        env=deployed.nodes.environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=COMMAND_SECONDS,
-    )
+    shown = printed_by(SHOW_NODES, deployed)
     assert len(set(shown.stdout.splitlines()[-1].split())) == 2
 
 
