@@ -15,6 +15,8 @@ HEAD, SECOND = "127.0.0.2", "127.0.0.3"  # Ray takes 127.0.0.1 for this machine'
 def main(folder: str, second_port: str) -> None:
     os.environ |= {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ |= {"RAY_SERVE_WORKER_PROXY_HTTP_PORT": second_port, "RAY_SERVE_SLOW_STARTUP_WARNING_S": "3"}
+    # With Ray's default of 15, other tests would take nearly all of the processors' time.
+    os.environ |= {"RAY_worker_niceness": "0"}
     from ray.cluster_utils import Cluster
 
     head = {"num_cpus": 1, "node_ip_address": HEAD, "include_dashboard": False}

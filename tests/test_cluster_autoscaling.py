@@ -30,7 +30,8 @@ CONFIG = """\
 engine: {{num_blocks: 2048, max_num_seqs: 8, generation_config: vllm}}
 cluster:
   autoscaling_config:
-    {{min_replicas: 1, max_replicas: 2, target_ongoing_requests: 4, {delays}}}
+    {{min_replicas: 1, max_replicas: 2, target_ongoing_requests: 4, metrics_interval_s: 5,
+     {delays}}}
   ray_actor_options: {{num_cpus: 1}}
   threads: 1
   report_period: 0.2
