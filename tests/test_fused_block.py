@@ -172,7 +172,7 @@ def test_rows_that_need_no_logits_change_no_others(
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_only_the_last_block_is_told_which_rows_are_needed(
+def test_only_the_last_block_gets_the_rows_that_are_needed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[list[int] | None] = []

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count, pairwise
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -24,7 +25,7 @@ from tiny_llm.loader import load_model
 from tiny_llm.model import Model
 from tiny_llm.paged_attention import BlockTable
 from tiny_llm.paged_batch import PagedBatchManager
-from tiny_llm.paged_kernel import Attended, PackedBatch
+from tiny_llm.paged_kernel import Attended, PackedBatch, PagedContext
 from tiny_llm.prefix_cache import KeptBlock, PartMatch, PrefixCache
 from tiny_llm.prefix_sharing import PrefixSharing
 from tiny_llm.sampler import adjust_logits, sample_token, uniform
@@ -236,6 +237,22 @@ def test_an_attention_with_another_order_of_summation_for_single_tokens_is_caugh
         monkeypatch.setattr(paged_kernel, name, getattr(paged_kernel, name).__wrapped__)
     monkeypatch.setattr(paged_kernel, "grouped_query_attention", keys_backwards(grouped_query_attention))
     assert_caught_by_check()
+
+
+def test_a_last_block_that_leaves_out_a_row_with_logits_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_block = PagedContext.run_block
+
+    def with_the_first_row(self: PagedContext, layer: int, block: Any, x: mx.array) -> mx.array:
+        rows = self.logit_rows
+        self.logit_rows = None if rows is None else rows[:1]
+        try:
+            return run_block(self, layer, block, x)
+        finally:
+            self.logit_rows = rows
+
+    check_scenario(tiny_model(), MANY_ROWS)
+    monkeypatch.setattr(PagedContext, "run_block", with_the_first_row)
+    assert_caught_by_check(st.just(MANY_ROWS))
 
 
 def test_attention_that_reads_its_own_chunk_before_rounding_is_caught(

@@ -18,7 +18,7 @@ from .remote_model import RemoteModel
 
 LOG = logging.getLogger("uvicorn.error")  # the server's log
 MOMENT = 0.01  # seconds between two looks at whether the model is loaded
-ANSWER_SECONDS = 2.0  # how long other ingresses have to tell their figures
+ANSWER_SECONDS = 2.0  # how long the other ingresses have to answer
 
 
 @serve.ingress()  # the application is made by `__serve_build_asgi_app__`

@@ -33,7 +33,9 @@ class IngressFigures:
         try:
             others = await self._ask_all()
         except Exception as error:  # a scrape gets what there is
-            LOG.warning("other ingresses have not told their figures: %s", str(error) or type(error).__name__)
+            LOG.warning(
+                "the other ingresses have not answered a scrape: %s", str(error) or type(error).__name__
+            )
             others = {}
         return merged({**others, self._name: self._own()})
 
