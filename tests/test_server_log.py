@@ -200,7 +200,7 @@ def test_the_throughput_is_logged_only_while_the_engine_is_busy() -> None:
     start = log._last.moment
     assert log.next_line(start + 10) is None
     metrics.record_first_token(300, 0.1)
-    metrics.record_tokens(50, None)
+    metrics.tokens.add(50, None)
     stats[0] = replace(IDLE, num_running=2, num_waiting=1)
     assert log.next_line(start + 20) == (
         "Avg prompt throughput: 30.0 tokens/s, Avg generation throughput: 5.0 tokens/s, "
@@ -208,7 +208,7 @@ def test_the_throughput_is_logged_only_while_the_engine_is_busy() -> None:
     )
     assert "throughput: 0.0 tokens/s, Running: 2" in str(log.next_line(start + 30)), "a long prefill"
     stats[0] = IDLE
-    metrics.record_tokens(20, 0.1)
+    metrics.tokens.add(20, 0.1)
     assert "generation throughput: 2.0 tokens/s, Running: 0" in str(log.next_line(start + 40))
     assert log.next_line(start + 50) is None
 

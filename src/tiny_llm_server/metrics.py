@@ -4,13 +4,14 @@
 events arrive.
 """
 
+from bisect import bisect_left
 from collections import Counter as Tally
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from itertools import accumulate
 from time import monotonic
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tiny_llm import RequestEvent, RequestUsage
@@ -49,18 +50,13 @@ class Metrics:
     """The metrics of one server. `llm` and `model_name` are functions: the model may still be loading."""
 
     def __init__(self, llm: Callable[[], ServedModel | None], model_name: Callable[[], str]) -> None:
-        self.num_prompt_tokens = 0
-        self.num_generation_tokens = 0
+        self.tokens = TokenFigures(model_name)
         self._registry = CollectorRegistry()
         self._model_name = model_name
         self._engine = EngineFigures(llm, model_name)
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "Seconds from arrival to the first token.", FAST
         )
-        self._itl = self._histogram(
-            "inter_token_latency_seconds", "Seconds between consecutive tokens of a completion.", FAST
-        )
-        self._itl_of = cache(self._itl.labels)  # called for each token
         self._queue = self._histogram(
             "request_queue_time_seconds", "Seconds from arrival until the request first runs.", SLOW
         )
@@ -71,7 +67,7 @@ class Metrics:
         self._output = self._histogram(
             "request_generation_tokens", "Tokens in all completions of a prompt.", TOKENS
         )
-        self._registry.register(_TokenTotals(self, model_name))
+        self._registry.register(self.tokens)
         self._finished_total = Counter(
             "vllm:request_success",
             "Finished completions by reason: stop, length, abort (the client disconnected), timeout, error.",
@@ -101,14 +97,8 @@ class Metrics:
 
     def record_first_token(self, prompt_tokens: int, seconds: float) -> None:
         """Record a prompt's first token, `seconds` after the request arrived."""
-        self.num_prompt_tokens += prompt_tokens
+        self.tokens.num_prompt_tokens += prompt_tokens
         self._ttft.labels(self._model_name()).observe(seconds)
-
-    def record_tokens(self, count: int, seconds: float | None) -> None:
-        """Record new tokens, `seconds` after the previous ones of the completion; None: its first tokens."""
-        self.num_generation_tokens += count
-        if seconds is not None:
-            self._itl_of(self._model_name()).observe(seconds)
 
     def record_finish(self, reason: str, count: int = 1) -> None:
         """Record finished completions."""
@@ -128,6 +118,52 @@ class Metrics:
         return Histogram(
             f"vllm:{name}", description, ["model_name"], buckets=buckets, registry=self._registry
         )
+
+
+class TokenFigures(Collector):
+    """The server's tokens in total, and the times between a completion's tokens.
+
+    These change with each token, so plain numbers count them: a histogram of prometheus_client locks twice
+    for each value. They are read at each scrape; there are no samples before the first token.
+    """
+
+    def __init__(self, model_name: Callable[[], str]) -> None:
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+        self._model_name = model_name
+        self._seconds = 0.0
+        self._times_up_to = [0] * (len(FAST) + 1)  # by bound; the last ones have none
+
+    def add(self, count: int, seconds: float | None) -> None:
+        """Add new tokens, `seconds` after the previous ones of the completion; None: its first tokens."""
+        self.num_generation_tokens += count
+        if seconds is not None:
+            self._seconds += seconds
+            self._times_up_to[bisect_left(FAST, seconds)] += 1
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield one family for each metric."""
+        for name, text, count in (
+            ("prompt_tokens", "Prompt tokens processed.", self.num_prompt_tokens),
+            ("generation_tokens", "Tokens generated.", self.num_generation_tokens),
+        ):
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+            if count:
+                counter.add_metric([self._model_name()], count)
+            yield counter
+        latencies = HistogramMetricFamily(
+            "vllm:inter_token_latency_seconds",
+            "Seconds between consecutive tokens of a completion.",
+            labels=["model_name"],
+        )
+        if any(self._times_up_to):
+            bounds = [*map(str, FAST), "+Inf"]
+            latencies.add_metric(
+                [self._model_name()],
+                [*zip(bounds, accumulate(self._times_up_to), strict=True)],
+                self._seconds,
+            )
+        yield latencies
 
 
 class _Families(Collector):
@@ -196,7 +232,7 @@ class RequestStats:
         if (prompt_tokens := self._unseen_prompts.pop(event.request_id, None)) is not None:
             self._metrics.record_first_token(prompt_tokens, now - self._arrival)
         before = self._last.get(completion)
-        self._metrics.record_tokens(len(event.token_ids), None if before is None else now - before)
+        self._metrics.tokens.add(len(event.token_ids), None if before is None else now - before)
         self._last[completion] = self._last_token = now
         self._first_token = now if self._first_token is None else self._first_token
         self.num_output_tokens += len(event.token_ids)
@@ -206,22 +242,3 @@ class RequestStats:
         if count:
             self.finish_reasons[reason] += count
         self._num_unfinished -= count
-
-
-class _TokenTotals(Collector):
-    """The server's tokens in total, read at each scrape; no samples before the first token."""
-
-    def __init__(self, metrics: Metrics, model_name: Callable[[], str]) -> None:
-        self._metrics = metrics
-        self._model_name = model_name
-
-    def collect(self) -> Iterator[Metric]:
-        """Yield one family for each metric."""
-        for name, text, count in (
-            ("prompt_tokens", "Prompt tokens processed.", self._metrics.num_prompt_tokens),
-            ("generation_tokens", "Tokens generated.", self._metrics.num_generation_tokens),
-        ):
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
-            if count:
-                counter.add_metric([self._model_name()], count)
-            yield counter

@@ -58,4 +58,5 @@ class ThroughputLog:
         )
 
     def _sample(self, moment: float) -> _Sample:
-        return _Sample(moment, self._metrics.num_prompt_tokens, self._metrics.num_generation_tokens)
+        tokens = self._metrics.tokens
+        return _Sample(moment, tokens.num_prompt_tokens, tokens.num_generation_tokens)
