@@ -47,7 +47,7 @@ def show() -> Lines:
     yield "  #: runs. .: waits. o: waits, with its keys and values on the host"
     yield f"  one character is {every} steps"
     yield "recompute and swap take about the same number of steps: sequences wait for the same blocks in both"
-    yield "modes, and a short story is computed again in one step. Swapping saves work if texts are long"
+    yield "modes, and a short story is computed again in one step. Swapping saves work for large models"
     yield f"all runs gave the same answers: {all(said == answers[0] for said in answers)}"
 
 
