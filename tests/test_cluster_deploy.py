@@ -297,3 +297,27 @@ def test_an_address_where_no_cluster_answers_is_an_error(nodes: Nodes) -> None:
     done = command(nodes._replace(environment={**nodes.environment, "RAY_ADDRESS": address}), "--stop")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"tiny-llm: error: no Ray cluster answers at {address}")
+
+
+@pytest.mark.parametrize("still_runs", [True, False])
+def test_a_proxy_that_serve_replaces_does_not_end_the_start(
+    still_runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve kills a proxy that is not ready within seconds, and its own `start` fails then."""
+    from ray.exceptions import RayActorError
+
+    from tiny_llm_cluster import deploy
+    from tiny_llm_cluster.deployment import HttpConfig
+
+    controllers = iter([None, object() if still_runs else None])
+
+    def start(*_: object) -> None:
+        raise RayActorError
+
+    monkeypatch.setattr(deploy, "_get_global_client", lambda **_: next(controllers))
+    monkeypatch.setattr(deploy.serve, "start", start)
+    if still_runs:
+        deploy._start_serve(HttpConfig())
+    else:
+        with pytest.raises(RayActorError):
+            deploy._start_serve(HttpConfig())

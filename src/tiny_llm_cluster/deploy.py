@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ProxyStatus, ReplicaState
@@ -178,7 +179,13 @@ def _start_serve(http: HttpConfig) -> None:
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         options = HTTPOptions(host=http.host, port=http.port)
-        serve.start(ProxyLocation.EveryNode, options)
+        try:
+            serve.start(ProxyLocation.EveryNode, options)
+        except (RayActorError, TimeoutError):
+            # On a busy machine Serve replaces a proxy that is not ready within seconds. It goes on, but this
+            # call has waited for the old one. `_wait_until_running` waits for the new one.
+            if _get_global_client(raise_if_no_controller_running=False) is None:
+                raise
         return
     running = client.http_config
     if (running.host, running.port) != (http.host, http.port):
