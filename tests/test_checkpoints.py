@@ -19,7 +19,7 @@ import pytest
 from tiny_llm.kernels import twins
 from tiny_llm.linear import quantized_linear
 from tiny_llm.llm import LLM
-from tiny_llm.loader import build
+from tiny_llm.loader import build, describe_model
 from tiny_llm.quantize import dequantize
 
 from tiny_checkpoints import (
@@ -32,6 +32,7 @@ from tiny_checkpoints import (
     write_safetensors,
 )
 from tiny_llm_checkpoints import ggml_blocks
+from tiny_llm_checkpoints.errors import ModelFileError
 from tiny_llm_checkpoints.readers import read_checkpoint
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "checkpoints.json").read_text())
@@ -277,3 +278,51 @@ def test_loading_does_not_hold_the_weights_twice(tmp_path: Path) -> None:
     assert mx.get_active_memory() - before < 1.05 * stored
     assert mx.get_peak_memory() - before < 1.2 * stored
     del model
+
+
+# ---- files that would give other answers ----
+
+
+def test_a_second_copy_of_a_tied_head_must_be_the_embedding(tmp_path: Path) -> None:
+    config, weights = {**CONFIGS["llama"], "tie_word_embeddings": True}, random_weights(CONFIGS["llama"])
+    embedding = weights["model.embed_tokens.weight"]
+    alone = {name: array for name, array in weights.items() if name != "lm_head.weight"}
+    expected = our_logits(write_folder(tmp_path / "alone", config, alone))
+    copied = write_folder(tmp_path / "copied", config, {**alone, "lm_head.weight": embedding})
+    assert np.array_equal(our_logits(copied), expected)
+    changed = np.array(embedding)
+    changed[-1, -1] += 1
+    for name, head in (("changed", changed), ("shorter", embedding[:-1])):
+        folder = write_folder(tmp_path / name, config, {**alone, "lm_head.weight": head})
+        with pytest.raises(ModelFileError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+            read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_to_later_tokens_is_refused(tmp_path: Path, name: str) -> None:
+    weights = random_weights(CONFIGS[name])
+    read_checkpoint(write_folder(tmp_path / "causal", {**CONFIGS[name], "is_causal": True}, weights))
+    folder = write_folder(tmp_path / "both ways", {**CONFIGS[name], "is_causal": False}, weights)
+    with pytest.raises(ModelFileError, match="is_causal False is not supported"):
+        read_checkpoint(folder)
+
+
+def test_a_quantized_matrix_without_axes_is_refused(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    parts = {
+        f"{name}.weight": np.array(3, np.uint32),
+        f"{name}.scales": np.array(1, np.float32),
+        f"{name}.biases": np.array(1, np.float32),
+    }
+    config = {**CONFIGS["llama"], "quantization": {"bits": 4, "group_size": 64}}
+    folder = write_folder(tmp_path / "model", config, {**random_weights(CONFIGS["llama"]), **parts})
+    with pytest.raises(ModelFileError, match=name):
+        read_checkpoint(folder)
+
+
+def test_a_file_behind_a_link_has_the_links_name(tmp_path: Path) -> None:
+    """The hub's cache has links to files that are named by their hashes."""
+    file = write_gguf(tmp_path / "0123abcd", CONFIGS["llama"], random_weights(CONFIGS["llama"]))
+    link = tmp_path / "Tiny-F32.gguf"
+    link.symlink_to(file)
+    assert describe_model(link).name == "Tiny-F32"

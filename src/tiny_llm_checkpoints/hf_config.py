@@ -99,6 +99,7 @@ def _reject_unsupported(config: Json) -> None:
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "use_bidirectional_attention": False,
+        "is_causal": True,
     }
     for name, wanted in expected.items():
         value = config.get(name)

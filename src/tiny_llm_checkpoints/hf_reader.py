@@ -44,9 +44,8 @@ def read_folder(path: Path) -> Checkpoint:
         quantization = _Quantization.of(settings)
     config = with_its_ends(config, recommended)
     stored = _stored_tensors(path)
-    if config.tie_word_embeddings:  # some files store the embedding a second time under this name
-        for part in ("weight", "scales", "biases"):
-            stored.pop(f"lm_head.{part}", None)
+    if config.tie_word_embeddings:
+        _drop_tied_head(stored)
     tensors = {
         name: _StoredTensor(tensor, stored, quantization, _is_minus_one(name, config))
         for name, tensor in stored.items()
@@ -60,11 +59,27 @@ def read_folder(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def _drop_tied_head(stored: dict[str, SafeTensor]) -> None:
+    """Remove the embedding that some files store a second time, as `lm_head`.
+
+    Raises a `ModelFileError` if it is another matrix: then the model was trained with a head of its own.
+    """
+    for part in ("weight", "scales", "biases"):
+        head, embedding = stored.pop(f"lm_head.{part}", None), stored.get(f"model.embed_tokens.{part}")
+        if head is None:
+            continue
+        with reading(head.file):
+            if embedding is None or not head.equals(embedding):
+                raise ValueError(
+                    f"tie_word_embeddings is true, but lm_head.{part} differs from model.embed_tokens.{part}"
+                )
+
+
 def _check_has_config(path: Path) -> None:
     """Raise a `ModelFileError` with advice if the folder has no config.json."""
-    if (path / "config.json").exists():
-        return
     with reading(path):
+        if (path / "config.json").exists():
+            return
         gguf_files = sorted(path.glob("*.gguf"))
     if gguf_files:
         advice = f"to load a GGUF file, pass its path, such as {gguf_files[0]}"
@@ -156,6 +171,8 @@ class _StoredTensor:
             raise ValueError(f"tensor {name} has the type {dtype}, expected {' or '.join(expected)}")
         if not self._is_quantized:
             return
+        if not self.tensor.shape:
+            raise ValueError(f"tensor {name} has no axes, expected a quantized matrix")
         group_size, bits = self._precision
         groups = (*self.shape[:-1], self.shape[-1] // group_size)
         for part in ("scales", "biases"):

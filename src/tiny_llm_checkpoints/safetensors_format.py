@@ -21,6 +21,9 @@ _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "
 _SIZES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
 
 
+_CHUNK = 1 << 24  # bytes that are compared at once
+
+
 class SafeTensor(NamedTuple):
     """Location of a tensor: `offset` counts from the file's start; `dtype` is named as in the format."""
 
@@ -46,6 +49,19 @@ class SafeTensor(NamedTuple):
                 f"tensor {self.name}: expected {nbytes} bytes at {self.offset}, found {len(data)}"
             )
         return data
+
+    def equals(self, other: "SafeTensor") -> bool:
+        """True if both have the same type, shape and bytes."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        with self.file.open("rb") as one, other.file.open("rb") as another:
+            one.seek(self.offset)
+            another.seek(other.offset)
+            return all(
+                one.read(size) == another.read(size)
+                for start in range(0, self.nbytes, _CHUNK)
+                if (size := min(_CHUNK, self.nbytes - start))
+            )
 
 
 def read_safetensors_header(path: Path) -> dict[str, SafeTensor]:

@@ -1,5 +1,6 @@
 """Load a model by name: find it, read its description, check it, load its weights."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,7 +62,7 @@ def describe_model(model: str | Path | None, generation_config: str = AUTO) -> D
     """
     path = find_model(model)
     is_hub_id = model is not None and not local_path(model).exists()
-    name = str(model) if is_hub_id else stem(path.resolve().name)
+    name = str(model) if is_hub_id else stem(Path(os.path.abspath(path)).name)  # not a link's target
     with requiring(f"the model {path}", LOADING_BYTES):
         checkpoint, recommended = _recommended(read_checkpoint(path), generation_config)
         defaults = {} if recommended is None else defaults_of(recommended)
