@@ -164,3 +164,21 @@ def test_a_batch_line_has_its_file_and_line_number_and_its_body_or_error() -> No
     first, second = read_batch([good, Line("b:9", "[]", True)])
     assert (first.place, first.custom_id, first.body, first.problem) == ("b:1", "a", {"prompt": "x"}, None)
     assert (second.place, second.problem) == ("b:9", "not a JSON object")
+
+
+def test_odd_values_of_a_line_end_no_other_line(cli: Run) -> None:
+    """JSON can spell numbers and characters that cannot be sent or written as they are."""
+    short = {"messages": MESSAGES, "max_tokens": 1}
+    hot, not_a_number = ({**short, "temperature": value} for value in (12345678.5, 87654321.5))
+    lines = [
+        request("hot", hot).replace("12345678.5", "1e400"),
+        request("not a number", not_a_number).replace("87654321.5", "NaN"),
+        request("surrogate", {"prompt": "h\ud800i", "max_tokens": 1}, "/v1/completions"),
+        request("\ud800", short),
+        request("last", short),
+    ]
+    done = cli("generate", "--file", "-", stdin="\n".join(lines))
+    assert done.code == 1
+    found = results(done.out)
+    assert [one["custom_id"] for one in found] == ["hot", "not a number", "surrogate", "\ud800", "last"]
+    assert [one["response"]["status_code"] for one in found] == [400, 400, 400, 200, 200]

@@ -318,3 +318,12 @@ def test_an_error_names_the_option_of_a_wrong_form(
     done = cli("generate", "hello", *(argument.format(**files) for argument in arguments))
     assert (done.code != 0, done.out) == (True, "")
     assert message.format(**files) in " ".join(done.err.split())
+
+
+def test_the_default_length_is_lowered_to_what_the_context_has_left(plain_cli: Run) -> None:
+    done = plain_cli("generate", "-c", "60", "The sky is", "--json", "--ignore-eos")
+    result = json.loads(done.out)
+    assert len(result["prompt_token_ids"]) + len(result["outputs"][0]["token_ids"]) == 60
+    asked = plain_cli("generate", "-c", "60", "The sky is", "--max-tokens", "128")
+    assert asked.code == 1
+    assert "exceed the context of 60" in asked.err

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import typer
 
 import tiny_llm_kernels
 from command_line import COMMAND, Run, plain_cli
@@ -162,6 +163,12 @@ def test_sampling_options_are_fields_of_sampling_params() -> None:
 )
 def test_sizes_are_parsed_with_decimal_and_binary_units(text: str, size: int) -> None:
     assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("size", ["9" * 400, "9" * 320 + "GiB"])
+def test_a_size_beyond_any_number_is_refused(size: str) -> None:
+    with pytest.raises(typer.BadParameter, match=r"'9{20}'\.\.\. is too large"):
+        parse_bytes(size)
 
 
 # ---- errors: one line, the value and the limit, the exit code ----

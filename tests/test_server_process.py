@@ -135,6 +135,16 @@ def test_a_client_that_does_not_read_does_not_delay_the_exit(signals: int) -> No
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
 
 
+@pytest.mark.parametrize("delay", [0.2, 0.3, 0.4, 0.5])
+def test_a_signal_while_the_model_loads_ends_the_process_without_an_abort(delay: float) -> None:
+    """The embedded model loads for about a second; MLX aborts if Python ends beside a thread that uses it."""
+    with process() as server:
+        server.url()
+        time.sleep(delay)
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.exit_code(SECONDS) == 0
+
+
 def test_a_loading_model_does_not_delay_the_exit() -> None:
     """One signal is enough: nothing has been accepted yet."""
     never = threading.Event()

@@ -19,6 +19,7 @@ from tiny_llm import LLM
 from tiny_llm_server import ServerConfig, make_app
 
 from .batch import CHAT, BatchRequest
+from .json_line import json_line
 
 _UNLIMITED = 2**31 - 1
 
@@ -49,7 +50,7 @@ async def _run(
 ) -> Outcome:
     outcome = Outcome()
     async for request, result in _answers(llm, requests, defaults, report):
-        print(json.dumps(result, ensure_ascii=False), file=target, flush=True)
+        print(json_line(result), file=target, flush=True)
         failure = _failure(result)
         outcome.num_requests += 1
         if failure is not None:
@@ -112,7 +113,9 @@ async def _answer(
         line = int(request.place.rpartition(":")[2])
         error = {"code": "invalid_request", "message": request.problem, "line": line}
         return _result(request, error=error)
-    response = await client.post(request.url, json=body)
+    # Not `json=body`, which refuses numbers such as 1e400 and lone surrogates: the server names the field.
+    content = json.dumps(body).encode()
+    response = await client.post(request.url, content=content, headers={"Content-Type": "application/json"})
     found = response.json()
     request_id = response.headers.get("X-Request-Id") or f"req_{uuid.uuid4().hex}"
     return _result(

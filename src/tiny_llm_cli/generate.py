@@ -27,7 +27,7 @@ _SAMPLING = "Sampling"
 
 @takes_groups(
     shown={
-        "max_tokens": "the model's recommendation, or 128",
+        "max_tokens": "the model's recommendation, or 128; lowered to what the context has left",
         "temperature": "the model's recommendation, or 0 (1 if --n is above 1)",
         "seed": "the position of each prompt in the list, so the same command gives the same text",
     }
@@ -242,11 +242,11 @@ def _encoded(llm: "LLM", request: "PromptRequest") -> str | list[int]:
 
 
 def _params(llm: "LLM", request: "PromptRequest", prompt: str | list[int]) -> "SamplingParams":
-    """The sampling parameters of a prompt; a recommended limit is lowered to what the context can hold."""
+    """The sampling parameters of a prompt; a default limit is lowered to what the context can hold."""
     from tiny_llm.generation_defaults import fit_to_context
 
     params = request.asked.params(llm.sampling_defaults)
-    if "max_tokens" in request.asked.given or "max_tokens" not in llm.sampling_defaults:
+    if "max_tokens" in request.asked.given:
         return params
     tokens = llm.tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
     fitting: SamplingParams = fit_to_context(params, len(tokens), llm.max_model_len)

@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from threading import enumerate as enumerate_threads
 
 from tiny_llm_course.mistake import one_line
 
@@ -20,11 +21,16 @@ def main() -> None:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
         code = INTERRUPTED
-    if code == INTERRUPTED:
+    if code == INTERRUPTED or _is_loading():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # without destructors: MLX aborts if one of its threads was just starting
+        os._exit(code)  # without destructors: MLX aborts if one of its threads is starting or runs
     sys.exit(code)
+
+
+def _is_loading() -> bool:
+    """True if a server was stopped while its thread `load` still makes the model."""
+    return any(thread.name == "load" for thread in enumerate_threads())
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
+from math import isinf
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
@@ -31,7 +32,10 @@ def parse_bytes(text: str | int) -> int:
             f"{text!r} is not a size such as 512MiB, 1.5GiB or 2GB (KiB, MiB, GiB and TiB are powers of "
             "1024; KB, MB, GB and TB are powers of 1000; a number without a unit is in bytes)"
         )
-    return int(float(match[1]) * _UNITS[match[2]])
+    number = float(match[1]) * _UNITS[match[2]]
+    if isinf(number):
+        raise typer.BadParameter(f"{str(text)[:20]!r}... is too large")
+    return int(number)
 
 
 def parse_object(text: str | Mapping[str, Any]) -> Mapping[str, Any]:

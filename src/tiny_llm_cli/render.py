@@ -1,11 +1,11 @@
 """Results as text for people and as JSON for programs."""
 
-import json
 from collections.abc import Mapping
 
 from tiny_llm import CompletionOutput, Logprob, RequestOutput
 from tiny_llm_checkpoints.sizes import shown_bytes
 
+from .json_line import json_line
 from .prompts import PromptRequest
 
 _SIZES = {"bytes", "bytes_per_token", "weights", "pool", "peak_at_load", "peak_in_service"}
@@ -20,7 +20,7 @@ def as_json_line(request: PromptRequest, result: RequestOutput) -> str:
     `prompt` is null for token ids and for a conversation, which is under `messages`.
     """
     prompt = request.prompt
-    return json.dumps(
+    return json_line(
         {
             **request.ids,
             "prompt": prompt if isinstance(prompt, str) else None,
@@ -29,8 +29,7 @@ def as_json_line(request: PromptRequest, result: RequestOutput) -> str:
             "prompt_logprobs": result.prompt_logprobs and [_position(p) for p in result.prompt_logprobs],
             "outputs": [_completion(output) for output in result.outputs],
             "num_cached_tokens": result.num_cached_tokens,
-        },
-        ensure_ascii=False,
+        }
     )
 
 
