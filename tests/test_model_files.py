@@ -326,6 +326,13 @@ def test_without_an_index_all_parts_are_read(names: list[str], broken: Path) -> 
     assert load_model(broken).model.config.num_hidden_layers == 1
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_git_lfs_pointer_is_named(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(POINTER)
+    with pytest.raises(ModelFileError, match=f"{name}: a Git LFS pointer"):
+        read_checkpoint(folder)
+
+
 def test_a_missing_safetensors_part_is_named(broken: Path) -> None:
     split_weights(broken, "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors")
     missing = broken / "model-00002-of-00003.safetensors"
@@ -409,8 +416,10 @@ def gguf(num_tensors: int, num_keys: int, rest: bytes = b"", version: int = 3) -
     return b"GGUF" + U32(version) + U64(num_tensors) + U64(num_keys) + rest
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 92003\n"
 ABSURD = {
     "empty": (b"", "truncated"),
+    "pointer": (POINTER, "a Git LFS pointer"),
     "magic": (b"GGML" + b"\0" * 40, "starts with b'GGML'"),
     "version": (gguf(0, 0, version=1), "version 1"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "little-endian"),

@@ -141,6 +141,17 @@ def test_several_calls_are_required_only_with_parallel_calls(client: httpx.Clien
     assert (max(numbers) > 1) == parallel
 
 
+def test_a_stop_string_after_the_arguments_does_not_hide_the_call(client: httpx.Client) -> None:
+    """It ends the answer before the marker that ends the call."""
+    city = {"type": "object", "properties": {"city": {"const": "Paris"}}, "required": ["city"]}
+    fields = {"tools": [tool("weather", city)], "tool_choice": "required", "max_tokens": 40}
+    [choice] = ask(client, **fields, stop="}", include_stop_str_in_output=True)
+    assert [one["arguments"] for one in calls_of(choice)] == ['{"city": "Paris"}']
+    assert choice["finish_reason"] == "tool_calls"
+    [choice] = ask(client, **fields, stop="Par")
+    assert choice["finish_reason"] == "stop", "the arguments are cut off"
+
+
 def test_a_stream_of_required_calls_adds_up_to_the_answer(sdk: openai.OpenAI) -> None:
     for seed in range(4):
         options: Any = {

@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from .git_lfs import refuse_pointer
 from .tensor_ranges import TensorRange, check_no_overlap
 
 MAGIC = b"GGUF"
@@ -89,11 +90,14 @@ def read_gguf_header(path: Path) -> GGUFFile:
     and memory are bounded by the actual size of the header.
     """
     with path.open("rb") as file:
+        refuse_pointer(file)
         cursor = _Cursor(file, path.stat().st_size)
         magic = cursor.take(4, "the magic")
         if magic != MAGIC:
             raise ValueError(f"not a GGUF file: it starts with {magic!r}, expected {MAGIC!r}")
         version = cursor.number("I", "the version")
+        if int.from_bytes(version.to_bytes(4, "big"), "little") in VERSIONS:
+            raise ValueError("the file is big-endian, which is not supported; supported: little-endian")
         if version not in VERSIONS:
             raise ValueError(f"GGUF version {version} is not supported; supported: 2 and 3, little-endian")
         num_tensors, num_keys = (

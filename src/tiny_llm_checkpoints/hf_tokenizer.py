@@ -5,12 +5,14 @@ and special_tokens_map.json; the chat template is in one of three places.
 """
 
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from .errors import ModelFileError, reading
+from .git_lfs import refuse_pointer
 from .json_file import read_json, read_regular
 from .tokenizer import Tokenizer
 from .tokenizer_library import load
@@ -44,7 +46,9 @@ def _tokenizer_json(path: Path) -> tokenizers.Tokenizer:
             f"{path}: found only tokenizer.model, which is not supported; expected tokenizer.json"
         )
     with reading(file):
-        return load(read_regular(file, MAX_BYTES).decode())
+        data = read_regular(file, MAX_BYTES)
+        refuse_pointer(BytesIO(data))
+        return load(data.decode())
 
 
 def _json(file: Path) -> dict[str, Any]:

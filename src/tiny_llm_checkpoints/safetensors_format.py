@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .git_lfs import refuse_pointer
 from .tensor_ranges import TensorRange, check_no_overlap
 
 MAX_HEADER = 1 << 24  # bytes; a model of 126 layers has about 150 thousand
@@ -71,6 +72,7 @@ def read_safetensors_header(path: Path) -> dict[str, SafeTensor]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
+        refuse_pointer(file)
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > size - 8:

@@ -1,5 +1,6 @@
 """One choice of a chat: the events of a completion become deltas for a stream, and one message."""
 
+import json
 import secrets
 import string
 
@@ -42,12 +43,18 @@ class ChatChoiceState:
 
     def take(self, event: RequestEvent) -> list[ChatDelta]:
         """Add an event; return what is new in the message, as OpenAI streams it."""
-        deltas = self._parsed(event)
+        found = [one for delta in self._parsed(event) for one in self._added(delta)]
         if event.finish_reason is not None:
-            has_calls = self._parser is not None and self._parser.has_calls
-            is_by_call = has_calls and event.finish_reason == "stop" and not self._is_named
+            is_by_call = self._has_calls and event.finish_reason == "stop" and not self._is_named
             self.finish_reason = "tool_calls" if is_by_call else event.finish_reason
-        return [one for delta in deltas for one in self._added(delta)]
+        return found
+
+    @property
+    def _has_calls(self) -> bool:
+        """True if there are calls, and a stop string has not cut the last one off."""
+        if self._parser is not None and self._parser.has_calls:
+            return True
+        return bool(self._calls) and self._calls[-1].is_whole
 
     @property
     def message(self) -> ChatMessage:
@@ -110,6 +117,15 @@ class _GrowingCall:
         self.id = call_id
         self.name = name
         self.arguments: list[str] = []
+
+    @property
+    def is_whole(self) -> bool:
+        """True if the arguments are complete."""
+        try:
+            json.loads("".join(self.arguments))
+        except ValueError:
+            return False
+        return True
 
     @property
     def whole(self) -> ToolCall:
