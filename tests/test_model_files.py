@@ -327,10 +327,10 @@ def test_without_an_index_all_parts_are_read(names: list[str], broken: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
-def test_a_git_lfs_pointer_is_named(folder: Path, name: str) -> None:
-    (folder / name).write_bytes(POINTER)
+def test_a_git_lfs_pointer_is_named(broken: Path, name: str) -> None:
+    (broken / name).write_bytes(POINTER)
     with pytest.raises(ModelFileError, match=f"{name}: a Git LFS pointer"):
-        read_checkpoint(folder)
+        read_checkpoint(broken)
 
 
 def test_a_missing_safetensors_part_is_named(broken: Path) -> None:

@@ -15,11 +15,6 @@ class AnswerParser:
         self._reasoning = reasoning
         self._tools = tools
 
-    @property
-    def has_calls(self) -> bool:
-        """Whether the answer has calls, and the last one is complete."""
-        return self._tools is not None and self._tools.num_calls > 0 and self._tools.is_complete
-
     def push(self, text: str) -> list[Delta]:
         """Take the next piece of the answer; return the deltas that are certain now, joined."""
         found: list[Delta] = [ContentDelta(text)] if self._reasoning is None else self._reasoning.push(text)

@@ -20,8 +20,6 @@ MAX_DIMENSIONS = 8
 
 _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
 _SIZES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
-
-
 _CHUNK = 1 << 24  # bytes that are compared at once
 
 
@@ -58,11 +56,8 @@ class SafeTensor(NamedTuple):
         with self.file.open("rb") as one, other.file.open("rb") as another:
             one.seek(self.offset)
             another.seek(other.offset)
-            return all(
-                one.read(size) == another.read(size)
-                for start in range(0, self.nbytes, _CHUNK)
-                if (size := min(_CHUNK, self.nbytes - start))
-            )
+            sizes = (min(_CHUNK, self.nbytes - start) for start in range(0, self.nbytes, _CHUNK))
+            return all(one.read(size) == another.read(size) for size in sizes)
 
 
 def read_safetensors_header(path: Path) -> dict[str, SafeTensor]:

@@ -51,9 +51,7 @@ class ChatChoiceState:
 
     @property
     def _has_calls(self) -> bool:
-        """True if there are calls, and a stop string has not cut the last one off."""
-        if self._parser is not None and self._parser.has_calls:
-            return True
+        """True if there are calls, and the arguments of the last one are complete."""
         return bool(self._calls) and self._calls[-1].is_whole
 
     @property

@@ -1,6 +1,6 @@
 """The engine's own figures as Prometheus metrics, under vLLM's names: its load and its counters."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -116,7 +116,8 @@ def _steps(names: list[str], sources: Sequence[_Source]) -> Metric:
         "vllm:iteration_tokens_total", "Tokens computed in an engine step.", labels=names
     )
     for labels, stats in sources:
-        steps.add_metric(labels, _buckets(stats.steps_of), stats.num_tokens)
+        bounds = (float(1 << power) for power in range(len(stats.steps_of) - 1))
+        steps.add_metric(labels, buckets(bounds, stats.steps_of), stats.num_tokens)
     return steps
 
 
@@ -136,7 +137,6 @@ def _num_used_blocks(stats: EngineStats) -> int:
     return stats.num_blocks - stats.num_free_blocks - stats.num_cached_blocks
 
 
-def _buckets(steps_of: Sequence[int]) -> list[tuple[str, float]]:
-    """Turn counts by powers of two into Prometheus's cumulative buckets; the last one has no bound."""
-    bounds = [str(float(1 << power)) for power in range(len(steps_of) - 1)]
-    return list(zip([*bounds, "+Inf"], accumulate(steps_of), strict=True))
+def buckets(bounds: Iterable[float], counts: Iterable[int]) -> list[tuple[str, float]]:
+    """Turn counts by upper bounds into Prometheus's cumulative buckets; the last count has no bound."""
+    return list(zip([*map(str, bounds), "+Inf"], accumulate(counts), strict=True))

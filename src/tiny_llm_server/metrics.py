@@ -7,7 +7,6 @@ events arrive.
 from bisect import bisect_left
 from collections import Counter as Tally
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
 from time import monotonic
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -16,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from tiny_llm import RequestEvent, RequestUsage
 
-from .engine_figures import EngineFigures
+from .engine_figures import EngineFigures, buckets
 from .served_model import ServedModel
 
 CollectRequests = Callable[[], Awaitable[Sequence[Metric]]]  # collects the figures of requests
@@ -132,7 +131,7 @@ class TokenFigures(Collector):
         self.num_generation_tokens = 0
         self._model_name = model_name
         self._seconds = 0.0
-        self._times_up_to = [0] * (len(FAST) + 1)  # by bound; the last ones have none
+        self._times_up_to = [0] * (len(FAST) + 1)  # by upper bound; the last count is of longer times
 
     def add(self, count: int, seconds: float | None) -> None:
         """Add new tokens, `seconds` after the previous ones of the completion; None: its first tokens."""
@@ -157,12 +156,7 @@ class TokenFigures(Collector):
             labels=["model_name"],
         )
         if any(self._times_up_to):
-            bounds = [*map(str, FAST), "+Inf"]
-            latencies.add_metric(
-                [self._model_name()],
-                [*zip(bounds, accumulate(self._times_up_to), strict=True)],
-                self._seconds,
-            )
+            latencies.add_metric([self._model_name()], buckets(FAST, self._times_up_to), self._seconds)
         yield latencies
 
 

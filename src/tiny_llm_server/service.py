@@ -85,7 +85,7 @@ class Service:
         """Load the model; returns when it is loaded or has failed. Cancelling stops only the waiting."""
         outcome: Future[ServedModel] = Future()
         try:
-            with requiring("the thread that loads the model"):
+            with requiring("the thread that loads the model"):  # the command line knows it by its name
                 Thread(target=_resolve_with, args=(outcome, self._load), name="load", daemon=True).start()
             self._llm = await asyncio.wrap_future(outcome)
         except Exception as error:  # the process ends with its message
