@@ -77,6 +77,24 @@ def test_a_template_that_knows_tools_writes_them_and_the_calls_and_the_results(n
     assert made.tool_format.name == name.removesuffix("_args")
 
 
+def test_a_template_of_its_own_for_tools_renders_chats_with_tools_only() -> None:
+    both = ChatTemplate(CHATML, bos_token="<s>", eos_token="</s>", tool_source=HERMES_TOOLS)
+    plain, tools = template(CHATML), template(HERMES_TOOLS)
+    assert both.render([USER]) == plain.render([USER])
+    assert both.render([USER], tools=[]) == plain.render([USER])
+    assert both.render([USER], tools=[WEATHER]) == tools.render([USER], tools=[WEATHER])
+    assert both.encode([USER], TOKENIZER, tools=[WEATHER]) == tools.encode([USER], TOKENIZER, tools=[WEATHER])
+    assert both.encode([USER], TOKENIZER) == plain.encode([USER], TOKENIZER)
+    assert both.tool_format is HERMES
+    # Calls in a chat without tools, which this template does not write, are spelled in the same form.
+    assert "<tool_call>" in both.render([USER, answered(), RESULT, USER])
+
+
+def test_an_error_in_the_template_for_tools_is_found_when_the_model_loads() -> None:
+    with pytest.raises(ValueError, match="bad chat template, line 1"):
+        ChatTemplate(CHATML, bos_token="<s>", eos_token="</s>", tool_source="{% if %}")
+
+
 @pytest.mark.parametrize("name", [name for name in TOOL_TEMPLATES if "mistral" not in name])
 def test_a_models_form_is_what_its_template_writes(name: str) -> None:
     """So the parser finds the calls in a prompt, without the tools, which show the form."""

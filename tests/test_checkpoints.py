@@ -141,24 +141,47 @@ def test_every_gguf_type_gives_the_logits_of_its_dequantized_values(kind: str, t
     assert_quantized_equals(path, values, tmp_path)
 
 
+# The places of the scales in a block, and values of the scales with which the weights are of about 0.1.
+HALVES = {
+    **{"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)},
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ4_NL", "IQ4_XS"), (0,)),
+    **{"TQ1_0": (52,), "TQ2_0": (64,), "IQ1_M": (), "MXFP4": (), "NVFP4": ()},
+}
+SIZES = {
+    "Q6_K": 2e-4,
+    "Q3_K": 2e-3,
+    "IQ1_S": 1e-2,
+    "TQ1_0": 0.1,
+    "TQ2_0": 0.1,
+    "IQ4_NL": 1e-3,
+    "IQ4_XS": 5e-5,
+}
+
+
 def random_blocks(kind: str, rows: int, inputs: int) -> np.ndarray:
-    """A matrix in one of ggml's K-quants, with random bits and scales that give values of about one."""
+    """A matrix in one of ggml's types, with random bits and scales that give values below about one."""
     block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     random = np.random.RandomState(crc32(kind.encode()))
     blocks = random.randint(0, 256, (rows, inputs // block, nbytes)).astype(np.uint8)
-    halves = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind]
-    for at in halves:
-        scales = random.uniform(0.5, 1.5, blocks.shape[:2]) * {"Q6_K": 2e-4, "Q3_K": 2e-3}.get(kind, 5e-4)
+    for at in HALVES[kind]:
+        scales = random.uniform(0.5, 1.5, blocks.shape[:2]) * SIZES.get(kind, 5e-4)
         blocks[..., at : at + 2] = scales.astype("<f2")[..., None].view(np.uint8)
+    if kind == "IQ1_M":  # the scale is in the upper four bits of four numbers
+        blocks[..., 49:56:2] = blocks[..., 49:56:2] & 0x0F | np.array([0, 0, 0, 0x20], np.uint8)
+    if kind == "MXFP4":  # a power of two: 2^-7 to 2^-4
+        blocks[..., 0] = 121 + blocks[..., 0] % 4
+    if kind == "NVFP4":  # four floats of 8 bits, from 2^-6 to 2^-5
+        blocks[..., :4] = 8 + blocks[..., :4] % 8
     return blocks.reshape(rows, -1)
 
 
-@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
-def test_k_quants_give_the_logits_of_ggmls_dequantized_values(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", HALVES)
+def test_a_block_type_gives_the_logits_of_ggmls_dequantized_values(kind: str, tmp_path: Path) -> None:
     weights = random_weights(WIDE)
     name = "model.layers.1.mlp.down_proj.weight"
     blocks = random_blocks(kind, *weights[name].shape)
     values = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[kind])
+    assert 1e-3 < np.abs(values).mean() < 1.0
     path = write_gguf(tmp_path / "k.gguf", WIDE, {**weights, name: values}, raw={name: (blocks, kind)})
     if kind == "Q4_K":  # stays quantized
         assert_quantized_equals(path, {**weights, name: values}, tmp_path)

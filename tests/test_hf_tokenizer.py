@@ -147,6 +147,7 @@ NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": 
         ({"tokenizer_config.json": {"chat_template": "S"}}, "S"),
         ({"tokenizer_config.json": {"chat_template": NAMED}}, "D"),
         ({"tokenizer_config.json": {"chat_template": NAMED[:1]}}, None),
+        ({"tokenizer_config.json": {"chat_template": [*NAMED, "odd", {"name": 7, "template": "X"}]}}, "D"),
         ({"tokenizer_config.json": {}, "chat_template.json": {"chat_template": "O"}}, "O"),
         ({"tokenizer_config.json": {}}, None),
     ],
@@ -161,6 +162,115 @@ def test_the_chat_template_may_be_in_any_of_three_files(
 
 
 @pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"tokenizer_config.json": {"chat_template": NAMED}}, ("D", "T")),
+        ({"tokenizer_config.json": {"chat_template": "S"}}, ("S", None)),
+        ({"chat_template.jinja": "J", "additional_chat_templates/tool_use.jinja": "A"}, ("J", "A")),
+        ({"chat_template.jinja": "J", "additional_chat_templates/rag.jinja": "A"}, ("J", None)),
+        # Files replace the setting as a whole, as in transformers.
+        ({"chat_template.jinja": "J", "tokenizer_config.json": {"chat_template": NAMED}}, ("J", None)),
+    ],
+)
+def test_a_model_may_have_a_template_of_its_own_for_chats_with_tools(
+    folder: Path, files: dict[str, Any], expected: tuple[str, str | None]
+) -> None:
+    (folder / "chat_template.jinja").unlink()
+    (folder / "additional_chat_templates").mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    found = hf_tokenizer(folder)
+    assert (found.chat_template, found.tool_template) == expected
+
+
+# Tokens that only the settings name. Oracle: transformers 5.24, tried with 900 folders of random settings.
+
+FIRST_NEW = 643  # the id after those of this folder's tokenizer.json
+
+
+@pytest.mark.parametrize(
+    ("settings", "further"),
+    [
+        ({"pad_token": "[PAD]"}, {}),
+        ({"pad_token": {"__type": "AddedToken", "content": "[PAD]", "normalized": False}}, {}),
+        ({"image_token": "[PAD]"}, {}),
+        ({"additional_special_tokens": ["<|eot_id|>", "[PAD]"]}, {}),
+        ({"extra_special_tokens": ["[PAD]"], "additional_special_tokens": ["ignored"]}, {}),
+        ({"extra_special_tokens": {"image_token": "[PAD]"}}, {}),
+        ({"added_tokens_decoder": {str(FIRST_NEW): {"content": "[PAD]", "special": True}}}, {}),
+        ({}, {"special_tokens_map.json": {"pad_token": {"content": "[PAD]", "normalized": False}}}),
+        ({"pad_token": "[PAD]"}, {"added_tokens.json": {"[PAD]": FIRST_NEW}}),
+    ],
+)
+def test_a_special_token_that_only_the_settings_name_is_a_control_token(
+    folder: Path, settings: dict[str, Any], further: dict[str, Any]
+) -> None:
+    settings_of(folder, **settings)
+    for name, content in further.items():
+        (folder / name).write_text(json.dumps(content))
+    found = hf_tokenizer(folder)
+    assert "ignored" not in found.control_tokens
+    assert found.encode("a[PAD]b") == [*found.encode("a"), FIRST_NEW, *found.encode("b")]
+    assert found.is_control(FIRST_NEW)
+    assert found.encode("[PAD]", special_tokens=False) == TOKENIZERS["llama3"].encode("[PAD]")
+    assert (found.decode([FIRST_NEW]), found.token_text(FIRST_NEW)) == ("", "[PAD]")
+
+
+@pytest.mark.parametrize(
+    ("settings", "further"),
+    [
+        ({"added_tokens_decoder": {str(FIRST_NEW): {"content": "<tool>", "special": False}}}, {}),
+        ({}, {"added_tokens.json": {"<tool>": FIRST_NEW}}),
+    ],
+)
+def test_an_added_token_that_is_not_special_is_one_token_and_shown(
+    folder: Path, settings: dict[str, Any], further: dict[str, Any]
+) -> None:
+    settings_of(folder, **settings)
+    for name, content in further.items():
+        (folder / name).write_text(json.dumps(content))
+    found = hf_tokenizer(folder)
+    assert found.encode("a<tool>") == [*found.encode("a"), FIRST_NEW]
+    assert (found.decode([FIRST_NEW]), found.is_control(FIRST_NEW)) == ("<tool>", False)
+
+
+def test_new_tokens_get_ids_in_the_order_of_the_list_and_named_ones_follow(folder: Path) -> None:
+    listed = {"700": {"content": "<b>", "special": False}, "699": {"content": "<a>", "special": True}}
+    settings_of(folder, added_tokens_decoder=listed, pad_token="[PAD]", extra_special_tokens=["<x>"])
+    assert hf_tokenizer(folder).encode("<a><b>[PAD]<x>") == [643, 644, 645, 646]
+
+
+def test_the_list_may_make_a_word_of_the_vocabulary_special(folder: Path) -> None:
+    [word] = TOKENIZERS["llama3"].encode("in")
+    settings_of(folder, added_tokens_decoder={str(word): {"content": "in", "special": True}})
+    found = hf_tokenizer(folder)
+    assert found.encode("in") == [word]
+    assert found.decode([word]) == ""
+
+
+def test_an_end_token_that_tokenizer_json_lacks_is_added(folder: Path) -> None:
+    settings_of(folder, eos_token="<|done|>")
+    found = hf_tokenizer(folder)
+    assert (found.eos_token, found.eos_token_ids) == ("<|done|>", frozenset({FIRST_NEW}))
+
+
+def test_a_new_token_without_a_row_in_the_embedding_stays_text(folder: Path) -> None:
+    settings_of(folder, pad_token="[PAD]", eos_token="<|done|>")
+    found = hf_tokenizer(folder, num_rows=FIRST_NEW + 1)
+    assert found.vocab_size == FIRST_NEW + 1
+    assert (found.eos_token_ids, "[PAD]" in found.control_tokens) == (frozenset({FIRST_NEW}), False)
+    assert hf_tokenizer(folder, num_rows=FIRST_NEW).eos_token_ids == frozenset()
+
+
+def test_the_list_of_added_tokens_takes_the_place_of_special_tokens_map(folder: Path) -> None:
+    """Without the list, special_tokens_map.json wins over tokenizer_config.json."""
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|end_of_text|>"}))
+    assert hf_tokenizer(folder).bos_token == "<|end_of_text|>"
+    settings_of(folder, added_tokens_decoder={})
+    assert hf_tokenizer(folder).bos_token == "<|begin_of_text|>"
+
+
+@pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("tokenizer.json", b"{}", "tokenizer.json: not a tokenizer"),
@@ -171,6 +281,24 @@ def test_the_chat_template_may_be_in_any_of_three_files(
         ("tokenizer_config.json", b"[]", "tokenizer_config.json: contains a list, expected an object"),
         ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json: not valid JSON"),
         ("tokenizer_config.json", b'{"bos_token": 7}', "tokenizer_config.json: bos_token is '7'"),
+        ("tokenizer_config.json", b'{"pad_token": {"content": 7}}', "tokenizer_config.json: pad_token is"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": 7}', "added_tokens_decoder is '7'"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"x": {"content": "a"}}}', "'x' is not a token"),
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": {"7": "a", "8": 9}}',
+            "added_tokens_decoder.8 is",
+        ),
+        (
+            "tokenizer_config.json",
+            b'{"added_tokens_decoder": {"7": {"content": "a", "lstrip": 1}}}',
+            "decoder.7",
+        ),
+        ("tokenizer_config.json", b'{"extra_special_tokens": "abc"}', "special tokens is 'abc'"),
+        ("tokenizer_config.json", b'{"extra_special_tokens": [7]}', "a special token is '7'"),
+        ("tokenizer_config.json", b'{"extra_special_tokens": {"x": 7}}', "x is '7'"),
+        ("added_tokens.json", b'{"<tool>": -1}', "added_tokens.json: '-1' is not a token id"),
+        ("added_tokens.json", b'{"<tool>": 1e400}', "added_tokens.json: 'inf' is not a token id"),
         ("special_tokens_map.json", b"nonsense", "special_tokens_map.json: not valid JSON"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja: .*utf-8"),
     ],

@@ -39,6 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = write_folder(tmp_path_factory.mktemp("repository") / "tiny", CONFIG, random_weights(CONFIG))
     write_gguf(path / "tiny.gguf", CONFIG, random_weights(CONFIG))
     (path / "pytorch_model.bin").write_bytes(b"not wanted")
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     (path / "original").mkdir()
     (path / "original" / "consolidated.safetensors").write_bytes(b"not wanted")
     return path
@@ -101,7 +103,7 @@ def test_a_repository_is_downloaded_once_and_then_found_offline(
     assert first.stdout.split() == ["owner/tiny", *local.stdout.split()[1:]]
     assert "Fetching" in first.stderr  # a progress bar
     fetched = {request.rpartition("/")[2] for request in hub.requests if request.startswith("GET")}
-    assert "model.safetensors" in fetched
+    assert {"model.safetensors", "tool_use.jinja"} <= fetched
     assert not {"pytorch_model.bin", "consolidated.safetensors", "tiny.gguf"} & fetched
     hub.requests.clear()
     again = machine.run("owner/tiny", HF_HUB_OFFLINE="1")

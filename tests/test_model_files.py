@@ -353,6 +353,33 @@ def test_an_index_entry_that_is_not_a_file_is_rejected(name: Any, broken: Path) 
     assert error_message(broken).startswith(f"{broken / 'model.safetensors.index.json'}: ")
 
 
+def test_an_index_that_does_not_name_model_safetensors_next_to_it_is_rejected(broken: Path) -> None:
+    shutil.copy(broken / "model.safetensors", broken / "other.safetensors")
+    index = dict.fromkeys(read_safetensors_header(broken / "other.safetensors"), "other.safetensors")
+    (broken / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    message = error_message(broken)
+    assert "model.safetensors.index.json does not name model.safetensors" in message
+    (broken / "model.safetensors").unlink()
+    assert read_checkpoint(broken).tensors
+
+
+@pytest.mark.parametrize(
+    ("names", "unexpected"),
+    [
+        (["stray.scales"], "stray.scales"),
+        (["stray.biases"], "stray.biases"),
+        (["stray.scales", "stray.biases"], "stray.scales, stray.biases"),
+        (["model.norm.biases"], "model.norm.biases"),  # a norm without scales is not quantized
+    ],
+)
+def test_scales_without_a_matrix_are_rejected_by_name(
+    names: list[str], unexpected: str, broken: Path
+) -> None:
+    strays = {name: np.zeros((2, 2), np.float32) for name in names}
+    write_safetensors(broken / "model.safetensors", {**WEIGHTS, **strays})
+    assert f"{unexpected}" in error_message(broken)
+
+
 def test_a_single_safetensors_file_is_rejected_with_advice(folder: Path) -> None:
     assert "pass the folder that contains it" in error_message(folder / "model.safetensors")
 
@@ -443,6 +470,7 @@ ABSURD = {
         "blocks of 32 values (Q4_0)",
     ),
     "tensor type": (gguf(1, 0, text(b"t") + U32(1) + U64(32) + U32(99) + U64(0)), "type 99"),
+    "named type": (gguf(1, 0, text(b"t") + U32(1) + U64(32) + U32(24) + U64(0)), "has type I8, which"),
     "offset": (gguf(1, 0, text(b"t") + U32(1) + U64(1) + U32(0) + U64(1 << 63)), "tensor t ends at byte"),
     "tensor twice": (
         gguf(2, 0, (text(b"t") + U32(1) + U64(1) + U32(0) + U64(0)) * 2),
@@ -592,6 +620,25 @@ def test_unsupported_rope_scaling_is_rejected(
     """In the formats of transformers 4 and of transformers 5."""
     edit_json(broken / "config.json", lambda c: c.update({name: scaling}))
     assert words in error_message(broken)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def test_the_original_context_may_be_next_to_the_rotary_settings(broken: Path) -> None:
+    """transformers 5 reads it there too."""
+    name = "original_max_position_embeddings"
+    edit_json(broken / "config.json", lambda c: c.update(rope_scaling={**LLAMA3, name: 64}))
+    inside = read_checkpoint(broken).config.rope_factors
+    edit_json(broken / "config.json", lambda c: c.update({"rope_scaling": LLAMA3, name: 64}))
+    assert read_checkpoint(broken).config.rope_factors == inside
+    edit_json(broken / "config.json", lambda c: c["rope_scaling"].update({name: 32}))
+    assert f"{name} is 64, and 32 in the rotary settings" in error_message(broken)
+
+
+def test_a_rotation_per_layer_type_is_rejected_under_its_own_name(broken: Path) -> None:
+    edit_json(broken / "config.json", lambda c: c.update(rope_scaling={"full_attention": {"factor": 2.0}}))
+    assert "rope_scaling has 'full_attention'" in error_message(broken)
 
 
 def test_two_different_rope_settings_are_rejected(broken: Path) -> None:

@@ -41,12 +41,22 @@ class ChatTemplate:
     """One compiled chat template. Rendering keeps no state, so threads may share it.
 
     source: its text. tool_format: the form in which its model writes calls of tools, None if it is unknown.
-    reasoning: the form of the model's reasoning, None if it has none.
+    reasoning: the form of the model's reasoning, None if it has none. for_tools: the template that renders
+    chats with tools: this one, unless the model has one of its own for them.
     """
 
-    def __init__(self, source: str, *, bos_token: str, eos_token: str, content_format: str = "auto") -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos_token: str,
+        eos_token: str,
+        content_format: str = "auto",
+        tool_source: str | None = None,
+    ) -> None:
         """Compile `source`. `bos_token` and `eos_token` are variables in it.
 
+        tool_source: the model's template for chats with tools, if it has one.
         content_format: the form in which the template receives a message's content: "string" for one string,
         "openai" for a list of text parts. "auto" detects it for each role and prefers a string if both work.
 
@@ -81,6 +91,12 @@ class ChatTemplate:
         self.source = source
         self.tool_format = format_of(source) if self._tool_support.writes_tools else FALLBACK
         self.reasoning = reasoning_of(source)
+        self.for_tools = self
+        if tool_source is not None:
+            self.for_tools = ChatTemplate(
+                tool_source, bos_token=bos_token, eos_token=eos_token, content_format=content_format
+            )
+            self.tool_format = self.for_tools.tool_format
 
     def uses_variable(self, name: str) -> bool:
         """Whether the template reads a variable of this name."""
@@ -105,9 +121,10 @@ class ChatTemplate:
         quoted), uses what the sandbox forbids, or exceeds its limits.
         """
         offered = read_tools(tools)
-        spelled = self._spelled(read_messages(messages), offered, None)
-        turns = [self._as_template(message) for message in spelled]
-        return self._render(turns, self._with_tools(self._checked(kwargs), offered), add_generation_prompt)
+        own = self.for_tools if offered else self
+        spelled = own._spelled(read_messages(messages), offered, None)
+        turns = [own._as_template(message) for message in spelled]
+        return own._render(turns, own._with_tools(own._checked(kwargs), offered), add_generation_prompt)
 
     def encode(
         self,
@@ -154,17 +171,18 @@ class ChatTemplate:
             raise MessageError(
                 "continue_final_message", "the last message has calls of tools, so it is complete"
             )
-        variables = self._with_tools(self._checked(chat_template_kwargs or {}), offered)
-        spelled = self._spelled(conversation, offered, tool_format)
-        turns = [self._as_template(message) for message in spelled]
-        plain = self._render(turns, variables, add_generation_prompt)
+        own = self.for_tools if offered else self
+        variables = own._with_tools(own._checked(chat_template_kwargs or {}), offered)
+        spelled = own._spelled(conversation, offered, tool_format)
+        turns = [own._as_template(message) for message in spelled]
+        plain = own._render(turns, variables, add_generation_prompt)
         given = _texts([turns, variables])
         disguise = Disguise(tokenizer.control_tokens, [*given, plain])
-        hidden = self._render_hidden(turns, variables, add_generation_prompt, disguise)
+        hidden = own._render_hidden(turns, variables, add_generation_prompt, disguise)
         # They differ if the template inspects a text in a way that the disguise does not survive.
         same = disguise.show(hidden) == plain
         check_presence(conversation, plain)
-        end = self._end_of_last(turns, variables, plain, disguise) if continue_final_message else len(plain)
+        end = own._end_of_last(turns, variables, plain, disguise) if continue_final_message else len(plain)
         if not _is_typed(plain, hidden, tokenizer.control_tokens):
             return tokenizer.encode(plain[:end], add_special_tokens=add_special_tokens, context=context)
         if not same:

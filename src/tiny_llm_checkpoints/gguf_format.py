@@ -49,7 +49,24 @@ TYPES = {
     12: GGMLType("Q4_K", 256, 144),
     13: GGMLType("Q5_K", 256, 176),
     14: GGMLType("Q6_K", 256, 210),
+    16: GGMLType("IQ2_XXS", 256, 66),
+    17: GGMLType("IQ2_XS", 256, 74),
+    18: GGMLType("IQ3_XXS", 256, 98),
+    19: GGMLType("IQ1_S", 256, 50),
+    20: GGMLType("IQ4_NL", 32, 18),
+    21: GGMLType("IQ3_S", 256, 110),
+    22: GGMLType("IQ2_S", 256, 82),
+    23: GGMLType("IQ4_XS", 256, 136),
+    29: GGMLType("IQ1_M", 256, 56),
     30: GGMLType("BF16", 1, 2),
+    34: GGMLType("TQ1_0", 256, 54),
+    35: GGMLType("TQ2_0", 256, 66),
+    39: GGMLType("MXFP4", 32, 17),
+    40: GGMLType("NVFP4", 64, 36),
+}
+_OTHER_TYPES = {  # for error messages; those from 31 on are of files for certain processors
+    **{9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"},
+    **{31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"},
 }
 
 
@@ -261,7 +278,7 @@ def _read_tensor(path: Path, cursor: _Cursor, name: str) -> GGUFTensor:
     kind, offset = cursor.number("I", what), cursor.number("Q", what)
     if kind not in TYPES:
         known = ", ".join(known.name for known in TYPES.values())
-        raise ValueError(f"{what} has type {kind}, which is not supported; supported: {known}")
+        raise ValueError(f"{what} has type {_OTHER_TYPES.get(kind, kind)}, which is not supported; supported: {known}")
     if 0 in shape or shape[-1] % TYPES[kind].block:
         raise ValueError(
             f"{what} has the shape {list(shape)}, expected rows of whole blocks of {TYPES[kind].block} "

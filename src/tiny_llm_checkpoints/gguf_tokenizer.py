@@ -90,7 +90,8 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         bos_token=_text_of(special.bos, vocabulary.tokens),
         eos_token=_text_of(special.eos, vocabulary.tokens),
         eos_token_ids=special.ends,
-        chat_template=_chat_template(metadata),
+        chat_template=_chat_template(metadata, "chat_template"),
+        tool_template=_chat_template(metadata, "chat_template.tool_use"),
     )
 
 
@@ -132,9 +133,9 @@ def _is_phi3(metadata: Mapping[str, Any]) -> bool:
     return "phi-3" in name or "phi3" in name
 
 
-def _chat_template(metadata: Mapping[str, Any]) -> str | None:
+def _chat_template(metadata: Mapping[str, Any], name: str) -> str | None:
     keys = GGUFKeys(metadata, "tokenizer")
-    return keys.text("chat_template") if keys.has("chat_template") else None
+    return keys.text(name) if keys.has(name) else None
 
 
 def byte_level_bpe(

@@ -193,13 +193,25 @@ def _rope_parameters(config: Json) -> dict[str, Any]:
     nested = parameters or scaling
     other = next((name for name, value in nested.items() if isinstance(value, dict)), None)
     if other is not None:
-        raise ValueError(f"rope_parameters has {other!r}, expected one rotation for all layers")
+        source = "rope_parameters" if parameters else "rope_scaling"
+        raise ValueError(f"{source} has {other!r}, expected one rotation for all layers")
     _reject_unsupported(nested)
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind == "default" and _number(nested, "factor", 1.0) != 1.0:
         raise ValueError(f"rope_scaling has factor {nested['factor']}, expected a rope_type that uses it")
     theta = config.get("rope_theta") if nested.get("rope_theta") is None else nested["rope_theta"]
-    return {**nested, "rope_type": kind, "rope_theta": theta}
+    return {**nested, **_original_context(config, nested, kind), "rope_type": kind, "rope_theta": theta}
+
+
+def _original_context(config: Json, nested: Json, kind: Any) -> dict[str, Any]:
+    """The original context of Llama 3's scaling, which may be next to the other rotary settings."""
+    name = "original_max_position_embeddings"
+    outside, inside = config.get(name), nested.get(name)
+    if kind != "llama3" or outside is None:
+        return {}
+    if inside is not None and inside != outside:
+        raise ValueError(f"{name} is {outside!r}, and {inside!r} in the rotary settings, expected one value")
+    return {name: outside}
 
 
 def _rope_factors(rope: Json, head_dim: int, theta: float) -> tuple[float, ...] | None:

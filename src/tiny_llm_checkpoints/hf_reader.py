@@ -37,7 +37,7 @@ def read_folder(path: Path) -> Checkpoint:
     settings = read_json(path / "config.json")
     recommended = of_folder(path)
     with reading(path):
-        tokenizer = hf_tokenizer(path)
+        tokenizer = hf_tokenizer(path, _num_rows(settings))
     with reading(path / "config.json"):
         ends = {*token_ids(settings, "eos_token_id"), *tokenizer.eos_token_ids}
         config = model_config(settings, tuple(sorted(ends)))
@@ -49,7 +49,7 @@ def read_folder(path: Path) -> Checkpoint:
     tensors = {
         name: _StoredTensor(tensor, stored, quantization, _is_minus_one(name, config))
         for name, tensor in stored.items()
-        if not name.endswith((_RECOMPUTED, ".scales", ".biases"))
+        if not name.endswith(_RECOMPUTED) and not _is_part(name, stored)
     }
     for tensor in tensors.values():
         with reading(tensor.file):
@@ -57,6 +57,12 @@ def read_folder(path: Path) -> Checkpoint:
     checkpoint = Checkpoint(path, config, tokenizer, tensors, recommended)
     checkpoint.check()
     return checkpoint
+
+
+def _num_rows(settings: Mapping[str, Any]) -> int | None:
+    """The rows of the embedding; None if the configuration is broken, which `model_config` reports."""
+    rows = settings.get("vocab_size")
+    return rows if isinstance(rows, int) else None
 
 
 def _drop_tied_head(stored: dict[str, SafeTensor]) -> None:
@@ -204,6 +210,12 @@ class _StoredTensor:
     @property
     def _precision(self) -> _Precision:
         return self.quantization.of_module(self._module)
+
+
+def _is_part(name: str, stored: Mapping[str, SafeTensor]) -> bool:
+    """Whether a tensor is the scales or biases of a quantized matrix in the file."""
+    module, _, part = name.rpartition(".")
+    return part in ("scales", "biases") and f"{module}.weight" in stored and f"{module}.scales" in stored
 
 
 def _is_minus_one(name: str, config: ModelConfig) -> bool:

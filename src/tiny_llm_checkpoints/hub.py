@@ -12,9 +12,11 @@ from pathlib import Path
 from .embedded import PACKAGED, embedded_model_path
 from .errors import ModelFileError
 from .gguf_split import split_names
+from .hf_tokenizer import TEMPLATES
 from .weight_files import INDEX, NOT_CHECKPOINTS, SINGLE, indexed_names
 
 WANTED = ["*.json", "*.jinja"]  # the files other than weights; top folder only
+_SUBFOLDERS = "*/*"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:/(?P<file>[^/].*\.gguf))?")
 
 
@@ -76,23 +78,23 @@ def _fetch_gguf(repo: str, file: str) -> Path:
 def _fetch_folder(repo: str) -> Path:
     """Download a repository's checkpoint: the small files, then the weights that `weight_files` reads."""
     folder = _snapshot(repo, WANTED)
+    _snapshot(repo, [f"{TEMPLATES}/*.jinja"], folder.name, unwanted=[])
     if (folder / INDEX).exists():
         return _snapshot(repo, indexed_names(folder / INDEX, must_exist=False), folder.name)
     _snapshot(repo, [SINGLE], folder.name)
     if not (folder / SINGLE).exists():
-        _snapshot(repo, ["*.safetensors"], folder.name, NOT_CHECKPOINTS)
+        _snapshot(repo, ["*.safetensors"], folder.name, [_SUBFOLDERS, *NOT_CHECKPOINTS])
     return folder
 
 
 def _snapshot(
-    repo: str, wanted: Sequence[str], revision: str | None = None, unwanted: Sequence[str] = ()
+    repo: str, wanted: Sequence[str], revision: str | None = None, unwanted: Sequence[str] = (_SUBFOLDERS,)
 ) -> Path:
     """Download the files that match a pattern; return their folder, whose name is the revision."""
     from huggingface_hub import snapshot_download
 
-    left_out = ["*/*", *unwanted]
     return Path(
-        snapshot_download(repo, revision=revision, allow_patterns=[*wanted], ignore_patterns=left_out)
+        snapshot_download(repo, revision=revision, allow_patterns=[*wanted], ignore_patterns=[*unwanted])
     )
 
 

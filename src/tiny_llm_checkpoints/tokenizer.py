@@ -34,8 +34,12 @@ class Tokenizer:
         eos_token: str = "",
         eos_token_ids: frozenset[int] = frozenset(),
         chat_template: str | None = None,
+        tool_template: str | None = None,
     ) -> None:
-        """Wrap a tokenizer of the `tokenizers` library; its special tokens are the control tokens."""
+        """Wrap a tokenizer of the `tokenizers` library; its special tokens are the control tokens.
+
+        tool_template: the template for chats with tools, if it is another one.
+        """
         with library.guarded("the tokenizer is not usable"):
             tokenizer.no_truncation()
             tokenizer.no_padding()
@@ -55,6 +59,7 @@ class Tokenizer:
         self.eos_token = eos_token
         self.eos_token_ids = eos_token_ids
         self.chat_template = chat_template
+        self.tool_template = tool_template
 
     def encode(
         self,

@@ -25,9 +25,15 @@ _PART = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's files in a folder. Raises a `ModelFileError` that names a missing file."""
     index = folder / INDEX
+    single = (folder / SINGLE).is_file()
     if index.exists():
-        return [folder / name for name in indexed_names(index, must_exist=True)]
-    if (folder / SINGLE).is_file():
+        names = indexed_names(index, must_exist=True)
+        if single and SINGLE not in names:
+            raise ModelFileError(
+                f"{folder}: {INDEX} does not name {SINGLE}, so one of them is out of date; remove that one"
+            )
+        return [folder / name for name in names]
+    if single:
         return [folder / SINGLE]
     found = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
     names = checkpoint_names(found)

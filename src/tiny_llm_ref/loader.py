@@ -103,6 +103,7 @@ def load_chat_template(path: Path, tokenizer: Tokenizer, content_format: str) ->
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
             content_format=content_format,
+            tool_source=tokenizer.tool_template,
         )
 
 
