@@ -182,3 +182,19 @@ def test_odd_values_of_a_line_end_no_other_line(cli: Run) -> None:
     found = results(done.out)
     assert [one["custom_id"] for one in found] == ["hot", "not a number", "surrogate", "\ud800", "last"]
     assert [one["response"]["status_code"] for one in found] == [400, 400, 400, 200, 200]
+
+
+def test_a_request_without_log_probabilities_gets_none_although_the_option_asks_for_them(cli: Run) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 1}
+    lines = [request("off", {**body, "logprobs": False}), request("on", body)]
+    done = cli("generate", "--logprobs", "2", stdin="\n".join(lines))
+    off, on = (result["response"]["body"]["choices"][0] for result in results(done.out))
+    assert off["logprobs"] is None
+    assert len(on["logprobs"]["content"][0]["top_logprobs"]) == 2
+
+
+def test_the_default_length_of_a_line_is_lowered_to_what_the_context_has_left(plain_cli: Run) -> None:
+    lines = [request("a", {"prompt": [5] * 20, "ignore_eos": True}, "/v1/completions")]
+    done = plain_cli("generate", "-c", "24", stdin="\n".join(lines))
+    [result] = results(done.out)
+    assert result["response"]["body"]["usage"]["completion_tokens"] == 4

@@ -327,3 +327,40 @@ def test_the_default_length_is_lowered_to_what_the_context_has_left(plain_cli: R
     asked = plain_cli("generate", "-c", "60", "The sky is", "--max-tokens", "128")
     assert asked.code == 1
     assert "exceed the context of 60" in asked.err
+
+
+def test_a_results_file_keeps_its_content_until_there_are_results(cli: Run, tmp_path: Path) -> None:
+    results = tmp_path / "results.txt"
+    results.write_text("valuable\n")
+    assert cli("generate", "Once", "--max-tokens", "9999", "-o", str(results)).code == 1
+    assert results.read_text() == "valuable\n"
+    assert cli("generate", "Once", "--max-tokens", "2", "-o", str(results)).code == 0
+    assert "valuable" not in results.read_text()
+
+
+def test_a_lone_carriage_return_does_not_end_a_line_of_a_file(cli: Run, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"one\rtwo\r\nthree\n")
+    for source in ({}, {"stdin": file.read_bytes().decode()}):
+        arguments = [] if source else ["-f", str(file)]
+        done = cli("generate", "--json", "--max-tokens", "1", *arguments, **source)
+        assert [json.loads(line)["prompt"] for line in done.out.splitlines()] == ["one\rtwo", "three"]
+
+
+@pytest.mark.parametrize(
+    ("option", "content"), [("--grammar", 'start: "yes"'), ("--json-schema", '{"const": "yes"}')]
+)
+def test_the_file_of_a_form_may_start_with_a_byte_order_mark(
+    cli: Run, tmp_path: Path, option: str, content: str
+) -> None:
+    file = tmp_path / "form"
+    file.write_text(content, encoding="utf-8-sig")
+    done = cli("generate", "Say it.", option, str(file))
+    assert (done.code, done.out.strip().strip('"')) == (0, "yes")
+
+
+@pytest.mark.parametrize("value", ["NaN", "[1e400]", '{"a": -Infinity}'])
+def test_an_id_that_json_cannot_express_is_refused(cli: Run, value: str) -> None:
+    done = cli("generate", "--json", stdin=f'{{"id": {value}, "prompt": "Once"}}')
+    assert (done.code, done.out) == (1, "")
+    assert 'standard input:1: "id" has a number that JSON cannot express' in done.err

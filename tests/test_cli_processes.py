@@ -209,3 +209,18 @@ def test_after_ctrl_c_in_a_single_question_the_shell_gets_a_new_line() -> None:
     terminal.type("\x03")
     assert terminal.rest().endswith("\r\n")
     assert terminal.end() == 130
+
+
+@pytest.mark.parametrize("arguments", [["models"], ["--help"], ["generate", "Once", "--max-tokens", "2"]])
+def test_closed_standard_output_is_an_error(arguments: list[str]) -> None:
+    command = ["sh", "-c", '"$@" >&-', "sh", *COMMAND, *arguments]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "tiny-llm: error: standard output is closed: nothing receives the results\n"
+
+
+def test_closed_standard_output_is_no_error_if_a_file_receives_the_results(tmp_path: Path) -> None:
+    arguments = ["generate", "Once", "--max-tokens", "2", "-o", str(tmp_path / "results")]
+    command = ["sh", "-c", '"$@" >&-', "sh", *COMMAND, *arguments]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode == 0
+    assert (tmp_path / "results").stat().st_size

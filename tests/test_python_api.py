@@ -54,6 +54,20 @@ def llm(loaded: LLM) -> Iterator[LLM]:
     check_all_returned(loaded.core.manager)
 
 
+@pytest.mark.parametrize("given", [None, SamplingParams(ignore_eos=True)])
+def test_the_default_length_is_lowered_to_what_the_context_has_left(
+    tiny_path: Path, given: SamplingParams | None
+) -> None:
+    with LLM(tiny_path, max_model_len=24, num_blocks=8, generation_config="vllm") as llm:
+        [output] = llm.generate([5] * 20, given, use_tqdm=False)
+        assert len(output.outputs[0].token_ids) <= 4
+        assert output.outputs[0].finish_reason in ("length", "stop")
+        with pytest.raises(
+            ValueError, match="20 prompt tokens and 16 output tokens exceed the context of 24"
+        ):
+            llm.generate([5] * 20, SamplingParams(max_tokens=16), use_tqdm=False)
+
+
 # ---- close ----
 
 

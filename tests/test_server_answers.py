@@ -429,3 +429,14 @@ def test_a_default_max_tokens_is_lowered_to_the_remaining_context() -> None:
     with serving(lambda: LLM(num_blocks=8, max_model_len=64), config) as here, here.client() as client:
         answer = client.post(CHAT, json={"messages": FRANCE, "ignore_eos": True})
     assert answer.json()["usage"]["total_tokens"] == 64
+
+
+def test_a_completion_without_max_tokens_has_16_or_what_the_context_has_left() -> None:
+    found = {}
+    with serving(lambda: LLM(num_blocks=8, max_model_len=64)) as here, here.client() as client:
+        for length in (47, 48, 49, 63):
+            body = {"prompt": [5] * length, "ignore_eos": True}
+            answer = client.post(COMPLETE, json=body)
+            asked = client.post(COMPLETE, json={**body, "max_tokens": 16})
+            found[length] = (answer.json()["usage"]["completion_tokens"], asked.status_code)
+    assert found == {47: (16, 200), 48: (16, 200), 49: (15, 400), 63: (1, 400)}

@@ -278,7 +278,9 @@ def _read_tensor(path: Path, cursor: _Cursor, name: str) -> GGUFTensor:
     kind, offset = cursor.number("I", what), cursor.number("Q", what)
     if kind not in TYPES:
         known = ", ".join(known.name for known in TYPES.values())
-        raise ValueError(f"{what} has type {_OTHER_TYPES.get(kind, kind)}, which is not supported; supported: {known}")
+        raise ValueError(
+            f"{what} has type {_OTHER_TYPES.get(kind, kind)}, which is not supported; supported: {known}"
+        )
     if 0 in shape or shape[-1] % TYPES[kind].block:
         raise ValueError(
             f"{what} has the shape {list(shape)}, expected rows of whole blocks of {TYPES[kind].block} "

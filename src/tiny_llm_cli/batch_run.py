@@ -145,6 +145,8 @@ def _body(request: BatchRequest, defaults: Mapping[str, Any], place: int) -> dic
     is_chat = request.url == CHAT
     if body.get("response_format") is not None:  # the request's own form
         defaults = {**defaults, "structured_outputs": None}
+    if "logprobs" in body:  # true or false, which `top_logprobs` depends on
+        defaults = {**defaults, "logprobs": None}
     for name, value in _as_fields(defaults, is_chat).items():
         if name != "max_tokens" or "max_completion_tokens" not in body:
             body.setdefault(name, value)

@@ -75,6 +75,6 @@ def asked_form(options: FormOptions) -> dict[str, Any] | None:
 def _read(file: Path, option: str) -> str:
     """The text of a file."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise typer.BadParameter(f"{file} is not UTF-8 text", param_hint=option) from error

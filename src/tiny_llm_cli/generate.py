@@ -147,9 +147,6 @@ def generate(
     other lines are still answered, and the exit code is 1. Sampling options apply to requests that leave
     them out.
     """
-    for option, value in (("--logprobs", logprobs), ("--prompt-logprobs", prompt_logprobs)):
-        if value is not None and not as_json:
-            raise typer.BadParameter("only JSON output shows them: add --json", param_hint=option)
     asked = asked_sampling(
         sampling,
         max_tokens=_MAX_TOKENS,
@@ -175,6 +172,9 @@ def generate(
         with _opened(output) as target:
             _run_batch(load(engine), read_batch(lines), asked, target, progress)
     else:
+        for option, value in (("--logprobs", logprobs), ("--prompt-logprobs", prompt_logprobs)):
+            if value is not None and not as_json:
+                raise typer.BadParameter("only JSON output shows them: add --json", param_hint=option)
         requests = _read_prompts(arguments, lines, asked, chat)
         with _opened(output) as target:
             _run_prompts(load(engine), requests, as_json, target, progress)
@@ -193,9 +193,21 @@ def _files(arguments: Sequence[str], files: Sequence[Path]) -> Sequence[Path]:
 
 @contextmanager
 def _opened(output: Path | None) -> Iterator[TextIO]:
-    """Where results go. A file is opened before the model is loaded, so that an error comes early."""
-    with nullcontext(sys.stdout) if output is None else output.open("w", encoding="utf-8") as target:
+    """Where results go, opened before the model is loaded, so that an error comes early.
+
+    A file keeps its content until `_emptied`.
+    """
+    if output is None:
+        sys.stdout.write("")  # raises if it is closed
+    with nullcontext(sys.stdout) if output is None else output.open("a", encoding="utf-8") as target:
         yield target
+
+
+def _emptied(target: TextIO) -> TextIO:
+    """Remove the earlier content of a file, right before the first result."""
+    if target is not sys.stdout and target.seekable():
+        target.truncate(0)
+    return target
 
 
 # ---- prompts ----
@@ -221,6 +233,7 @@ def _run_prompts(
         _check_that_it_fits(llm, request, prompt, params)
     results = llm.generate(prompts, each, use_tqdm=progress)
     titled = len(requests) > 1 or any(params.n > 1 for params in each)
+    _emptied(target)
     for request, result in zip(requests, results, strict=True):
         print(as_json_line(request, result) if as_json else as_text(request, result, titled), file=target)
     _check_failures(results)
@@ -314,7 +327,7 @@ def _run_batch(
             stacklevel=1,
         )
     with request_progress(len(requests), progress) as report:
-        outcome = run_batch(llm, requests, asked.given, target, report)
+        outcome = run_batch(llm, requests, asked.given, _emptied(target), report)
     if outcome.num_failed:
         count = f"{outcome.num_failed} of {outcome.num_requests} requests failed"
         raise ValueError(f"{count}; the first: {outcome.first_failure}")

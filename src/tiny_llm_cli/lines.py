@@ -48,7 +48,7 @@ def parsed(line: Line) -> dict[str, Any]:
 
 def _lines_of(file: Path) -> list[Line]:
     try:
-        text = read_stdin() if file == STDIN else file.read_text(encoding="utf-8-sig")
+        text = read_stdin() if file == STDIN else file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name_of(file)}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     numbered = enumerate(text.replace("\r\n", "\n").split("\n"), start=1)

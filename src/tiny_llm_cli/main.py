@@ -12,11 +12,15 @@ from threading import enumerate as enumerate_threads
 
 from tiny_llm_course.mistake import one_line
 
+from .closed_output import ClosedOutput
+
 OK, FAILED, INTERRUPTED = 0, 1, 130
 
 
 def main() -> None:
     """Run the command line of this process and exit."""
+    if sys.stdout is None:
+        sys.stdout = ClosedOutput()
     try:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:
@@ -59,7 +63,7 @@ def _explained(error: Exception) -> str:
         return mistake
     if isinstance(error, OSError):
         named = error.filename is not None and error.strerror is not None
-        return f"{error.filename}: {error.strerror}" if named else str(error)
+        return f"{error.filename}: {error.strerror}" if named else error.strerror or str(error)
     if not _is_for_the_user(error):
         raise error
     return str(error)

@@ -1,5 +1,6 @@
 """Prompts of `generate`: from arguments and from the lines of files, with their sampling parameters."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -73,6 +74,8 @@ def _from_json(line: Line, asked: AskedSampling) -> PromptRequest:
     """The prompt of a JSON line. Fields other than the prompt and its ids replace parameters of `asked`."""
     found = parsed(line)
     ids = {name: found.pop(name) for name in _IDS if name in found}
+    for name, value in ids.items():
+        _check_id(name, value)
     if "prompt" in found and "messages" in found:
         raise ValueError('has both "prompt" and "messages", and must have only one of them')
     if "prompt" not in found and "messages" not in found:
@@ -100,6 +103,14 @@ def _check_messages(messages: Any) -> None:
             '"messages" must be a non-empty list of objects such as {"role": "user", "content": "Hello"}, '
             f"not {repr(messages)[:100]}"
         )
+
+
+def _check_id(name: str, value: Any) -> None:
+    """Raise ValueError for numbers such as NaN and 1e400, which a line of JSON cannot have."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f'"{name}" has a number that JSON cannot express: {value!r}') from error
 
 
 def _are_ids(value: Any) -> bool:

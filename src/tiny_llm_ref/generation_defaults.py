@@ -36,7 +36,7 @@ def of_other_folder(name: str) -> Recommendation:
 def fit_to_context(params: SamplingParams, num_prompt_tokens: int, context: int) -> SamplingParams:
     """The parameters, with `max_tokens` reduced to the tokens that the context has left after the prompt.
 
-    Only for a limit that the model recommends; a caller's own limit that does not fit is an error. If the
+    Only for a default limit; a caller's own limit that does not fit is an error. If the
     prompt leaves no tokens, or fewer than `min_tokens`, the parameters are returned unchanged: the engine
     then rejects the request.
     """

@@ -173,9 +173,10 @@ class LLM:
         if that is a terminal.
 
         Without a `max_tokens`, from the caller or from the model, an output has at most 16 tokens, as in
-        vLLM. A completion that fails does not end the others: its finish_reason is "error" and its `error`
-        has the message. Raises ValueError for a prompt or parameters that cannot run; no prompt has run then.
-        Raises `RequestFailedError` if every completion of every prompt has failed.
+        vLLM, and no more than the context has left. A completion that fails does not end the others: its
+        finish_reason is "error" and its `error` has the message. Raises ValueError for a prompt or parameters
+        that cannot run; no prompt has run then. Raises `RequestFailedError` if every completion of every
+        prompt has failed.
         """
         self._check_open("LLM.generate")
         parsed = parse_prompts(prompts)

@@ -72,7 +72,8 @@ class RequestMaker:
     ) -> RequestState:
         """Make a request, which can be submitted once.
 
-        params: the engine's defaults if None. request_id: a string of 1 to 256 characters that no unfinished
+        params: the engine's defaults if None; a default `max_tokens` is lowered to what the context has left.
+        request_id: a string of 1 to 256 characters that no unfinished
         request has; a new number if None. visible: control tokens that the text has even with
         `skip_special_tokens`, such as those that mark calls of tools.
 
@@ -88,7 +89,7 @@ class RequestMaker:
             params = replace(params, cache_salt=parsed.cache_salt)
         check_num_sequences(name, params.n, self._max_num_seqs)
         tokens = self._encode(parsed.content)
-        if is_default:
+        if is_default or params.leaves_out_max_tokens:
             params = self._fitted(params, len(tokens))
         for field in ("stop_token_ids", "logit_bias"):
             self._check_vocabulary(field, getattr(params, field) or ())
@@ -155,8 +156,8 @@ class RequestMaker:
         )
 
     def _fitted(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
-        """The default parameters; a recommended `max_tokens` is reduced to the tokens left in the context."""
-        if params.leaves_out_max_tokens or self._max_model_len is None:
+        """The parameters, with a default `max_tokens` reduced to the tokens left in the context."""
+        if self._max_model_len is None:
             return params
         return fit_to_context(params, num_prompt_tokens, self._max_model_len)
 

@@ -282,8 +282,8 @@ class Service:
         return request if fitting is params else self.llm.engine.request(prompt, fitting, request_id, visible)
 
     def may_shorten(self, body: Generation) -> bool:
-        """Return whether a request's `max_tokens` is a default of the model or the operator."""
-        return "max_tokens" in self.sampling_defaults and body.leaves_out("max_tokens")
+        """Return whether a request's `max_tokens` is a default, of the API, the model or the operator."""
+        return body.leaves_out("max_tokens")
 
     def cache_salt(self, body: Generation, request: Request) -> str:
         """Return the salt within which a request shares cached prefixes; with `isolate_keys`, one per key."""
