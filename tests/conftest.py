@@ -1,9 +1,8 @@
 """Shared by all tests: how much runs and in how many processes, and fixtures.
 
 By default the suite is spread over the cores, properties draw few examples, and tests marked `deep` are left
-out. CI sets `HYPOTHESIS_PROFILE=ci`, with which properties draw four times as many examples, and
-`TINY_LLM_DEEP_TESTS=1`, with which no test is left out. Both profiles draw the same examples in every run;
-`HYPOTHESIS_PROFILE=deep` draws many more, and new ones each time.
+out. CI sets `HYPOTHESIS_PROFILE=ci`, with which properties draw twice as many. Both profiles draw the same
+examples in every run; `HYPOTHESIS_PROFILE=deep` draws many more, and new ones each time.
 """
 
 import os
@@ -30,7 +29,7 @@ if find_spec("ray") is None:  # the group `cluster` is not installed
 MAX_PROCESSES = 8  # each loads the embedded model
 SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
-for profile, max_examples in (("quick", 25), ("ci", 100)):
+for profile, max_examples in (("quick", 25), ("ci", 50)):
     settings.register_profile(
         profile,
         max_examples=max_examples,
@@ -65,8 +64,6 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option = config.option
     if "PYTEST_XDIST_WORKER" not in os.environ:
         share_bytecode(config)
-        if os.environ.pop("TINY_LLM_DEEP_TESTS", "") == "1":  # not for the runs of pytest that tests start
-            option.markexpr = ""
     if "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist"):
         return
     if option.numprocesses is None and not option.usepdb and not any(".py" in given for given in config.args):

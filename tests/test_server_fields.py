@@ -324,6 +324,6 @@ def test_the_error_names_n_if_the_pool_is_too_small_for_it() -> None:
 
 def test_a_model_with_a_bad_template_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    tokenizer: Any = SimpleNamespace(chat_template="{% if %}", bos_token=None, eos_token=None)
+    tokenizer: Any = SimpleNamespace(chat_template="{% if %}", tool_template=None, bos_token="", eos_token="")
     with pytest.raises(ModelFileError, match=r"tokenizer_config\.json"):
         load_chat_template(tmp_path, tokenizer, "auto")

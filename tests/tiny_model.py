@@ -24,10 +24,15 @@ CONTEXT = 128
 EOS = 7
 
 
-def examples(ci: int, quick: int | None = None) -> int:
-    """The number of examples of a property: `ci` in CI; by default `quick`, or a quarter of `ci`."""
+def examples(many: int, quick: int | None = None) -> int:
+    """The number of examples of a property.
+
+    By default `quick`, or a quarter of `many`; half of `many` in CI, but not fewer; 20 times `many` with the
+    profile `deep`.
+    """
     profile = os.environ.get("HYPOTHESIS_PROFILE", "quick")
-    return {"quick": quick or -(-ci // 4), "ci": ci, "deep": 20 * ci}[profile]
+    few = quick or -(-many // 4)
+    return {"quick": few, "ci": max(few, -(-many // 2)), "deep": 20 * many}[profile]
 
 
 def tiny_config(**changes: object) -> ModelConfig:

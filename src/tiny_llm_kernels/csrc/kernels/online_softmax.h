@@ -3,8 +3,8 @@
 //     m = largest score so far,  l = sum of e^(score - m),  o = sum of e^(score - m) v
 //     a tile with a larger score first multiplies l and o by e^(m_old - m_new)
 //
-// Up to three rows are computed together, so that they share each loaded key or value. A row's own numbers are
-// added in the same order whichever rows are computed with it.
+// Several rows are computed together, so that they share each loaded key or value. A row's own numbers are added in
+// the same order whichever rows are computed with it.
 #pragma once
 
 #include "key_value_tile.h"
@@ -30,69 +30,109 @@ struct Row {
   INLINE_MEMBER Softmax softmax() const { return {m, sum(l), o}; }
 };
 
+/// ROWS of the rows that visit a tile. All see its positions from `begin` on, and row r those before ends[r].
+template <int ROWS>
+struct Block {
+  Row* rows[ROWS];
+  int64_t begin, ends[ROWS];
+
+  /// The positions that at least one row sees.
+  INLINE_MEMBER Range reach() const {
+    int64_t end = ends[0];
+    UNROLL
+    for (int r = 1; r < ROWS; ++r) end = max(end, ends[r]);
+    return {begin, end};
+  }
+  /// The positions that all rows see.
+  INLINE_MEMBER Range common() const {
+    int64_t end = ends[0];
+    UNROLL
+    for (int r = 1; r < ROWS; ++r) end = min(end, ends[r]);
+    return {begin, end};
+  }
+};
+
 // A score adds its D products in this order, whether lanes are components (Pages) or positions (Tile): component
 // d goes to partial sum d % WIDE; these are added as `narrow` and `sum` add the lanes of a vector.
 
-/// The partial sum `lane` of ROWS rows, for WIDE positions from i on.
-template <int ROWS>
-INLINE void partial_scores(const Row* rows, const Tile& tile, int64_t i, int64_t lane, f32w (&sums)[ROWS]) {
-  UNROLL
-  for (int r = 0; r < ROWS; ++r) sums[r] = f32w{};
+/// The partial sum `lane` of ROWS rows, for KEYS vectors of positions from i on.
+template <int ROWS, int KEYS>
+INLINE void partial_scores(const float* const* q, const Tile& tile, int64_t i, int64_t lane,
+                           f32w (&sums)[ROWS][KEYS]) {
   for (int64_t d = lane; d < tile.width; d += WIDE) {
-    const f32w keys = tile.keys_from(i, d);
+    f32w keys[KEYS];
     UNROLL
-    for (int r = 0; r < ROWS; ++r) sums[r] = fma(splat_wide(rows[r].q[d]), keys, sums[r]);
-  }
-}
-
-/// The same for lane and lane + 8, added, if a vector has 16 lanes.
-template <int ROWS>
-INLINE void folded_scores(const Row* rows, const Tile& tile, int64_t i, int64_t lane, f32w (&sums)[ROWS]) {
-  partial_scores<ROWS>(rows, tile, i, lane, sums);
-  if constexpr (WIDE > LANES) {
-    f32w more[ROWS];
-    partial_scores<ROWS>(rows, tile, i, lane + LANES, more);
+    for (int k = 0; k < KEYS; ++k) keys[k] = in_register(tile.keys_from(i + k * WIDE, d));
     UNROLL
-    for (int r = 0; r < ROWS; ++r) sums[r] += more[r];
-  }
-}
-
-template <int ROWS>
-INLINE void scores_of(const Row* rows, const Tile& tile, int64_t, Range seen, float scale,
-                      float (&scores)[ROWS][TILE], Prefetch& prefetch) {
-  for (int64_t i = seen.begin / WIDE * WIDE; i < seen.end; i += WIDE) {
-    prefetch.request(WIDE);
-    f32w halves[2][ROWS];
-    UNROLL
-    for (int half = 0; half < 2; ++half) {  // ((0+2)+(1+3)), ((4+6)+(5+7))
-      f32w pairs[2][ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      const f32w query = splat_wide(q[r][d]);
       UNROLL
-      for (int pair = 0; pair < 2; ++pair) {
-        f32w first[ROWS], second[ROWS];
-        folded_scores<ROWS>(rows, tile, i, 4 * half + pair, first);
-        folded_scores<ROWS>(rows, tile, i, 4 * half + pair + 2, second);
-        UNROLL
-        for (int r = 0; r < ROWS; ++r) pairs[pair][r] = first[r] + second[r];
-      }
-      UNROLL
-      for (int r = 0; r < ROWS; ++r) halves[half][r] = pairs[0][r] + pairs[1][r];
+      for (int k = 0; k < KEYS; ++k) sums[r][k] = fma(query, keys[k], sums[r][k]);
     }
+  }
+}
+
+/// The scores of ROWS rows, for KEYS vectors of positions from i on.
+template <int ROWS, int KEYS>
+INLINE void tile_scores(const float* const* q, const Tile& tile, int64_t i, float scale,
+                        float (*scores)[TILE]) {
+  f32w partial[LANES][ROWS][KEYS];
+  KEEP_LOOP
+  for (int64_t lane = 0; lane < LANES; ++lane) {
+    f32w sums[ROWS][KEYS] = {};
+    partial_scores<ROWS, KEYS>(q, tile, i, lane, sums);
+    if constexpr (WIDE > LANES) {  // lane + 8 is added as `narrow` does it
+      f32w more[ROWS][KEYS] = {};
+      partial_scores<ROWS, KEYS>(q, tile, i, lane + LANES, more);
+      UNROLL
+      for (int r = 0; r < ROWS; ++r) {
+        UNROLL
+        for (int k = 0; k < KEYS; ++k) sums[r][k] += more[r][k];
+      }
+    }
+    std::memcpy(partial[lane], sums, sizeof(sums));
+  }
+  UNROLL
+  for (int r = 0; r < ROWS; ++r) {
     UNROLL
-    for (int r = 0; r < ROWS; ++r)
-      store_wide(scores[r] + i, (halves[0][r] + halves[1][r]) * splat_wide(scale));
+    for (int k = 0; k < KEYS; ++k) {
+      const auto at = [&](int lane) { return partial[lane][r][k]; };
+      const f32w low = (at(0) + at(2)) + (at(1) + at(3)), high = (at(4) + at(6)) + (at(5) + at(7));
+      store_wide(scores[r] + i + k * WIDE, (low + high) * splat_wide(scale));
+    }
+  }
+}
+
+template <int ROWS>
+INLINE void scores_of(Row* const* rows, const Tile& tile, int64_t, Range seen, float scale,
+                      float (*scores)[TILE], Prefetch& prefetch) {
+  constexpr int KEYS = 2;
+  const float* q[ROWS];
+  UNROLL
+  for (int r = 0; r < ROWS; ++r) q[r] = rows[r]->q;
+  for (int64_t i = seen.begin / WIDE * WIDE; i < seen.end;) {
+    if (i + (KEYS - 1) * WIDE < seen.end) {
+      prefetch.request(KEYS * WIDE);
+      tile_scores<ROWS, KEYS>(q, tile, i, scale, scores);
+      i += KEYS * WIDE;
+    } else {
+      prefetch.request(WIDE);
+      tile_scores<ROWS, 1>(q, tile, i, scale, scores);
+      i += WIDE;
+    }
   }
 }
 
 template <int ROWS, typename T>
-INLINE void scores_of(const Row* rows, const Pages<T>& tile, int64_t D, Range seen, float scale,
-                      float (&scores)[ROWS][TILE], Prefetch& prefetch) {
+INLINE void scores_of(Row* const* rows, const Pages<T>& tile, int64_t D, Range seen, float scale,
+                      float (*scores)[TILE], Prefetch& prefetch) {
   for (int64_t i = seen.begin / 4 * 4; i < seen.end; i += 4) {
     prefetch.request(4);
     f32w acc[ROWS][4] = {};
     for (int64_t d = 0; d < D; d += WIDE) {
       f32w q[ROWS];
       UNROLL
-      for (int r = 0; r < ROWS; ++r) q[r] = load_wide(rows[r].q + d);
+      for (int r = 0; r < ROWS; ++r) q[r] = load_wide(rows[r]->q + d);
       UNROLL
       for (int j = 0; j < 4; ++j) {
         const f32w key = tile.key(i + j, d);
@@ -109,21 +149,21 @@ INLINE void scores_of(const Row* rows, const Pages<T>& tile, int64_t D, Range se
   }
 }
 
-/// scores[r][i] = scale * (q_r . k_i) for the positions i of the tile in `seen`, -inf for the others.
+/// scores[r][i] = scale * (q_r . k_i) for the positions i of the tile that row r sees, -inf for the others.
 template <int ROWS, typename Source>
-INLINE void score(const Row* rows, const Source& tile, int64_t D, Range seen, float scale,
-                  float (&scores)[ROWS][TILE], Prefetch& prefetch) {
-  scores_of<ROWS>(rows, tile, D, seen, scale, scores, prefetch);
+INLINE void score(const Block<ROWS>& block, const Source& tile, int64_t D, float scale, float (*scores)[TILE],
+                  Prefetch& prefetch) {
+  scores_of<ROWS>(block.rows, tile, D, block.reach(), scale, scores, prefetch);
   UNROLL
   for (int r = 0; r < ROWS; ++r) {
-    for (int64_t i = 0; i < seen.begin; ++i) scores[r][i] = -INF;
-    for (int64_t i = seen.end; i < TILE; ++i) scores[r][i] = -INF;
+    for (int64_t i = 0; i < block.begin; ++i) scores[r][i] = -INF;
+    for (int64_t i = block.ends[r]; i < TILE; ++i) scores[r][i] = -INF;
   }
 }
 
 /// Turns scores into weights e^(score - m) and updates m and l; decay[r]: the factor that o_r must be multiplied by.
 template <int ROWS>
-INLINE void to_weights(Row* rows, float (&scores)[ROWS][TILE], float (&decay)[ROWS]) {
+INLINE void to_weights(Row* const (&rows)[ROWS], float (*scores)[TILE], float* decay) {
   constexpr int PARTS = TILE / WIDE;
   f32x8 fallen = {};  // lane r: row r's old m minus its new one, 0 or below
   UNROLL
@@ -132,9 +172,9 @@ INLINE void to_weights(Row* rows, float (&scores)[ROWS][TILE], float (&decay)[RO
     UNROLL
     for (int i = 0; i < 4; ++i) s[i] = load(scores[r] + i * LANES);
     const float tile_max = largest(max(max(s[0], s[1]), max(s[2], s[3])));
-    const float m = tile_max > rows[r].m ? tile_max : rows[r].m;
-    if (m != rows[r].m) fallen[r] = rows[r].m - m;
-    rows[r].m = m;
+    const float m = tile_max > rows[r]->m ? tile_max : rows[r]->m;
+    if (m != rows[r]->m) fallen[r] = rows[r]->m - m;
+    rows[r]->m = m;
   }
   fallen = exp(fallen);
   UNROLL
@@ -142,7 +182,7 @@ INLINE void to_weights(Row* rows, float (&scores)[ROWS][TILE], float (&decay)[RO
     f32w s[PARTS];
     UNROLL
     for (int i = 0; i < PARTS; ++i) {
-      s[i] = exp(load_wide(scores[r] + i * WIDE) - splat_wide(rows[r].m));
+      s[i] = exp(load_wide(scores[r] + i * WIDE) - splat_wide(rows[r]->m));
       store_wide(scores[r] + i * WIDE, s[i]);
     }
     f32x8 sums;  // of the positions i, i+8, i+16, i+24
@@ -152,20 +192,19 @@ INLINE void to_weights(Row* rows, float (&scores)[ROWS][TILE], float (&decay)[RO
       sums = (s[0] + s[1]) + (s[PARTS - 2] + s[PARTS - 1]);
     }
     decay[r] = fallen[r];
-    rows[r].l = fma(rows[r].l, splat(decay[r]), sums);
+    rows[r]->l = fma(rows[r]->l, splat(decay[r]), sums);
   }
 }
 
-/// o_r = o_r * decay_r + sum of weights[r][i] * v_i over the positions in `seen`, for VECS vectors of the D
-/// numbers. Other positions are skipped, not multiplied by zero, because they may be NaN.
+/// o_r = o_r * decay_r + sum of weights[r][i] * v_i over the positions in `seen`, for VECS vectors of the D numbers.
 template <int ROWS, int VECS, typename Source>
-INLINE void mix(Row* rows, const Source& tile, int64_t d, Range seen, const float (&weights)[ROWS][TILE],
-                const float (&decay)[ROWS], Prefetch& prefetch) {
+INLINE void mix_part(Row* const* rows, const Source& tile, int64_t d, Range seen,
+                     const float (*weights)[TILE], const float* decay, Prefetch& prefetch) {
   f32w o[ROWS][VECS];
   UNROLL
   for (int r = 0; r < ROWS; ++r) {
     UNROLL
-    for (int c = 0; c < VECS; ++c) o[r][c] = load_wide(rows[r].o + d + c * WIDE) * splat_wide(decay[r]);
+    for (int c = 0; c < VECS; ++c) o[r][c] = load_wide(rows[r]->o + d + c * WIDE) * splat_wide(decay[r]);
   }
   for (int64_t i = seen.begin; i < seen.end; ++i) {
     prefetch.request(1);
@@ -182,19 +221,95 @@ INLINE void mix(Row* rows, const Source& tile, int64_t d, Range seen, const floa
   UNROLL
   for (int r = 0; r < ROWS; ++r) {
     UNROLL
-    for (int c = 0; c < VECS; ++c) store_wide(rows[r].o + d + c * WIDE, o[r][c]);
+    for (int c = 0; c < VECS; ++c) store_wide(rows[r]->o + d + c * WIDE, o[r][c]);
   }
 }
 
-/// Adds a tile's positions in `seen` to the softmaxes of one token's rows, and prefetches meanwhile.
+/// The same for all D numbers.
 template <int ROWS, typename Source>
-static void visit(Row* rows, const Source& tile, int64_t D, Range seen, float scale, Prefetch& prefetch) {
-  float scores[ROWS][TILE], decay[ROWS];
-  score<ROWS>(rows, tile, D, seen, scale, scores, prefetch);
-  to_weights<ROWS>(rows, scores, decay);
+INLINE void mix(Row* const* rows, const Source& tile, int64_t D, Range seen, const float (*weights)[TILE],
+                const float* decay, Prefetch& prefetch) {
+  constexpr int VECS = WIDE > LANES || ROWS <= 3 ? 4 : 2;
   int64_t d = 0;
-  for (; d + 4 * WIDE <= D; d += 4 * WIDE) mix<ROWS, 4>(rows, tile, d, seen, scores, decay, prefetch);
-  for (; d < D; d += WIDE) mix<ROWS, 1>(rows, tile, d, seen, scores, decay, prefetch);
+  for (; d + VECS * WIDE <= D; d += VECS * WIDE)
+    mix_part<ROWS, VECS>(rows, tile, d, seen, weights, decay, prefetch);
+  for (; d < D; d += WIDE) mix_part<ROWS, 1>(rows, tile, d, seen, weights, decay, prefetch);
+}
+
+/// The same for the positions of `rest`, which only some rows of a block see.
+template <typename Source>
+NOINLINE static void mix_rest(Row* row, const Source& tile, int64_t D, Range rest, const float* weights,
+                              Prefetch& prefetch) {
+  const float kept = 1.0f;
+  mix<1>(&row, tile, D, rest, reinterpret_cast<const float (*)[TILE]>(weights), &kept, prefetch);
+}
+
+/// The same for a block: the positions that all rows see, then those that some rows see. Others are skipped, not
+/// multiplied by zero, because they may be NaN.
+template <int ROWS, typename Source>
+INLINE void mix(const Block<ROWS>& block, const Source& tile, int64_t D, const float (*weights)[TILE],
+                const float* decay, Prefetch& prefetch) {
+  const Range common = block.common();
+  mix<ROWS>(block.rows, tile, D, common, weights, decay, prefetch);
+  if (block.reach().end == common.end) return;
+  for (int r = 0; r < ROWS; ++r) {
+    if (block.ends[r] > common.end)
+      mix_rest(block.rows[r], tile, D, {common.end, block.ends[r]}, weights[r], prefetch);
+  }
+}
+
+/// Rows that visit a tile together, in blocks that share each loaded key and value. All see the tile's positions from
+/// `begin` on, and row r those before ends[r].
+struct Group {
+  static constexpr int BLOCK = 4, MOST = 3 * BLOCK;
+  Row* rows[MOST];
+  int64_t begin, ends[MOST];
+  int count = 0;
+
+  /// Calls `work(block, r)` for each block; r is its first row.
+  template <typename Work>
+  INLINE_MEMBER void each_block(Work work) const {
+    int r = 0;
+    for (; r + BLOCK <= count; r += BLOCK) work(block<BLOCK>(r), r);
+    switch (count - r) {
+      case 1: return work(block<1>(r), r);
+      case 2: return work(block<2>(r), r);
+      case 3: return work(block<3>(r), r);
+    }
+  }
+
+ private:
+  template <int ROWS>
+  INLINE_MEMBER Block<ROWS> block(int first) const {
+    Block<ROWS> block;
+    block.begin = begin;
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) block.rows[r] = rows[first + r], block.ends[r] = ends[first + r];
+    return block;
+  }
+};
+
+/// Adds a tile's positions to the softmaxes of the rows, and prefetches meanwhile. Each stage goes through all
+/// blocks, so that the processor can begin with a block while the sums of the one before are not complete.
+static void visit(const Group& group, const Tile& tile, int64_t D, float scale, Prefetch& prefetch) {
+  float scores[Group::MOST][TILE], decay[Group::MOST];
+  group.each_block([&](const auto& block, int r) { score(block, tile, D, scale, scores + r, prefetch); });
+  group.each_block([&](const auto& block, int r) { to_weights(block.rows, scores + r, decay + r); });
+  group.each_block([&](const auto& block, int r) { mix(block, tile, D, scores + r, decay + r, prefetch); });
+}
+
+/// The same for one token's rows, up to three, and keys and values in place.
+template <int ROWS, typename T>
+static void visit_in_place(Row* rows, const Pages<T>& pages, int64_t D, Range seen, float scale,
+                           Prefetch& prefetch) {
+  float scores[ROWS][TILE], decay[ROWS];
+  Block<ROWS> block;
+  block.begin = seen.begin;
+  UNROLL
+  for (int r = 0; r < ROWS; ++r) block.rows[r] = rows + r, block.ends[r] = seen.end;
+  score(block, pages, D, scale, scores, prefetch);
+  to_weights(block.rows, scores, decay);
+  mix<ROWS>(block.rows, pages, D, seen, scores, decay, prefetch);
 }
 
 /// Merges the softmax `part`, over other positions, into `total`.

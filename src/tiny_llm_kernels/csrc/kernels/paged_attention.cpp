@@ -76,20 +76,34 @@ INLINE void write_output(const Softmax& total, int64_t D, float* out) {
 
 /// Adds the tile that starts at position `first` to the softmaxes of the item's tokens. A token has `count` rows;
 /// the first token's start at `rows`, and those of the next token `step` rows later.
-template <typename Source>
-static void visit_tile(const AttentionJob& job, const AttentionItem& item, const Source& tile, int64_t first,
+static void visit_tile(const AttentionJob& job, const AttentionItem& item, const Tile& tile, int64_t first,
                        Row* rows, int64_t count, int64_t step, Prefetch& prefetch) {
-  const int64_t width = padded(job.D);
+  Group group;
   for (int64_t t = 0; t < item.tokens; ++t, rows += step) {
     const Range seen = part_in_tile(seen_by(job, item.first_token + t), first);
     if (seen.empty()) continue;
-    Row* row = rows;
-    for (int64_t left = count; left > 0; left -= 3, row += 3) {
-      switch (left) {
-        case 1: visit<1>(row, tile, width, seen, job.scale, prefetch); break;
-        case 2: visit<2>(row, tile, width, seen, job.scale, prefetch); break;
-        default: visit<3>(row, tile, width, seen, job.scale, prefetch);
+    for (int64_t r = 0; r < count; ++r) {
+      if (group.count == Group::MOST || (group.count > 0 && seen.begin != group.begin)) {
+        visit(group, tile, tile.width, job.scale, prefetch);
+        group.count = 0;
       }
+      group.begin = seen.begin, group.ends[group.count] = seen.end, group.rows[group.count++] = rows + r;
+    }
+  }
+  if (group.count > 0) visit(group, tile, tile.width, job.scale, prefetch);
+}
+
+/// The same for keys and values in place. A token has at most three rows.
+template <typename T>
+static void visit_tile(const AttentionJob& job, const AttentionItem& item, const Pages<T>& pages,
+                       int64_t first, Row* rows, int64_t count, int64_t step, Prefetch& prefetch) {
+  for (int64_t t = 0; t < item.tokens; ++t, rows += step) {
+    const Range seen = part_in_tile(seen_by(job, item.first_token + t), first);
+    if (seen.empty()) continue;
+    switch (count) {
+      case 1: visit_in_place<1>(rows, pages, job.D, seen, job.scale, prefetch); break;
+      case 2: visit_in_place<2>(rows, pages, job.D, seen, job.scale, prefetch); break;
+      case 3: visit_in_place<3>(rows, pages, job.D, seen, job.scale, prefetch); break;
     }
   }
 }
