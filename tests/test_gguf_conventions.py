@@ -279,6 +279,13 @@ def test_an_unsupported_tokenizer_setting_is_rejected_by_its_key(keys: dict[str,
         gguf_tokenizer(bpe(LETTERS, **keys))
 
 
+def test_merges_that_would_fill_the_memory_are_rejected() -> None:
+    nested = ["\u00e9" * length for length in range(2, 1200)]
+    tokens, types = [*PIECES, "\u00e9", *nested], [*PIECE_TYPES, *[NORMAL] * 1199]
+    with pytest.raises(ValueError, match=r"tokens has too many merges: .* over 67108864 characters long"):
+        gguf_tokenizer(sentencepiece(tokens, types))
+
+
 def test_tokens_whose_merges_would_take_too_long_to_compute_are_rejected_at_once() -> None:
     """A token of 100,000 characters takes ten billion steps; the vocabulary of Gemma 3 takes 10 million."""
     tokens = [*PIECES, "a" * 100_000]

@@ -147,7 +147,9 @@ NAMED = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": 
         ({"tokenizer_config.json": {"chat_template": "S"}}, "S"),
         ({"tokenizer_config.json": {"chat_template": NAMED}}, "D"),
         ({"tokenizer_config.json": {"chat_template": NAMED[:1]}}, None),
-        ({"tokenizer_config.json": {"chat_template": [*NAMED, "odd", {"name": 7, "template": "X"}]}}, "D"),
+        ({"tokenizer_config.json": {"chat_template": {"default": "D", "rag": "R"}}}, "D"),
+        ({"tokenizer_config.json": {"chat_template": []}}, None),
+        ({"tokenizer_config.json": {"chat_template": ""}}, None),
         ({"tokenizer_config.json": {}, "chat_template.json": {"chat_template": "O"}}, "O"),
         ({"tokenizer_config.json": {}}, None),
     ],
@@ -181,6 +183,17 @@ def test_a_model_may_have_a_template_of_its_own_for_chats_with_tools(
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
     found = hf_tokenizer(folder)
     assert (found.chat_template, found.tool_template) == expected
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.json"])
+@pytest.mark.parametrize("found", [5, True, ["x"], [{"name": 7, "template": "x"}], [{"name": "a"}], {"a": 7}])
+def test_a_chat_template_that_is_not_text_is_rejected_by_its_file(
+    folder: Path, file: str, found: Any
+) -> None:
+    (folder / "chat_template.jinja").unlink()
+    (folder / file).write_text(json.dumps({"chat_template": found}))
+    with pytest.raises(ModelFileError, match=rf"{file}: chat_template is .*, expected a text or a list"):
+        hf_tokenizer(folder)
 
 
 # Tokens that only the settings name. Oracle: transformers 5.24, tried with 900 folders of random settings.
@@ -299,6 +312,8 @@ def test_the_list_of_added_tokens_takes_the_place_of_special_tokens_map(folder: 
         ("tokenizer_config.json", b'{"extra_special_tokens": {"x": 7}}', "x is '7'"),
         ("added_tokens.json", b'{"<tool>": -1}', "added_tokens.json: '-1' is not a token id"),
         ("added_tokens.json", b'{"<tool>": 1e400}', "added_tokens.json: 'inf' is not a token id"),
+        ("tokenizer_config.json", b'{"eos_token": {"a": 1}}', "tokenizer_config.json: eos_token is"),
+        ("special_tokens_map.json", b'{"eos_token": [1]}', "special_tokens_map.json: eos_token is"),
         ("special_tokens_map.json", b"nonsense", "special_tokens_map.json: not valid JSON"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja: .*utf-8"),
     ],
@@ -360,6 +375,15 @@ def split(pattern: str) -> dict[str, Any]:
 def test_panics_and_errors_of_the_library_become_model_file_errors(folder: Path, parts: Any) -> None:
     replace_parts(folder, **parts)
     with pytest.raises(ModelFileError, match=r"tokenizer\.json: (not a tokenizer|the tokenizer failed)"):
+        hf_tokenizer(folder)
+
+
+def test_a_tokenizer_that_merges_at_random_is_rejected(folder: Path) -> None:
+    model = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]
+    replace_parts(folder, model={**model, "dropout": 0.0})
+    assert hf_tokenizer(folder).encode("a b") == TOKENIZERS["llama3"].encode("a b")
+    replace_parts(folder, model={**model, "dropout": 0.5})
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json: dropout 0\.5 is not supported"):
         hf_tokenizer(folder)
 
 

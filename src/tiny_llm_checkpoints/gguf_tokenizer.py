@@ -18,6 +18,7 @@ from .tokenizer_library import guarded
 
 _PHI3_EXCEPTIONS = ("<unk>", "<s>", "<|endoftext|>")  # these keep the white space after them
 MAX_CUTS = 1 << 30  # sum of squared token lengths: the cost of finding merges; Gemma 3 has 10 million
+MAX_MERGED = 1 << 26  # characters of all merges; Gemma 3 has 6 million
 _SPACE = "\u2581"  # SentencePiece's character for a space
 
 # Rules that split text into words: letters, after at most one other character (such as a space), or digits,
@@ -215,7 +216,8 @@ def _bpe(tokens: Sequence[str], merges: Iterable[tuple[str, str]], **options: An
 def _merges_by_score(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str]]:
     """Every split of a token into two other tokens, in the order of the whole token's score, best first.
 
-    Raises ValueError for tokens so long that trying all splits would take minutes.
+    Raises ValueError for tokens so long that trying all splits would take minutes, and for merges that would
+    fill the memory.
     """
     if (cuts := sum(len(token) ** 2 for token, _ in scored)) > MAX_CUTS:
         longest = max(len(token) for token, _ in scored)
@@ -225,12 +227,17 @@ def _merges_by_score(scored: Sequence[tuple[str, float]]) -> list[tuple[str, str
         )
     known = {token for token, _ in scored}
     ranked = sorted((-score, index, token) for index, (token, score) in enumerate(scored))
-    return [
-        (token[:cut], token[cut:])
-        for _, _, token in ranked
-        for cut in range(1, len(token))
-        if token[:cut] in known and token[cut:] in known
-    ]
+    merges, length = [], 0
+    for _, _, token in ranked:
+        found = [(token[:cut], token[cut:]) for cut in range(1, len(token)) if token[:cut] in known]
+        merges += [(left, right) for left, right in found if right in known]
+        length += len(token) * len(found)
+        if length > MAX_MERGED:
+            raise ValueError(
+                f"tokenizer.ggml.tokens has too many merges: those of the best {len(merges)} are over "
+                f"{MAX_MERGED} characters long"
+            )
+    return merges
 
 
 def _adds_bos(keys: GGUFKeys) -> bool:

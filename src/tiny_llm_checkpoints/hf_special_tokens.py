@@ -27,9 +27,11 @@ def tokenizer_settings(path: Path) -> dict[str, Any]:
     special_tokens_map.json counts only if tokenizer_config.json does not list the added tokens; it then wins.
     """
     settings = read_optional(path / "tokenizer_config.json")
-    return (
-        settings if _LISTED in settings else {**settings, **read_optional(path / "special_tokens_map.json")}
-    )
+    further = path / "special_tokens_map.json"
+    older = read_optional(further)
+    with reading(further):
+        _named_tokens(older), _other_special_tokens(older)  # raises for values that are not tokens
+    return settings if _LISTED in settings else {**settings, **older}
 
 
 def read_optional(file: Path) -> dict[str, Any]:

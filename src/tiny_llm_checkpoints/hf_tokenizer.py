@@ -55,7 +55,14 @@ def _tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     with reading(file):
         data = read_regular(file, MAX_BYTES)
         refuse_pointer(BytesIO(data))
-        return load(data.decode())
+        return _deterministic(load(data.decode()))
+
+
+def _deterministic(built: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Raise ValueError for a tokenizer that draws merges at random, which is meant for training."""
+    if dropout := getattr(built.model, "dropout", None):
+        raise ValueError(f"dropout {dropout} is not supported: a text would have other tokens each time")
+    return built
 
 
 def _chat_templates(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
@@ -64,11 +71,27 @@ def _chat_templates(path: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     files |= {file.stem: file for file in sorted((path / TEMPLATES).glob("*.jinja"))}
     if templates := {name: _text_of(file) for name, file in files.items() if file.exists()}:
         return templates
-    found = settings.get("chat_template") or read_optional(path / "chat_template.json").get("chat_template")
-    if not isinstance(found, list):
-        found = [{"name": "default", "template": found}]
-    named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-    return {name: text for name, text in named.items() if isinstance(name, str) and isinstance(text, str)}
+    file = path / "tokenizer_config.json"
+    if not settings.get("chat_template"):
+        file = path / "chat_template.json"
+        settings = read_optional(file)
+    with reading(file):
+        return _named_templates(settings.get("chat_template"))
+
+
+def _named_templates(found: Any) -> dict[str, str]:
+    """The templates of a setting: one text, or texts by name. Raises ValueError for anything else."""
+    if not found:
+        return {}
+    if isinstance(found, str):
+        return {"default": found}
+    named = found
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+    texts = [*named, *named.values()] if isinstance(named, dict) else [None]
+    if not all(isinstance(text, str) for text in texts) or len(named) < len(found):
+        raise ValueError(f"chat_template is {str(found)[:60]!r}, expected a text or a list of named texts")
+    return dict(named)
 
 
 def _text_of(file: Path) -> str:
