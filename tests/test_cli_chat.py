@@ -21,6 +21,8 @@ from tiny_llm import LLM, SamplingParams
 from tiny_llm_cli import chat_loop
 from tiny_llm_cli.chat_loop import converse
 from tiny_llm_cli.conversation import Conversation, Exchange
+from tiny_llm_cli.history_file import MAX_ENTRY, open_history
+from tiny_llm_cli.saved_chat import read_messages, write_messages
 
 __all__ = ["check_blocks_are_freed", "cli", "llm", "plain_cli"]
 
@@ -302,6 +304,19 @@ def test_ctrl_c_before_the_first_token_drops_the_question(monkeypatch: pytest.Mo
     assert questions(talk(llm, "Name a colour.", "Name another.")) == ["Name another."]
 
 
+def test_retry_asks_again_what_ctrl_c_stopped_before_the_first_token(
+    monkeypatch: pytest.MonkeyPatch, llm: LLM
+) -> None:
+    conversation = Conversation(llm, SamplingParams(temperature=0.0, max_tokens=6))
+    converse(conversation, Typed("Name a colour."))
+    with monkeypatch.context() as patch:
+        patch.setattr(llm, "stream", lambda *_: (delta for delta in ()))
+        converse(conversation, Typed("Name a fruit."))
+    assert questions(conversation) == ["Name a colour."]
+    converse(conversation, Typed("/retry"))
+    assert questions(conversation) == ["Name a colour.", "Name a fruit."]
+
+
 # ---- commands ----
 
 
@@ -467,6 +482,47 @@ def test_loading_an_invalid_file_leaves_the_conversation_unchanged(
     assert (conversation.system, questions(conversation)) == ("Be brief.", ["Name a colour."])
 
 
+def test_half_of_a_character_is_not_loaded_and_saving_never_empties_a_file(llm: LLM, tmp_path: Path) -> None:
+    file = tmp_path / "chat.json"
+    content = '[{"role": "user", "content": "\\ud83d"}, {"role": "assistant", "content": "yes"}]'
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"messages\[0\] has half of a character"):
+        read_messages(file)
+    with pytest.raises(UnicodeEncodeError):
+        write_messages(file, "m", [{"role": "user", "content": "\ud83d"}])
+    assert [path.name for path in tmp_path.iterdir()] == ["chat.json"]
+    assert file.read_text() == content
+
+
+def test_a_save_through_a_link_keeps_the_link(tmp_path: Path) -> None:
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    write_messages(tmp_path / "link.json", "m", [])
+    assert (tmp_path / "link.json").is_symlink()
+    assert read_messages(tmp_path / "real.json") == []
+
+
+def test_a_file_name_with_an_unknown_user_is_a_message(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    talk(llm, "/save ~nobody-at-all/x.json", "/load ~nobody-at-all.json")
+    assert capsys.readouterr().err.count("No such file or directory") == 2
+
+
+def test_a_system_message_that_leaves_no_space_for_a_question_is_not_set(
+    llm: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conversation = talk(llm, "/system " + "be nice " * llm.max_model_len)
+    assert conversation.system == "Be brief."
+    assert "prompt and answer together must fit" in capsys.readouterr().err
+
+
+def test_a_long_paste_does_not_displace_the_history(tmp_path: Path) -> None:
+    file = tmp_path / "history"
+    history = open_history(file)
+    for entry in ("first", "x" * (MAX_ENTRY + 1), "last"):
+        history.append_string(entry)
+    assert list(open_history(file).load_history_strings()) == ["last", "first"]
+
+
 # ---- the end of the context ----
 
 
@@ -497,6 +553,8 @@ def test_the_oldest_exchanges_are_dropped_when_the_context_is_full(
     num_dropped = 7 - len(kept)
     assert num_dropped > 1
     assert kept == [*(f"Question {i}?" for i in range(num_dropped, 6)), "Next?"]
+    saved = [message["content"] for message in conversation.messages if message["role"] == "user"]
+    assert saved == [*(f"Question {i}?" for i in range(6)), "Next?"]  # with those that were dropped
     assert f"(dropped the oldest {num_dropped} exchanges to fit the context of" in capsys.readouterr().err
 
 

@@ -81,6 +81,11 @@ def test_a_learners_helper_file_is_not_a_module(repo: Repo) -> None:
     )
     write(repo, "my_tools", "def plus(a: int, b: int) -> int:\n    return a - b\n")
     assert "my_tools.py changed since its tests ran" in progress_text(repo, syllabus)
+    for editors in (".#adding", "#adding", ".adding"):
+        write(repo, editors, "")
+    assert run_day(repo, syllabus, syllabus.day("1.1"), []) == 1, (
+        "and they do not count for the engine either"
+    )
     write(repo, "tools", "")
     with pytest.raises(
         CourseError, match=r"tools\.py does not replace any module of the engine \(name your own helper"

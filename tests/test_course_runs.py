@@ -24,7 +24,7 @@ import pytest
 from tiny_llm_course import blame
 from tiny_llm_course.blame import find_blame
 from tiny_llm_course.first_failure import MAX_LINES, lines_of
-from tiny_llm_course.outcome import Outcome, first_to_fix
+from tiny_llm_course.outcome import UNFINISHED, Outcome, first_to_fix
 from tiny_llm_course.progress import note_first_to_fix
 from tiny_llm_course.repo import Repo
 from tiny_llm_course.runs import run_suite_of, run_suites
@@ -81,6 +81,32 @@ def test_a_looping_thread_is_named_and_not_waited_for(repo: Repo) -> None:
     run = run_suites(repo, [suite(repo, 1)], quiet=True, time_limit=1)
     assert run.returncode == 1
     assert re.search(r"the thread 'engine' is at adding\.py, line (13|14), in spin", run.stdout)
+
+
+def test_a_thread_that_outlives_the_tests_is_named_and_not_waited_for(repo: Repo) -> None:
+    forgotten = "    import threading\n    import time\n\n"
+    forgotten += "    threading.Thread(target=time.sleep, args=(10**6,), name='engine').start()\n"
+    own = ADDING.replace("    return sum((one, other))\n", forgotten + "    return sum((one, other))\n")
+    write(repo, "adding", own)
+    run = run_suites(repo, [suite(repo, 1)], quiet=True, time_limit=30)
+    assert run.returncode == 1
+    assert "still running after the tests: the threads 'engine'" in run.stdout
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_run_that_the_learners_code_ends_has_not_passed(
+    repo: Repo, code: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    syllabus = syllabus_of(repo)
+    write(
+        repo,
+        "adding",
+        ADDING.replace("    return sum((one, other))\n", f"    import os\n\n    os._exit({code})\n"),
+    )
+    assert run_day(repo, syllabus, syllabus.day("1.1"), []) == (code or UNFINISHED)
+    out = capfd.readouterr().out
+    assert "passes" not in out
+    assert ("the tests did not finish" in out) == (code == 0)
 
 
 def test_without_a_limit_and_in_a_debugger_nothing_is_stopped(repo: Repo) -> None:

@@ -38,7 +38,7 @@ def _search_path() -> list[str]:
     folders = [str(overlay), *reference.submodule_search_locations]
     written, known = ({name for name in os.listdir(folder) if name.endswith(".py")} for folder in folders)
     for name in sorted(written - known):
-        if not name.startswith("my_"):
+        if not name.startswith(("my_", ".", "#")):  # editors keep files such as .#attention.py
             _refuse(name, known, overlay)
     return folders
 

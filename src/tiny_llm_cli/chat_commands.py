@@ -1,5 +1,6 @@
 """The commands of a conversation, such as /help. Each returns what to do; none prints."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class _Command:
 def is_command(text: str) -> bool:
     """Whether a text is a command: a slash and a word at its very start, not a path such as /etc/hosts."""
     return _COMMAND.match(text) is not None
+
+
+def _path(name: str) -> Path:
+    """A file's name as a path, with ~ expanded; an unknown ~user stays as it is."""
+    return Path(os.path.expanduser(name))
 
 
 class ChatCommands:
@@ -110,7 +116,7 @@ class ChatCommands:
         return Outcome("(conversation reset)")
 
     def _save(self, name: str) -> Outcome:
-        path = Path(name).expanduser()
+        path = _path(name)
         if path.exists() and path.absolute() not in self._own_files:
             return Outcome(f"{name} already exists; choose another name")
         write_messages(path, self._conversation.model_name, self._conversation.messages)
@@ -118,7 +124,7 @@ class ChatCommands:
         return Outcome(f"(saved {counted(len(self._conversation.messages), 'message')} to {name})")
 
     def _load(self, name: str) -> Outcome:
-        path = Path(name).expanduser()
+        path = _path(name)
         self._conversation.restore(read_messages(path))
         self._own_files.add(path.absolute())
         return Outcome(f"(loaded {counted(len(self._conversation.messages), 'message')} from {name})")

@@ -51,6 +51,8 @@ class Conversation:
         self._llm = llm
         self._params = params
         self._num_retries = 0
+        self._dropped: list[Exchange] = []  # the model no longer sees them
+        self._unanswered: str | None = None  # the last question, if its answer was stopped before any text
 
     @property
     def model_name(self) -> str:
@@ -69,19 +71,23 @@ class Conversation:
 
     @property
     def messages(self) -> list[Message]:
-        """All messages, as a chat template and the server's API take them."""
-        return self._messages(self.exchanges)
+        """All messages, as a chat template and the server's API take them, with those that were dropped."""
+        return self._messages([*self._dropped, *self.exchanges])
 
     def reset(self) -> None:
         """Forget everything except the system message."""
         self.exchanges = ()
+        self._dropped, self._unanswered = [], None
         self.stats = self.cut_short = None
 
     def set_system(self, text: str | None) -> None:
-        """Set the system message; None removes it. Raises ValueError if the chat template rejects it."""
+        """Set the system message; None removes it.
+
+        Raises ValueError if the chat template rejects it, or if it leaves no space for a question.
+        """
         before, self.system = self.system, text
         try:
-            self._encode((), "Hello")
+            self._check_fits(self._encode((), "Hello"))
         except ValueError:
             self.system = before
             raise
@@ -114,11 +120,14 @@ class Conversation:
     def prepare_retry(self) -> Prompt:
         """Make the prompt for the last question again; its new answer replaces the old one.
 
-        The next answers are drawn with another seed. Raises ValueError if there is no question yet.
+        A question whose answer was stopped before any text is asked again. The next answers are drawn with
+        another seed. Raises ValueError if there is no question yet.
         """
-        if not self.exchanges:
+        if not self.exchanges and self._unanswered is None:
             raise ValueError("no question yet")
         self._num_retries += 1
+        if self._unanswered is not None:
+            return self._fit(self.exchanges, self._unanswered)
         return self._fit(self.exchanges[:-1], self.exchanges[-1].question)
 
     @property
@@ -147,7 +156,10 @@ class Conversation:
         finally:
             num_cached = self._llm.engine.stats.prefix_cache_hits - hits_before
             self.stats = meter.stats(len(prompt.token_ids), num_cached)
+            is_new = len(prompt.exchanges) + prompt.num_dropped == len(self.exchanges)  # not a retry
+            self._unanswered = prompt.question if is_new and not text else None
             if text:
+                self._dropped += self.exchanges[: prompt.num_dropped]
                 self.exchanges = [*prompt.exchanges, Exchange(prompt.question, text)]
 
     @property

@@ -13,6 +13,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
 MAX_ENTRIES = 1000
 MAX_CHARACTERS = 1 << 20
+MAX_ENTRY = MAX_CHARACTERS // 8  # characters of one entry, such as a pasted log
 
 
 def history_path() -> Path | None:
@@ -58,9 +59,11 @@ class _LastingHistory(FileHistory):
 
 
 def _latest(latest_first: Sequence[str]) -> Iterator[str]:
-    """The latest entries that are within the limits, latest first."""
+    """The latest entries that are within the limits, latest first. An entry that is too long is left out."""
     num_characters = 0
     for entry in latest_first[:MAX_ENTRIES]:
+        if len(entry) > MAX_ENTRY:
+            continue
         num_characters += len(entry)
         if num_characters > MAX_CHARACTERS:
             return

@@ -13,11 +13,16 @@ Import = ast.Import | ast.ImportFrom
 LONGEST_LINE = 110
 
 
+def lines_of(source: str) -> list[str]:
+    """The lines of a source with their ends, as Python counts them: a form feed does not end a line."""
+    return re.findall(r"[^\n]*\n|[^\n]+", source)
+
+
 def without_unused_imports(source: str, before: str) -> str:
     """The source without those imports of the standard library that only `before` used."""
     tree = ast.parse(source)
     idle = _used(ast.parse(before)) - _used(tree)
-    lines = source.splitlines(keepends=True)
+    lines = lines_of(source)
     for node in reversed(_imports(tree)):
         kept = [alias for alias in node.names if _bound(alias) not in idle]
         if _is_standard(node) and len(kept) < len(node.names):
@@ -50,7 +55,7 @@ def missing_imports(source: str, other: str) -> str:
 
 def _with_import(source: str, other: str, node: Import, missing: list[ast.alias]) -> str:
     """The source with additional names of one import, in an existing import or in a new line."""
-    lines, own = source.splitlines(keepends=True), _imports(ast.parse(source))
+    lines, own = lines_of(source), _imports(ast.parse(source))
     for one in own:
         if isinstance(one, ast.ImportFrom) and _key(one) == _key(node):
             _replace(lines, one, _ordered([*one.names, *missing], node))

@@ -41,6 +41,26 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(message, error.exit_code)
     except CourseError as error:
         return _fail(str(error), FAILED)
+    except UnicodeDecodeError as error:
+        return _fail(f"{_not_text()} is not UTF-8 text ({error.reason}): save it as UTF-8", FAILED)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}", FAILED)
+
+
+def _not_text() -> str:
+    """The learner's file that cannot be decoded."""
+    from .repo import Repo
+
+    for file in sorted(Repo.here().overlay.glob("*.py")):
+        try:
+            file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return str(file)
+    return "a file"
 
 
 def _fail(message: str, code: int) -> int:

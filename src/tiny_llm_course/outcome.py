@@ -16,6 +16,7 @@ from typing import NamedTuple
 from .units import Day, Exercise, Kernel
 
 OUTCOME_FILE = "TINY_LLM_COURSE_OUTCOME"  # environment variable with the file that the plugin writes
+UNFINISHED = 3  # the code of a run whose process ended with 0 before its tests had
 _TASK = re.compile(r"::test_task_(\d+)_")
 
 
@@ -73,10 +74,13 @@ def _running(file: Path) -> Path:
 
 
 def read_outcome(file: Path, code: int) -> Outcome:
-    """Read the outcome of a run that ended with `code`; without a stored outcome, both lists are empty."""
+    """Read the outcome of a run that ended with `code`; without a stored outcome, both lists are empty.
+
+    A run that stored none has not finished, whatever its code: the learner's code may have ended the process.
+    """
     running = _running(file).read_text(encoding="utf-8") if code < 0 and _running(file).exists() else ""
     if not file.exists():
-        return Outcome(code, running=running)
+        return Outcome(code or UNFINISHED, running=running)
     failed, waiting, stopped = json.loads(file.read_text(encoding="utf-8"))
     blank, messages = (tuple(each) for each in zip(*waiting, strict=True)) if waiting else ((), ())
     return Outcome(code, tuple(failed), messages, stopped, blank, running)

@@ -60,9 +60,13 @@ def helper_files(repo: Repo) -> list[Path]:
 
 
 def own_modules(repo: Repo) -> list[str]:
-    """The learner's modules. Raises `CourseError` for a file that the reference has no module for."""
+    """The learner's modules. Raises `CourseError` for a file that the reference has no module for.
+
+    Files of editors, such as `.#attention.py`, do not count.
+    """
     helpers = {file.stem for file in helper_files(repo)}
-    own = sorted({file.stem for file in repo.overlay.glob("*.py")} - {"__init__", *helpers})
+    files = {file.stem for file in repo.overlay.glob("*.py") if not file.name.startswith((".", "#"))}
+    own = sorted(files - {"__init__", *helpers})
     known = {file.stem for file in repo.reference.glob("*.py")}
     for name in own:
         if name not in known:

@@ -6,13 +6,13 @@ comments.
 
 import ast
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from textwrap import indent
 
 from .errors import CourseError
-from .imports import without_unused_imports
+from .imports import lines_of, without_unused_imports
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 STAND_INS = ("accelerated",)  # decorators that replace the reference's functions with faster code
@@ -49,11 +49,11 @@ def blanked(source: str, messages: Mapping[str, str], removed: Iterable[str] = (
     signature and docstring. The decorators that select compiled kernels are removed with their imports, and
     so are imports of the standard library that only removed code used.
     """
-    lines = source.splitlines(keepends=True)
+    lines = lines_of(source)
     edits: list[tuple[int, int, str]] = []  # first and last line, from 1, and their replacement
     for name, message in messages.items():
         node = find(source, name)
-        edits.append((_body(node)[0], _last(node), _raise(node, message)))
+        edits.append((_body(node)[0], _last(node), _head(lines, node) + _raise(node, message)))
     for name in removed:
         node = find(source, name)
         edits.append((_first(node), _last(node), ""))
@@ -67,9 +67,12 @@ def blanked(source: str, messages: Mapping[str, str], removed: Iterable[str] = (
 
 def body_lines(source: str, name: str) -> list[str]:
     """The lines of a function's body, without its docstring."""
-    node = find(source, name)
-    first, last = _body(node)[0], _last(node)
-    return source.splitlines()[first - 1 : last]
+    node, lines = find(source, name), lines_of(source)
+    first, last = _body(node)
+    found = [line.rstrip("\n") for line in lines[first - 1 : last]]
+    if head := _head(lines, node):
+        found[0] = " " * (node.col_offset + 4) + found[0][len(head) - 1 :].lstrip()
+    return found
 
 
 def is_blank(source: str, name: str) -> bool:
@@ -150,19 +153,20 @@ def docstrings(source: str) -> list[str]:
 
 def with_body_of(source: str, other: str, name: str) -> str:
     """The source with one function's body copied from another source, under the `SKIPPED` comment."""
-    lines = source.splitlines(keepends=True)
+    lines = lines_of(source)
     node = find(source, name)
     first, last = _body(node)[0], _last(node)
-    body = f"{' ' * (node.col_offset + 4)}{SKIPPED}\n"
+    body = f"{_head(lines, node)}{' ' * (node.col_offset + 4)}{SKIPPED}\n"
     body += "".join(f"{line}\n" for line in body_lines(other, name))
     return "".join([*lines[: first - 1], body, *lines[last:]])
 
 
 def with_blank(source: str, name: str, message: str) -> str:
     """The source with one function blank; everything else stays unchanged."""
-    lines = source.splitlines(keepends=True)
+    lines = lines_of(source)
     node = find(source, name)
-    return "".join([*lines[: _body(node)[0] - 1], _raise(node, message), *lines[_last(node) :]])
+    blank = _head(lines, node) + _raise(node, message)
+    return "".join([*lines[: _body(node)[0] - 1], blank, *lines[_last(node) :]])
 
 
 def is_reference_code(source: str, other: str, name: str) -> bool:
@@ -170,14 +174,14 @@ def is_reference_code(source: str, other: str, name: str) -> bool:
     if name not in functions(source) or name not in functions(other):
         return False
     own = body_lines(source, name)
-    above = source.splitlines()[_first(find(source, name)) - 2]
+    above = lines_of(source)[_first(find(source, name)) - 2]
     marked = SKIPPED in map(str.strip, [above, *own])
     return marked and [line for line in own if line.strip() != SKIPPED] == body_lines(other, name)
 
 
 def without(source: str, name: str) -> str:
     """The source without one function, its `SKIPPED` comment, and the empty lines before it."""
-    lines = source.splitlines(keepends=True)
+    lines = lines_of(source)
     node = find(source, name)
     first = _first(node) - 1
     if first and lines[first - 1].strip() == SKIPPED:
@@ -190,9 +194,9 @@ def without(source: str, name: str) -> str:
 
 def with_function(source: str, other: str, name: str) -> str:
     """The source with a function copied from another source, at the end of its class or of the file."""
-    lines = source.splitlines(keepends=True)
+    lines = lines_of(source)
     node = find(other, name)
-    taken = other.splitlines(keepends=True)[_first(node) - 1 : _last(node)]
+    taken = lines_of(other)[_first(node) - 1 : _last(node)]
     column = " " * node.col_offset
     owner = name.rpartition(".")[0]
     ends = [n.end_lineno for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == owner]
@@ -225,6 +229,14 @@ def _body(node: Function) -> tuple[int, int]:
         return node.body[0].lineno, _last(node)
     docstring = node.body[0]
     return (docstring.end_lineno or docstring.lineno) + 1, _last(node)
+
+
+def _head(lines: Sequence[str], node: Function) -> str:
+    """The signature as a line of its own, if the body begins on its last line; otherwise empty."""
+    start = _statements(node)[:1] or node.body
+    line = lines[start[0].lineno - 1]
+    before = line.encode()[: start[0].col_offset].decode()
+    return f"{before.rstrip()}\n" if before.strip() and _body(node)[0] == start[0].lineno else ""
 
 
 def _first(node: Function) -> int:
@@ -267,7 +279,7 @@ def _without_unused_stand_ins(source: str) -> str:
     """Remove imports that only the removed decorators used."""
     tree = ast.parse(source)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    lines = source.splitlines(keepends=True)
+    lines = lines_of(source)
     for node in reversed(tree.body):
         if not isinstance(node, ast.ImportFrom):
             continue

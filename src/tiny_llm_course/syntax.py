@@ -29,7 +29,7 @@ def function_at(source: str, error: SyntaxError) -> str:
     It is the last function that begins before the error's position. Headers are searched as text, because
     the source does not parse.
     """
-    lines = source.splitlines()
+    lines = source.split("\n")
     at = (error.lineno or 1) - 1
     line = lines[at] if at < len(lines) else ""
     if _OUTSIDE.match(line):

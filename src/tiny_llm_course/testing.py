@@ -9,7 +9,7 @@ from .cpp import own_kernels, refuse_stale
 from .days import has_own
 from .errors import CourseError
 from .labs import labs_after
-from .outcome import Outcome, first_to_fix, signal_report, task_of
+from .outcome import UNFINISHED, Outcome, first_to_fix, signal_report, task_of
 from .progress import (
     Result,
     State,
@@ -91,6 +91,10 @@ def run_day(
     elif outcome.failed and not outcome.stopped:
         _print_blame(repo, syllabus, unit, outcome)
     else:
+        if outcome.code == UNFINISHED:
+            print(
+                "the tests did not finish: code that they run ended the process, as os._exit does", flush=True
+            )
         _print_first_to_fix(repo, outcome, unit)
     return outcome.exit_code
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import pytest
 
 SUITES = "tests_refsol"
 FRAMES = 6  # frames that are shown after Ctrl-C
+THREADS_GRACE = 2.0  # seconds for threads to end after the tests
 STOPPED = pytest.StashKey[bool]()  # whether a test exceeded its limit
 
 
@@ -91,11 +93,21 @@ def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> N
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """After a timeout, exit without waiting for threads that never end; everything has been printed."""
-    endless = [one for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
-    if endless and STOPPED in config.stash:
+    """Exit without waiting for threads that never end; everything has been printed."""
+    ending = time.monotonic() + THREADS_GRACE
+    while (left := _other_threads()) and time.monotonic() < ending and STOPPED not in config.stash:
+        time.sleep(0.05)
+    if left:
+        names = ", ".join(repr(thread.name) for thread in left)
+        print(f"still running after the tests: the threads {names}", file=sys.__stdout__)
         sys.__stdout__.flush()  # type: ignore[union-attr]
         os._exit(pytest.ExitCode.TESTS_FAILED)
+
+
+def _other_threads() -> list[threading.Thread]:
+    """The threads for which Python waits before it exits."""
+    others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
+    return [thread for thread in others if not thread.daemon]
 
 
 @contextmanager
