@@ -139,6 +139,32 @@ def test_reset_and_restore_are_commands(tmp_path: Path) -> None:
     assert (tmp_path / "attention.py").read_text("utf-8") == before
 
 
+@pytest.mark.parametrize("arguments", [["reset"], ["restore"], ["start", "--again"]])
+def test_a_command_that_moves_whole_files_refuses_a_single_exercise(
+    tmp_path: Path, arguments: list[str]
+) -> None:
+    run(["start", "1.1"], tmp_path)
+    before = (tmp_path / "attention.py").read_text("utf-8")
+    done = run([*arguments, "1.1.2"], tmp_path)
+    assert done.stderr == "error: 1.1.2 is one exercise; this command takes a day or a part, such as 1.1\n"
+    assert (done.returncode, (tmp_path / "attention.py").read_text("utf-8")) == (1, before)
+
+
+@pytest.mark.parametrize("command", [["progress"], ["test", "1.1"], ["skip", "1.1"]])
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "attention.py").write_bytes(b"# -*- coding: latin-1 -*-\n# caf\xe9\n")
+    done = run(command, tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert f"error: {tmp_path / 'attention.py'} is not UTF-8 text" in done.stderr
+
+
+def test_an_exit_in_a_learners_module_is_named(tmp_path: Path) -> None:
+    (tmp_path / "attention.py").write_text("raise SystemExit\n")
+    done = run(["try", "1.1"], tmp_path)
+    assert done.returncode == 1
+    assert f"{tmp_path / 'attention.py'}, line 1: SystemExit" in done.stderr
+
+
 def test_git_ignores_the_learners_files() -> None:
     """Modules, backups, stubs, kernels and libraries are ignored; the package itself is not."""
     names = [

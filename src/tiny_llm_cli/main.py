@@ -51,6 +51,10 @@ def run(arguments: Sequence[str]) -> int:
             return code if isinstance(code, int) else OK
         except TyperException as error:
             return _fail(error, explain(error), error.exit_code)
+        except SystemExit as error:  # a learner's module may raise it
+            if (mistake := one_line(error)) is None:
+                raise
+            return _fail(error, mistake, FAILED)
         except Exception as error:
             return _fail(error, _explained(error), FAILED)
 
@@ -79,7 +83,7 @@ def _missing_resource(error: MemoryError | RuntimeError) -> str | None:
     return None if missing is None else f"not enough {missing} ({limits()})"
 
 
-def _fail(error: Exception, message: str, code: int) -> int:
+def _fail(error: BaseException, message: str, code: int) -> int:
     if os.environ.get("TINY_LLM_DEBUG"):
         raise error
     _say("error", message)

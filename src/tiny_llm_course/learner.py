@@ -15,7 +15,7 @@ def learners_errors(repo: Repo) -> Iterator[None]:
     """Raise `CourseError`, with the file and line, for an error from a learner's module."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         found = mistake(error, repo.overlay)
         if found is None:
             raise
@@ -28,7 +28,7 @@ def blanks_of_others(repo: Repo, syllabus: Syllabus, unit: Unit) -> Iterator[Non
     """Raise `CourseError`, with advice, if a blank exercise of another day or part is reached."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         found = mistake(error, repo.overlay)
         if found is None or not found.is_blank or _is_of(found, unit):
             raise

@@ -67,6 +67,15 @@ class Syllabus:
             )
         return unit
 
+    def whole(self, wanted: str) -> Unit:
+        """A day or a part, as `to_start`. Raises `CourseError` for one exercise, too: its file has others."""
+        unit = self.to_start(wanted)
+        if any(exercise.id == wanted for exercise in unit.exercises):
+            raise CourseError(
+                f"{wanted} is one exercise; this command takes a day or a part, such as {unit.id}"
+            )
+        return unit
+
     def exercise(self, wanted: str) -> Exercise | Kernel:
         """The exercise with an id such as 1.1.2. Raises `CourseError` for an unknown id."""
         by_id: dict[str, Exercise | Kernel] = {}

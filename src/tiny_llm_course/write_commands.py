@@ -48,7 +48,7 @@ def on_start(
     go-to-definition shows the reference's code, including solutions of later days.
     """
     repo, syllabus = open_course()
-    chosen = syllabus.to_start(day)
+    chosen = syllabus.whole(day) if again else syllabus.to_start(day)
     if in_cpp:
         written = start_kernels(repo, chosen)
         print(f"{chosen.named}: {chosen.title}, in C++. You do not need the tasks in Python for it.")
@@ -122,7 +122,7 @@ def on_reset(day: ADay) -> None:
     the reference's code.
     """
     repo, syllabus = open_course()
-    unit = syllabus.to_start(day)
+    unit = syllabus.whole(day)
     moved = set_aside(repo, unit)
     if not moved:
         raise CourseError(f"{unit.named} is not started: there is nothing to reset")
@@ -140,7 +140,7 @@ def on_restore(day: ADay) -> None:
     first. The folder .backups keeps the five newest versions of each file.
     """
     repo, syllabus = open_course()
-    unit = syllabus.to_start(day)
+    unit = syllabus.whole(day)
     restored = restore(repo, unit)
     if not restored:
         raise CourseError(f"{unit.named} has no files that were moved aside")
