@@ -158,6 +158,17 @@ def test_a_file_that_is_not_utf8_is_named(tmp_path: Path, command: list[str]) ->
     assert f"error: {tmp_path / 'attention.py'} is not UTF-8 text" in done.stderr
 
 
+def test_a_function_that_a_demonstration_misses_is_named(tmp_path: Path) -> None:
+    run(["start", "1.1"], tmp_path)
+    run(["skip", "1.1"], tmp_path)
+    file = tmp_path / "attention.py"
+    file.write_text(file.read_text("utf-8").replace("def softmax(", "def my_softmax("), "utf-8")
+    done = run(["try", "1.1"], tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+    assert f"{file}, line" in done.stderr
+    assert "softmax" in done.stderr
+
+
 def test_an_exit_in_a_learners_module_is_named(tmp_path: Path) -> None:
     (tmp_path / "attention.py").write_text("raise SystemExit\n")
     done = run(["try", "1.1"], tmp_path)

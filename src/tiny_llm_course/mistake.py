@@ -39,6 +39,8 @@ def mistake(error: BaseException, overlay: Path) -> Mistake | None:
             is_blank = isinstance(one, NotImplementedError) and _OF_A_BLANK.match(str(one)) is not None
             what = str(one) if is_blank else f"{type(one).__name__}: {one}"
             return Mistake(Path(own[-1].filename), own[-1].lineno or 0, what, is_blank)
+        elif isinstance(one, ImportError) and one.path and Path(one.path).parent == overlay:
+            return Mistake(Path(one.path), 1, str(one).partition(" (")[0], is_blank=False)  # a missing name
     return None
 
 
