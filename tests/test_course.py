@@ -514,6 +514,22 @@ def test_the_legend_explains_the_letters_of_the_days_docstrings(repo: Repo) -> N
 # ---- doctor ----
 
 
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        ("import nopackage\n", "ModuleNotFoundError: No module named 'nopackage'"),
+        ("raise SystemExit(3)\n", "it ended Python with the code 3"),
+        ("from .my_tools import x\n", "SyntaxError"),
+    ],
+)
+def test_the_doctor_imports_the_learners_modules(repo: Repo, added: str, said: str) -> None:
+    write(repo, "my_tools", "x = = 1\n")
+    write(repo, "adding", ADDING + added)
+    [found] = [finding for finding in examine(repo, syllabus_of(repo)) if finding.what == "adding.py"]
+    assert not found.ok
+    assert f"cannot be imported: {said}" in found.found
+
+
 def test_the_doctor_finds_missing_functions_and_changed_signatures(repo: Repo) -> None:
     write(repo, "adding", "def add(one: int) -> int:\n    return one\n")
     findings = {(finding.what, finding.ok): finding for finding in examine(repo, syllabus_of(repo))}
@@ -524,6 +540,8 @@ def test_the_doctor_finds_missing_functions_and_changed_signatures(repo: Repo) -
     write(repo, "adding", ADDING)
     fitting = [finding.ok for finding in examine(repo, syllabus_of(repo)) if finding.what == "adding.py"]
     assert all(fitting)
+    write(repo, "adding", ADDING.replace(": int", "").replace(" -> int", ""))  # types may be left out
+    assert "adding.py" not in {finding.what for finding in examine(repo, syllabus_of(repo))}
     write(repo, "adin", "")
     refused = [f for f in examine(repo, syllabus_of(repo)) if f.what == "your modules"]
     assert not refused[0].ok

@@ -12,7 +12,8 @@ from .cpp import Build, build_of, own_kernels
 from .errors import CourseError
 from .progress import own_modules
 from .repo import Repo
-from .source import functions, signature
+from .runs import run_python
+from .source import functions, parameters, signature
 from .syllabus import Syllabus
 from .units import Unit
 
@@ -126,11 +127,22 @@ def _overlay(repo: Repo, syllabus: Syllabus) -> Iterator[Finding]:
                 f"{module}.py", True, "does not belong to any day; yours replaces the reference's module"
             )
             continue
-        yield from _signatures(repo, module, unit)
+        found = list(_signatures(repo, module, unit))
+        yield from found or _import(repo, module)
     for kernel in own_kernels(repo, syllabus):
         build = build_of(repo, kernel)
         advice = "" if build is Build.DONE else f"`pdm run build-kernels`, or `pdm run skip {kernel.id}`"
         yield Finding(kernel.file, build is Build.DONE, build.value, advice)
+
+
+def _import(repo: Repo, module: str) -> Iterator[Finding]:
+    """Check that a module can be imported, with the other files that it imports."""
+    run = run_python(repo, ["-c", f"import tiny_llm.{module}"])
+    if run.returncode:
+        lines = [line.strip() for line in run.stderr.splitlines() if line.strip()]
+        where = next((line for line in reversed(lines) if line.startswith(f'File "{repo.overlay}')), "")
+        said = lines[-1] if lines else f"it ended Python with the code {run.returncode}"
+        yield Finding(f"{module}.py", False, f"cannot be imported: {said}", where)
 
 
 def _signatures(repo: Repo, module: str, unit: Unit) -> Iterator[Finding]:
@@ -156,6 +168,6 @@ def _signatures(repo: Repo, module: str, unit: Unit) -> Iterator[Finding]:
                 f"has no {name}",
                 f"other days call it; `pdm run diff {unit.id} --anyway` shows the reference's version",
             )
-        elif signature(own, name) != signature(reference, name):
+        elif parameters(own, name) != parameters(reference, name):
             advice = f"the reference has {signature(reference, name)}"
             yield Finding(f"{module}.py", False, f"has {signature(own, name)}", advice)

@@ -92,6 +92,15 @@ def signature(source: str, name: str) -> str:
     return f"{node.name}({ast.unparse(node.args)}){returns}"
 
 
+def parameters(source: str, name: str) -> str:
+    """A function's parameters without their types, which a learner may leave out."""
+    args = find(source, name).args
+    for one in ast.walk(args):
+        if isinstance(one, ast.arg):
+            one.annotation = None
+    return ast.unparse(args)
+
+
 def sibling_modules(source: str) -> list[str]:
     """The modules of the same package that a source imports; empty if it does not parse."""
     try:
