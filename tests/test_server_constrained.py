@@ -19,13 +19,14 @@ from pydantic import BaseModel, Field
 from tiny_llm.grammar import Grammar
 from tiny_llm.grammar_compiler import GrammarCompiler
 
-from chat_templates import HERMES_TOOLS, MISTRAL_TOOLS, THINKING_TOOLS
+from chat_templates import HERMES_TOOLS, MISTRAL_TOOLS, REASONING, THINKING_TOOLS
 from served import Served, until
 from smollm2_server import CHAT, COMPLETE, FRANCE, client, llm, sdk, served
 from tiny_llm import LLM, StructuredOutputsParams
 from tiny_llm_checkpoints.chat_template import ChatTemplate
-from tiny_llm_checkpoints.reasoning_parser import DEEPSEEK_R1, QWEN3
+from tiny_llm_checkpoints.reasoning_parser import DEEPSEEK_R1, QWEN3, ReasoningFormat
 from tiny_llm_checkpoints.tool_formats import SMOLLM2
+from tiny_llm_server.chat_format import ChatFormat
 
 __all__ = ["client", "llm", "sdk", "served"]
 
@@ -281,6 +282,48 @@ def test_a_format_holds_without_reasoning_if_the_template_closes_it(
     options = {"chat_template_kwargs": {"enable_thinking": False}, "logit_bias": without_markers(llm)}
     for choice in ask(client, response_format=AS_CITY, **options, n=4):
         jsonschema.validate(json.loads(choice["message"]["content"]), CITY)
+
+
+@pytest.mark.parametrize("form", [QWEN3, DEEPSEEK_R1], ids=["qwen3", "deepseek_r1"])
+def test_an_answer_has_no_reasoning_after_a_prompt_that_has_ended_it(
+    client: httpx.Client, llm: LLM, monkeypatch: pytest.MonkeyPatch, form: ReasoningFormat
+) -> None:
+    """The model here likes to begin with "<", with which a grammar would force it to spell the marker."""
+    template = ChatTemplate(REASONING, bos_token="", eos_token="")
+    monkeypatch.setattr(llm, "chat_template", template)
+    monkeypatch.setattr(template, "reasoning", form)
+    [less] = llm.tokenizer.encode("<")
+    options = {"chat_template_kwargs": {"enable_thinking": False}, "logit_bias": {str(less): 100}}
+    for choice in ask(client, structured_outputs={"choice": ["yes", "no"]}, **options, n=4):
+        assert (choice["finish_reason"], choice["message"]["content"]) in {("stop", "yes"), ("stop", "no")}
+    for choice in ask(client, chat_template_kwargs={"enable_thinking": False}, max_tokens=8, n=2):
+        assert choice["message"]["content"]
+        assert not choice["message"].get("reasoning_content")
+
+
+NONE, OPEN, PAST = "may begin", "open", "past"
+
+
+@pytest.mark.parametrize(
+    ("continued", "state", "implied"),
+    [
+        ("", NONE, NONE),
+        ("  ", NONE, NONE),
+        ("<think>", OPEN, OPEN),
+        ("<think>\nSure", OPEN, OPEN),
+        ("<think>\nSure.\n</think>", PAST, PAST),
+        ("<think>\nSure.\n</think>\n\nThe answer is", PAST, PAST),
+        ("The tag <think> is", PAST, OPEN),
+        ("The answer is", PAST, OPEN),
+        ("Sure.</think> The answer", PAST, PAST),
+    ],
+)
+def test_a_continued_answer_is_within_its_reasoning_or_past_it(
+    llm: LLM, continued: str, state: str, implied: str
+) -> None:
+    for form, expected in ((QWEN3, state), (DEEPSEEK_R1, implied)):
+        after, is_open = ChatFormat(None, form).after([], llm.tokenizer, continued)
+        assert (after.reasoning is None, is_open) == (expected == PAST, expected == OPEN)
 
 
 def test_a_format_holds_after_reasoning_that_nothing_begins(

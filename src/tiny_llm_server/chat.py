@@ -100,7 +100,7 @@ class _Work:
             raise refused(message, "tools", "unsupported_field")
         prompt = service.encode_chat(body, [tool.fields for tool in use.offered], service.max_model_len)
         continued = text_of(body.messages[-1]) if body.continue_final_message else None
-        in_reasoning = form.is_in_reasoning(prompt, service.llm.tokenizer, continued)
+        form, in_reasoning = form.after(prompt, service.llm.tokenizer, continued)
         self.form = form.answer_form(body, use, service.llm.tokenizer, in_reasoning=in_reasoning)
         if self.form is not None:
             self.params = replace(self.params, structured_outputs=self.form.params)

@@ -44,18 +44,26 @@ class ChatFormat(NamedTuple):
         of_reasoning = () if self.reasoning is None else (self.reasoning.begin, self.reasoning.end)
         return (*of_tools, *of_reasoning)
 
-    def is_in_reasoning(self, prompt: Sequence[int], tokenizer: Tokenizer, continued: str | None) -> bool:
-        """Return whether a prompt ends within reasoning, so that the answer starts there.
+    def after(
+        self, prompt: Sequence[int], tokenizer: Tokenizer, continued: str | None
+    ) -> tuple["ChatFormat", bool]:
+        """Return the format of an answer to this prompt, and whether the prompt ends within reasoning.
 
-        prompt: its tokens. continued: the last message's text if the answer continues it; otherwise None.
+        Without reasoning if the prompt has ended it, or is in the middle of an answer that has none. prompt:
+        its tokens. continued: the last message's text if the answer continues it; otherwise None.
         """
         if self.reasoning is None:
-            return False
+            return self, False
         begin, end = self.reasoning.begin, self.reasoning.end
-        if continued is not None:
-            return continued.rfind(begin) > continued.rfind(end)
-        tail = tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
-        return tail.rstrip().endswith(begin)
+        if continued is None:
+            tail = tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False).rstrip()
+            is_open, is_past = tail.endswith(begin), tail.endswith(end)
+        else:
+            text = continued.strip()
+            starts = text.startswith(begin) or (self.reasoning.is_implied and bool(text))
+            is_open = starts and end not in text
+            is_past = bool(text) and not is_open
+        return (self._replace(reasoning=None) if is_past else self), is_open
 
     def answer_form(
         self, body: ChatCompletionRequest, use: ToolUse, tokenizer: Tokenizer, *, in_reasoning: bool
