@@ -4,6 +4,7 @@ Bounds are about ten times what was measured on an idle machine of two cores.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -208,6 +209,11 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(rf"{what}:\s+(\d+) kB", status)[1]) // 1024  # type: ignore[index]
 
+    def processor_seconds(self) -> float:
+        """Return the processor time of the server so far: other programs do not lengthen it."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def poll_health(self) -> None:
         """Request /health again and again."""
         with httpx.Client(base_url=self.url, timeout=SECONDS) as client:
@@ -246,10 +252,10 @@ def test_a_hostile_body_is_refused_quickly(server: Server, kind: str) -> None:
     body, before = make(), server.memory("VmRSS")
     assert len(body) <= 4 << 20
     server.slowest = 0.0
-    start = time.monotonic()
+    start = server.processor_seconds()
     with httpx.Client(base_url=server.url, timeout=SECONDS) as client:
         answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
-    seconds = time.monotonic() - start
+    seconds = server.processor_seconds() - start
     assert answer.status_code in (400, 404), answer.text[:300]
     assert answer.json()["error"]["message"]
     assert len(answer.content) < 10_000
